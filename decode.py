@@ -1,0 +1,267 @@
+"""One decode loop over a KV cache, for student, teacher and evaluation: prefill, expand, decode, score, rewind.
+
+A batch of sequences is a `Rows`: the cache's columns, which of them each row may see, the position of each row's next
+token, and the hidden state that the next token's logits come from.
+
+    rows = prefill(model, prompts)          the prompts, left-padded, one forward
+    rows = expand(rows, n)                  n rows a prompt, from the one prefill
+    decode(model, rows, choose, ...)        token by token; finished rows leave the batch
+    score(model, rows, responses)           one forward over given responses: log-probs, and a cache for every prefix
+    rows = rewind(rows, keep, hidden)       forget all but the first `keep` response tokens, without a new prefill
+
+Rows are consumed: each call may change the cache of the rows it is given.
+The random number behind a sampled token depends on the sample and its position alone (`uniform_noise`), so a sample
+does not depend on its batch, its rank, or the number of processes.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers import DynamicCache
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Noise, tokens, log-probs: pure functions, torch alone
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def uniform_noise(seed, stage, prompt_ids, sample_ids, positions):
+    """Uniform numbers in [0, 1), each a pure function of (seed, stage, prompt id, sample id, position).
+
+    seed, stage: int64. prompt_ids, sample_ids, positions: (B,) int64. Returns (B,) float64, multiples of 2^-52.
+    The hash is the finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), applied after each field is added;
+    int64 products wrap, which is what it needs.
+    """
+
+    def mix(x):
+        # Python's >> on int64 tensors keeps the sign: the mask makes it a logical shift
+        x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * (0xBF58476D1CE4E5B9 - (1 << 64))
+        x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * (0x94D049BB133111EB - (1 << 64))
+        return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+    state = mix(torch.full_like(prompt_ids, seed))
+    for field in (torch.full_like(prompt_ids, stage), prompt_ids, sample_ids, positions):
+        state = mix(state + (0x9E3779B97F4A7C15 - (1 << 64)) + field)
+    return ((state >> 12) & ((1 << 52) - 1)).double() / (1 << 52)
+
+
+def sample_token(logits, noise, temperature, top_p):
+    """Draws one token a row by inverting the cumulative distribution at `noise`.
+
+    logits: (B, V). noise: (B,) float64 in [0, 1). Returns (B,) int64. A token of probability 0 is never drawn.
+    top_p < 1 keeps the smallest set of tokens whose mass reaches top_p (Holtzman et al., arXiv 1904.09751).
+    """
+    probs = torch.softmax(logits.float() / temperature, -1)  # (B, V)
+    if top_p < 1:
+        descending, order = probs.sort(-1, descending=True)
+        outside = descending.cumsum(-1) - descending >= top_p  # the mass before this token has reached top_p already
+        probs = probs.masked_fill(outside.gather(-1, order.argsort(-1)), 0)
+    cdf = probs.cumsum(-1, dtype=torch.float64)  # float64: in float32 the tail of 152k tokens is lost
+    return torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True)[:, 0]
+
+
+def token_logprobs(hidden, weight, bias, targets, chunk):
+    """log softmax(hidden weight^T + bias)[target], in float32, `chunk` tokens at a time.
+
+    hidden: (M, D). weight: (V, D). bias: (V,) or None. targets: (M,). Returns (M,).
+    With more than one chunk the logits are computed again in the backward pass: no more than (chunk, V) exist at once.
+    """
+
+    def one_chunk(hidden, weight, targets):
+        logits = torch.nn.functional.linear(hidden, weight, bias).float()
+        return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+
+    if len(targets) <= chunk:
+        return one_chunk(hidden, weight, targets)
+    parts = [
+        torch.utils.checkpoint.checkpoint(one_chunk, h, weight, t, use_reentrant=False)
+        for h, t in zip(hidden.split(chunk), targets.split(chunk))
+    ]
+    return torch.cat(parts)
+
+
+def head_chunk(vocab_size):
+    """Tokens whose float32 logits fill 128 MiB: enough for a full matrix product, little beside a model."""
+    return max(1, (1 << 25) // vocab_size)
+
+
+def sampler(seed, stage, prompt_ids, sample_ids, start, temperature, top_p):
+    """A `choose` for `decode`: row i draws its token at response position start[i] + step with the noise of that place.
+
+    prompt_ids, sample_ids, start: (B,) int64.
+    """
+
+    def choose(logits, indices, step):
+        noise = uniform_noise(seed, stage, prompt_ids[indices], sample_ids[indices], start[indices] + step)
+        return sample_token(logits, noise, temperature, top_p)
+
+    return choose
+
+
+def greedy(logits, indices, step):
+    """A `choose` for `decode`: the most likely token."""
+    return logits.argmax(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows in a cache
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Rows:
+    """B sequences in one KV cache of C columns; `response_start` is the first column after the prompts."""
+
+    cache: DynamicCache
+    visible: torch.Tensor  # (B, C) bool: which columns the row's next token may attend to
+    next_position: torch.Tensor  # (B,) position id of the row's next token
+    hidden: torch.Tensor  # (B, D) hidden state that predicts the row's next token
+    response_start: int
+
+    def select(self, indices):
+        """Keeps the rows `indices` (int64), in that order; the cache is compacted."""
+        self.cache.batch_select_indices(indices)
+        return Rows(
+            self.cache, self.visible[indices], self.next_position[indices], self.hidden[indices], self.response_start
+        )
+
+
+def next_logits(model, hidden, vocab_size):
+    """lm_head on hidden states (..., D), cut to the tokenizer's vocabulary: (..., V) float32."""
+    head = model.get_output_embeddings()
+    bias = None if head.bias is None else head.bias[:vocab_size]
+    return F.linear(hidden, head.weight[:vocab_size], bias).float()
+
+
+def forward_tokens(model, cache, token_ids, attention, positions):
+    """One forward of the model without its head: (B, T) tokens, (B, T, C) attention -> (B, T, D) hidden states."""
+    output = model.base_model(
+        input_ids=token_ids,
+        attention_mask=attention[:, None],  # 4-D bool: taken by sdpa as it is
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return output.last_hidden_state
+
+
+@torch.no_grad()
+def prefill(model, prompts, pad_id, device):
+    """prompts: a list of P non-empty lists of ids. Returns the `Rows` that are ready to predict the first response token."""
+    width = max(map(len, prompts))
+    token_ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=device)  # (P, W)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    columns = torch.arange(width, device=device)
+    visible = columns >= width - lengths[:, None]  # (P, W)
+    causal = columns[:, None] >= columns
+    # A padding column sees itself: a row of softmax over nothing would be NaN, and NaN times 0 is NaN for all that follow
+    attention = (causal & visible[:, None]) | torch.eye(width, dtype=torch.bool, device=device)
+    positions = (columns - (width - lengths[:, None])).clamp(min=0)
+    cache = DynamicCache()
+    hidden = forward_tokens(model, cache, token_ids, attention, positions)
+    return Rows(cache, visible, lengths, hidden[:, -1], width)
+
+
+def expand(rows, n):
+    """n rows for each row, neighbours: row i becomes rows i*n .. i*n + n-1."""
+    rows.cache.batch_repeat_interleave(n)
+    row = torch.arange(len(rows.hidden), device=rows.hidden.device).repeat_interleave(n)
+    return Rows(rows.cache, rows.visible[row], rows.next_position[row], rows.hidden[row], rows.response_start)
+
+
+@torch.no_grad()
+def decode(model, rows, choose, budget, eos_ids, vocab_size, any_rank=bool):
+    """Decodes each row until a token of `eos_ids` (which is kept) or until `budget` tokens.
+
+    choose(logits (b, V), indices (b,), step) -> (b,) token ids; `indices` says which of the B rows these are.
+    budget: (B,) int64, 0 allowed. any_rank: for a sharded model, `World.any`: this rank goes on while any rank does.
+    Returns two lists of B lists: token ids, and their log-probs under the untempered, untruncated distribution.
+    """
+    size, width, device = len(budget), int(budget.max()), budget.device
+    tokens = torch.full((size, width), -1, device=device)
+    logprobs = torch.zeros(size, width, device=device)
+    eos = torch.tensor(eos_ids, device=device)
+    indices = torch.arange(size, device=device)
+    finished = budget <= 0  # (b,) rows that wait to leave the batch
+    token = torch.zeros_like(budget)  # nothing is fed before step 1
+    check_every = 1 if device.type == "cpu" else 8  # each check makes the host wait for the device
+    for step in itertools.count():
+        if step % check_every == 0:
+            running = (~finished).nonzero()[:, 0]
+            if not any_rank(len(running) > 0):
+                break
+            if step == 0 and 0 < len(running) < size or 0 < len(running) <= 0.75 * len(indices):
+                rows, indices, finished = rows.select(running), indices[running], finished[running]
+                token = token[running]
+        if step > 0:
+            rows = advance(model, rows, token)
+        logits = next_logits(model, rows.hidden, vocab_size)  # (b, V)
+        token = choose(logits, indices, step)  # (b,)
+        if step < width:
+            logprob = logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
+            tokens[indices, step] = torch.where(finished, -1, token)
+            logprobs[indices, step] = logprob
+        finished = finished | torch.isin(token, eos) | (step + 1 >= budget[indices])
+    lengths = (tokens >= 0).sum(-1).tolist()
+    return (
+        [row[:n] for row, n in zip(tokens.tolist(), lengths)],
+        [row[:n] for row, n in zip(logprobs.tolist(), lengths)],
+    )
+
+
+def advance(model, rows, token):
+    """Feeds one token (b,) a row: the rows one column further."""
+    visible = F.pad(rows.visible, (0, 1), value=True)  # (b, C + 1)
+    hidden = forward_tokens(model, rows.cache, token[:, None], visible[:, None], rows.next_position[:, None])
+    return Rows(rows.cache, visible, rows.next_position + 1, hidden[:, 0], rows.response_start)
+
+
+@torch.no_grad()
+def score(model, rows, responses, vocab_size):
+    """One forward over given responses.
+
+    responses: B lists of ids, lengths may differ. Returns
+    rows: with the T response columns in the cache, of which each row sees its own tokens;
+    hidden: (B, T + 1, D), hidden[:, t] predicts response token t;
+    logprobs: (B, T) float32 of the responses' tokens, 0 beyond a response's end.
+    """
+    device = rows.visible.device
+    width = max(map(len, responses))
+    lengths = torch.tensor([len(r) for r in responses], device=device)
+    token_ids = torch.tensor([r + [0] * (width - len(r)) for r in responses], device=device)  # (B, T)
+    columns = torch.arange(width, device=device)
+    valid = columns < lengths[:, None]  # (B, T)
+    causal = (columns[:, None] >= columns).expand(len(responses), -1, -1)
+    before = rows.visible[:, None].expand(-1, width, -1)
+    attention = torch.cat([before, causal], -1)  # (B, T, C + T); padding comes last, so no real token sees it
+    positions = rows.next_position[:, None] + columns
+    hidden = forward_tokens(model, rows.cache, token_ids, attention, positions)
+    hidden = torch.cat([rows.hidden[:, None], hidden], 1)  # (B, T + 1, D)
+    head = model.get_output_embeddings()
+    bias = None if head.bias is None else head.bias[:vocab_size]
+    logprobs = torch.zeros(len(responses), width, device=device)
+    logprobs[valid] = token_logprobs(
+        hidden[:, :-1][valid], head.weight[:vocab_size], bias, token_ids[valid], head_chunk(vocab_size)
+    )
+    last = hidden[torch.arange(len(responses), device=device), lengths]
+    scored = Rows(
+        rows.cache, torch.cat([rows.visible, valid], 1), rows.next_position + lengths, last, rows.response_start
+    )
+    return scored, hidden, logprobs
+
+
+def rewind(rows, keep, hidden):
+    """Scored rows as if only their first `keep` response tokens had been there: the rest is masked, not computed again.
+
+    keep: (B,) int64, at most the response's length. hidden: (B, T + 1, D) from `score`.
+    Exact: attention and rotary positions depend on which columns are visible and on position ids, not on where in the
+    cache a column lies.
+    """
+    start, width = rows.response_start, hidden.shape[1] - 1
+    columns = torch.arange(width, device=keep.device)
+    visible = rows.visible.clone()
+    forgotten = visible[:, start:].sum(-1) - keep
+    visible[:, start:] &= columns < keep[:, None]
+    at_keep = hidden[torch.arange(len(keep), device=keep.device), keep]
+    return Rows(rows.cache, visible, rows.next_position - forgotten, at_keep, start)

@@ -1,0 +1,217 @@
+"""Preference pairs: which are kept, the files they are written to, and reading them or any preference file back."""
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForSequenceClassification
+
+import common
+import eval
+from common import UserError
+
+ETA_GRID = [0.5 * k for k in range(1, 21)]  # mismatch.json gives the replacement rate for these
+MARGIN_BINS = [-10.0 + 0.5 * k for k in range(61)]  # nats, -10 .. 20; the outermost bins are open
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which pairs are kept
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def keep_all(record, prompt, context):
+    """--keep all: every pair."""
+    return True
+
+
+def keep_teacher(record, prompt, context):
+    """--keep teacher: the teacher's mean log-prob of y+ is above that of y-."""
+    mean = lambda values: sum(values) / len(values)
+    return mean(record["chosen_teacher_logprobs"]) > mean(record["teacher_logprobs"])
+
+
+def keep_correct(record, prompt, context):
+    """--keep correct: y+ answers right and y- wrong, judged by the data's gold response."""
+    chosen, rejected = context.decode_text(record["chosen_ids"]), context.decode_text(record["response_ids"])
+    return eval.is_correct(chosen, prompt["gold"]) and not eval.is_correct(rejected, prompt["gold"])
+
+
+class KeepByReward:
+    """--keep reward:MODEL: a sequence-classification reward model scores y+ higher than y-."""
+
+    def __init__(self, path, args, world):
+        self.tokenizer = common.load_tokenizer(path, args.trust_remote_code)
+        self.device = world.device
+        try:
+            self.model = AutoModelForSequenceClassification.from_pretrained(
+                path,
+                dtype=common.compute_dtype(args.dtype, world),
+                use_safetensors=True,
+                trust_remote_code=args.trust_remote_code,
+            )
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise UserError(f"no reward model can be loaded ({common.one_line(error)})", f"in {path}", "check --keep")
+        if self.model.config.num_labels != 1:
+            what = f"the reward model has {self.model.config.num_labels} labels"
+            raise UserError(what, f"in {path}", "use a sequence-classification model with one")
+        self.model = self.model.to(world.device).eval()
+
+    @torch.no_grad()
+    def score(self, prompt, response):
+        """The reward of one response (text), a float."""
+        if self.tokenizer.chat_template:
+            turns = [*prompt["messages"], {"role": "assistant", "content": response}]
+            text = self.tokenizer.apply_chat_template(turns, tokenize=False)
+            ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+        else:
+            ids = self.tokenizer(prompt["text"] + response, return_tensors="pt").input_ids
+        return self.model(ids.to(self.device)).logits[0, 0].item()
+
+    def __call__(self, record, prompt, context):
+        chosen, rejected = context.decode_text(record["chosen_ids"]), context.decode_text(record["response_ids"])
+        return self.score(prompt, chosen) > self.score(prompt, rejected)
+
+
+def pair_filter(args, world):
+    """The function that --keep names: (record, prompt, context) -> bool."""
+    if args.keep.startswith("reward:"):
+        return KeepByReward(args.keep.removeprefix("reward:"), args, world)
+    return {"all": keep_all, "teacher": keep_teacher, "correct": keep_correct}[args.keep]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The files of a run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def merge_pairs(args, context, prompts, skipped, out):
+    """OUT/pairs/*.jsonl -> OUT/pairs.jsonl and OUT/mismatch.json, both described in the README. Rank 0 only."""
+    by_id = {p["prompt_id"]: p for p in prompts}
+    fingerprint = common.tokenizer_fingerprint(context.tokenizer)
+    counts, pairs = Counter(), []
+    above_tokens, above_samples = torch.zeros(len(ETA_GRID)), torch.zeros(len(ETA_GRID))
+    margin_counts = torch.zeros(len(MARGIN_BINS) + 1)
+    t_star_counts = Counter()
+    etas, bins = torch.tensor(ETA_GRID), torch.tensor(MARGIN_BINS)
+    for file in sorted((out / "pairs").glob("*.jsonl")):
+        for record in common.read_jsonl(file):
+            margins = torch.tensor(record["student_logprobs"]) - torch.tensor(record["teacher_logprobs"])
+            above = margins[:, None] > etas  # (T, E)
+            above_tokens += above.sum(0)
+            above_samples += above.any(0)
+            margin_counts += torch.bincount(torch.bucketize(margins, bins), minlength=len(MARGIN_BINS) + 1)
+            counts["tokens"] += len(margins)
+            counts[record["status"]] += 1
+            counts["samples"] += 1
+            counts["at_length_limit"] += not record["ended"]
+            if record["t_star"] >= 0:
+                t_star_counts[record["t_star"]] += 1
+            if record["status"] == "kept":
+                pairs.append(to_pair(record, by_id[record["prompt_id"]], fingerprint, context))
+    common.write_jsonl(out / "pairs.jsonl", pairs)
+    samples, tokens = counts["samples"], counts["tokens"]
+    summary = {
+        "eta": args.eta,
+        "prompts": len(prompts),
+        "prompts_over_length": skipped,
+        "tokens": tokens,
+        "samples": samples,
+        "untouched": counts["untouched"],
+        "replaced": samples - counts["untouched"],
+        "pairs": counts["kept"],
+        "dropped": {reason: counts[reason] for reason in ("identical", "duplicate", "filtered")},
+        "at_length_limit": counts["at_length_limit"],
+        "replacement_rate": {
+            str(eta): {"samples": s / samples, "tokens": t / tokens}
+            for eta, s, t in zip(ETA_GRID, above_samples.tolist(), above_tokens.tolist())
+        },
+        "margin_histogram": {"edges": MARGIN_BINS, "counts": [int(c) for c in margin_counts]},
+        "t_star_histogram": {str(t): t_star_counts[t] for t in sorted(t_star_counts)},
+    }
+    common.write_atomic(out / "mismatch.json", json.dumps(summary, indent=1) + "\n")
+
+
+def to_pair(record, prompt, fingerprint, context):
+    """One line of pairs.jsonl. The text columns are what TRL and the hub call a preference data set."""
+    return {
+        "prompt_id": record["prompt_id"],
+        "sample_id": record["sample_id"],
+        "prompt_ids": prompt["ids"],
+        "prefix_len": record["prefix_len"],
+        "chosen_ids": record["chosen_ids"],
+        "rejected_ids": record["response_ids"],
+        "margin": record["margin"],
+        "prompt": prompt["text"],
+        "chosen": context.decode_text(record["chosen_ids"]),
+        "rejected": context.decode_text(record["response_ids"]),
+        "tokenizer": fingerprint,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading preference pairs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_pairs(path, tokenizer):
+    """Preference pairs from a JSONL file, as ids.
+
+    Rows are either this project's (prompt_ids, chosen_ids, rejected_ids) or TRL's: prompt, chosen, rejected as text, or
+    as lists of messages; in the latter `prompt` may be missing if both conversations begin with it.
+    """
+    if not Path(path).is_file():
+        raise UserError("no pairs file", f"at {path}", "run warmup_distill.py first or check --pairs")
+    pairs = []
+    for number, row in enumerate(common.read_jsonl(path), 1):
+        where = f"in {path} line {number}"
+        if not isinstance(row, dict) or not (
+            {"chosen_ids", "rejected_ids"} <= row.keys() or {"chosen", "rejected"} <= row.keys()
+        ):
+            raise UserError("no columns chosen and rejected", where, "see the README for the format")
+        pair = row if "chosen_ids" in row else tokenize_pair(row, tokenizer, where)
+        check_pair(pair, tokenizer, where)
+        pairs.append(pair)
+    if not pairs:
+        raise UserError("no pairs", f"in {path}", "lower --eta or use more prompts")
+    return pairs
+
+
+def check_pair(pair, tokenizer, where):
+    """Raises UserError unless a pair's ids are ids of this tokenizer and there is something to prefer."""
+    if pair.get("tokenizer", fingerprint := common.tokenizer_fingerprint(tokenizer)) != fingerprint:
+        raise UserError(
+            "the ids were made with another tokenizer", where, "use the model that the pairs were made with"
+        )
+    for key in ("prompt_ids", "chosen_ids", "rejected_ids"):
+        ids = pair.get(key)
+        if not isinstance(ids, list) or not all(isinstance(i, int) and 0 <= i < len(tokenizer) for i in ids):
+            raise UserError(f"{key} is not a list of ids below {len(tokenizer)}", where, "use the pairs' own tokenizer")
+    if not pair["prompt_ids"] or pair["chosen_ids"] == pair["rejected_ids"]:
+        raise UserError("the prompt is empty or chosen equals rejected", where, "mend or delete the line")
+
+
+def tokenize_pair(row, tokenizer, where):
+    """A TRL-style row -> ids. Text responses get the eos token; messages go through the chat template."""
+    chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        if prompt is None:
+            common_turns = len(os.path.commonprefix([chosen, rejected]))
+            prompt, chosen, rejected = chosen[:common_turns], chosen[common_turns:], rejected[common_turns:]
+        if not tokenizer.chat_template:
+            raise UserError("the pair is a conversation, the tokenizer has no chat template", where, "give text")
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        render = lambda turns, **kw: tokenizer.apply_chat_template(turns, tokenize=False, **kw)
+        text = render(prompt, add_generation_prompt=True)
+        responses = [render(prompt + turns).removeprefix(text) for turns in (chosen, rejected)]
+        prompt_ids = tokenizer(text, add_special_tokens=False).input_ids
+        chosen_ids, rejected_ids = (tokenizer(r, add_special_tokens=False).input_ids for r in responses)
+    elif all(isinstance(text, str) for text in (prompt, chosen, rejected)):
+        has_bos = tokenizer.bos_token and prompt.startswith(tokenizer.bos_token)
+        prompt_ids = tokenizer(prompt, add_special_tokens=not has_bos).input_ids
+        encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+        chosen_ids, rejected_ids = encode(chosen), encode(rejected)
+    else:
+        raise UserError("prompt, chosen and rejected are not all text or all messages", where, "mend the line")
+    return {"prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids}

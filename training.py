@@ -1,0 +1,208 @@
+"""Plumbing of the training loops: flags, FSDP2, optimizer step, metrics, checkpoints, the trained model.
+
+The loops themselves are written out in dpo.py and kd.py.
+"""
+
+import math
+import os
+import resource
+import shutil
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import state_dict as dcp_state
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from common import DTYPES, UserError, check_range, read_jsonl, write_jsonl
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FSDP2 and the optimizer
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def decoder_blocks(lm):
+    """The list of transformer blocks of a Hugging Face causal language model."""
+    lists = [m for m in lm.base_model.modules() if isinstance(m, torch.nn.ModuleList)]
+    return max(lists, key=len)
+
+
+def shard(root, lm, dtype, world):
+    """FSDP2: shards each block of `lm`, then `root`, the module whose forward calls all of `lm`, lm_head included.
+
+    Parameters stay float32 (an update of 5e-7 would be lost in bfloat16); blocks compute in `dtype`, gradients are
+    reduced in float32. FSDP averages gradients over ranks: a loss that is already normalised by the whole step's counts
+    has to be multiplied by `World.size` before its backward.
+    """
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for block in decoder_blocks(lm):
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(root, mesh=mesh, mp_policy=policy)
+
+
+def shard_blocks(lm, world):
+    """For a teacher that does not fit: shards the blocks alone, so that embeddings and lm_head can be called freely.
+
+    All ranks must then take equally many forwards; `decode.decode` does, given `World.any`.
+    """
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for block in decoder_blocks(lm):
+        fully_shard(block, mesh=mesh)
+    return lm.to(world.device)
+
+
+def learning_rate(step, total_steps, peak, warmup_ratio, final_ratio):
+    """Linear warm-up over `warmup_ratio` of the steps, then cosine from `peak` to `final_ratio * peak`; step from 0."""
+    warmup_steps = math.ceil(warmup_ratio * total_steps)
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
+    return peak * (final_ratio + (1 - final_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def optimizer_step(model, optimizer, lr, max_grad_norm):
+    """Clips, steps, clears the gradients. Returns the gradient's norm before clipping, over all ranks."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    if not math.isfinite(norm):
+        return norm  # the caller stops the run; nothing has been changed
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def check_finite(metrics, prompt_ids, out):
+    """Raises UserError if the step's loss or gradient norm is not a number; the weights have not been touched by it."""
+    if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
+        raise UserError(
+            f"loss {metrics['loss']} and gradient norm {metrics['grad_norm']} at step {metrics['step']}, prompts {prompt_ids}",
+            f"in {out}",
+            "lower --lr or use --dtype float32; the last checkpoint is kept",
+        )
+
+
+def speed(tokens, seconds, world):
+    """Logged with every step: tokens a second over all ranks, and this rank's peak memory so far in GB."""
+    if world.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 1e9
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts in KiB
+    return {"seconds": seconds, "tokens": int(tokens), "tokens_per_second": tokens / seconds, "peak_memory_gb": peak}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def add_training_arguments(parser, lr):
+    """Flags of every training loop."""
+    group = parser.add_argument_group("training")
+    group.add_argument("--lr", type=float, default=lr, help="peak learning rate of AdamW")
+    group.add_argument("--lr-warmup-ratio", type=float, default=0.03, help="share of the steps with a rising rate")
+    group.add_argument("--lr-final-ratio", type=float, default=0.1, help="the cosine ends at this share of --lr")
+    group.add_argument("--adam-betas", type=float, nargs=2, default=[0.9, 0.95], help="decay of AdamW's averages")
+    group.add_argument("--weight-decay", type=float, default=0.0, help="AdamW's decoupled weight decay")
+    group.add_argument("--max-grad-norm", type=float, default=1.0, help="gradients are clipped to this norm")
+    group.add_argument("--epochs", type=int, default=1, help="passes over the data")
+    group.add_argument("--max-steps", type=int, default=0, help="optimizer steps, instead of --epochs; 0: by epochs")
+    group.add_argument("--batch-size", type=int, default=64, help="examples a step, over all ranks")
+    group.add_argument(
+        "--micro-batch-size", type=int, default=4, help="examples in one forward; accumulation is derived from it"
+    )
+    group.add_argument("--activation-checkpointing", action="store_true", help="less memory, a third more time")
+    group.add_argument("--save-every", type=int, default=100, help="steps from one checkpoint to the next")
+    group.add_argument(
+        "--save-dtype",
+        choices=list(DTYPES),
+        default="float32",
+        help="of OUT/student; bfloat16 halves it and rounds most of a small learning rate's updates away",
+    )
+
+
+def check_training_args(args):
+    """Raises UserError for values of `add_training_arguments` that make no sense."""
+    for name in ("epochs", "batch_size", "micro_batch_size", "save_every"):
+        check_range(f"--{name.replace('_', '-')}", getattr(args, name), getattr(args, name) >= 1, "of 1 or more")
+    for name in ("lr", "max_grad_norm"):
+        check_range(f"--{name.replace('_', '-')}", getattr(args, name), 0 < getattr(args, name) < math.inf, "above 0")
+    check_range("--max-steps", args.max_steps, args.max_steps >= 0, "of 0 or more")
+    check_range("--weight-decay", args.weight_decay, 0 <= args.weight_decay < math.inf, "of 0 or more")
+    check_range("--lr-warmup-ratio", args.lr_warmup_ratio, 0 <= args.lr_warmup_ratio <= 1, "from 0 to 1")
+    check_range("--lr-final-ratio", args.lr_final_ratio, 0 <= args.lr_final_ratio <= 1, "from 0 to 1")
+    check_range("--adam-betas", args.adam_betas, all(0 <= b < 1 for b in args.adam_betas), "in [0, 1), twice")
+    check_range("--seed", args.seed, 0 <= args.seed < 1 << 62, "from 0 to 2^62 - 1")
+
+
+def accumulation_steps(args, world):
+    """How many micro-batches make each rank's share of the global batch. Raises UserError if that is no whole number."""
+    share, rest = divmod(args.batch_size, world.size)
+    if rest or share % min(args.micro_batch_size, share):
+        raise UserError(
+            f"--batch-size {args.batch_size} does not divide over {world.size} processes"
+            f" with micro-batches of {args.micro_batch_size}",
+            "on the command line",
+            "give a multiple of processes x --micro-batch-size",
+        )
+    return share // min(args.micro_batch_size, share)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints and the trained model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(folder, model, optimizer, step, world):
+    """Writes folder/step-000123 (sharded, torch.distributed.checkpoint), whole or not at all; older ones then go."""
+    final, partial = folder / f"step-{step:06d}", folder / f".step-{step:06d}.partial"
+    if world.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
+    world.barrier()
+    model_state, optimizer_state = dcp_state.get_state_dict(model, optimizer)
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial)
+    world.barrier()
+    if world.rank == 0:
+        os.rename(partial, final)
+        for old in folder.glob("step-*"):
+            if old != final:
+                shutil.rmtree(old)
+    world.barrier()
+
+
+def load_checkpoint(folder, model, optimizer):
+    """Loads the newest checkpoint under `folder`, for any number of processes. Returns its step, 0 without one."""
+    found = sorted(folder.glob("step-*"))
+    if not found:
+        return 0
+    model_state, optimizer_state = dcp_state.get_state_dict(model, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    dcp.load(state, checkpoint_id=found[-1])
+    dcp_state.set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    return int(found[-1].name.removeprefix("step-"))
+
+
+def save_model(folder, root, lm, tokenizer, dtype, world):
+    """Gathers the sharded `root` and writes `lm` and tokenizer as a Hugging Face folder in `dtype`, whole or not at all."""
+    options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = dcp_state.get_model_state_dict(root, options=options)
+    if world.rank == 0:
+        prefix = next(name for name, module in root.named_modules() if module is lm) + "."
+        state = {key.removeprefix(prefix): value.to(dtype) for key, value in state.items()}
+        partial = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        lm.save_pretrained(partial, state_dict=state)
+        tokenizer.save_pretrained(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(partial, folder)
+    world.barrier()
+
+
+def open_metrics(path, step, world):
+    """Cuts metrics.jsonl back to `step`: a killed run may have logged steps after its last checkpoint. Returns path."""
+    if world.rank == 0 and path.exists():
+        write_jsonl(path, [row for row in read_jsonl(path) if row["step"] <= step])
+    return path

@@ -1,0 +1,384 @@
+"""Warmup-Distill (arXiv 2502.11766): close the gap between student and teacher before knowledge distillation.
+
+    torchrun --nproc_per_node 8 warmup_distill.py                                   the embedded default (toy.py)
+    torchrun --nproc_per_node 8 warmup_distill.py --teacher T --student S --data D  real models
+    python warmup_distill.py                                                        one process, the same
+
+The steps, in the order of this file; q is the student, p the teacher, x a prompt, y a response, t a position in it:
+
+    1. sample   N responses a prompt from the student, with log q(y_t | x, y_<t) of every token
+    2. check    one teacher forward: log p(y_t | x, y_<t);  t* = min { t : log q - log p > eta }
+    3. splice   keep the student's y_<t*; the teacher samples on from position t*:  y+ = spliced, y- = the student's own
+    4. align    DPO on the pairs (dpo.py), reference = the initial student  ->  OUT/student, the warmed-up student
+    5. distil   ordinary KD from there: kd.py --student OUT/student
+
+Everything stays in token ids from sampling to loss: decoding to text and tokenizing again would move the splice point.
+Where the paper is silent, the README's ledger names our reading and the flag that changes it. Ours, and exact: the
+teacher's splice goes on from the cache of its check (`decode.rewind`), and no sample depends on its batch or rank
+(`decode.uniform_noise`), so pairs are the same for any number of processes.
+"""
+
+import argparse
+import json
+import math
+import time
+
+import torch
+from tqdm import tqdm
+
+import common
+import data
+import decode
+import dpo
+import eval
+import pairs
+import toy
+import training
+from common import UserError, check_range
+
+STUDENT_STAGE, TEACHER_STAGE = 0, 1  # separate the noise of the student's samples from that of the teacher's
+
+
+class Context:
+    """What steps 1 to 3 need beside models and prompts."""
+
+    def __init__(self, args, world, tokenizer, eos_ids):
+        self.args, self.world, self.tokenizer, self.eos_ids = args, world, tokenizer, eos_ids
+        self.vocab_size, self.pad_id = len(tokenizer), tokenizer.pad_token_id
+        self.speed = {stage: [0, 0.0] for stage in ("sample", "check", "splice")}  # tokens, seconds of this rank
+
+    def decode_text(self, ids):
+        """Ids of a response -> text for readers and answer checkers, special tokens left out."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps 1 to 3: sample, check, splice
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sample_responses(student, prompts, context):
+    """Step 1. N responses for each of P prompts, rows prompt by prompt.
+
+    Returns P*N lists of ids and P*N lists of log q(y_t | x, y_<t), the latter at temperature 1 and not truncated,
+    whatever the samples were drawn with.
+    """
+    args, n = context.args, context.args.samples
+    device = context.world.device
+    rows = decode.prefill(student, [p["ids"] for p in prompts], context.pad_id, device)
+    rows = decode.expand(rows, n)
+    prompt_ids, sample_ids = sample_names(prompts, n, device)
+    start = torch.zeros_like(prompt_ids)
+    choose = decode.sampler(args.seed, STUDENT_STAGE, prompt_ids, sample_ids, start, args.temperature, args.top_p)
+    budget = torch.full_like(prompt_ids, args.max_new_tokens)
+    return decode.decode(student, rows, choose, budget, context.eos_ids, context.vocab_size)
+
+
+def check_responses(teacher, prompts, responses, context):
+    """Step 2. log p(y_t | x, y_<t) of every response token from one teacher forward.
+
+    Returns rows and hidden states to splice from, and (P*N, T) log-probs, 0 beyond a response's end.
+    """
+    rows = decode.prefill(teacher, [p["ids"] for p in prompts], context.pad_id, context.world.device)
+    rows = decode.expand(rows, context.args.samples)
+    return decode.score(teacher, rows, responses, context.vocab_size)
+
+
+def first_mismatch(student_logprobs, teacher_logprobs, mask, eta):
+    """t* = min { t : log q(y_t | x, y_<t) - log p(y_t | x, y_<t) > eta }, the paper's mismatch condition, in nats.
+
+    student_logprobs, teacher_logprobs: (B, T). mask: (B, T) bool, true on a response's tokens, its EOS included.
+    Returns (B,) int64, -1 where no token's margin is above eta.
+    """
+    margin = student_logprobs - teacher_logprobs  # (B, T)
+    mismatch = (margin > eta) & mask
+    return torch.where(mismatch.any(-1), mismatch.int().argmax(-1), -1)
+
+
+def splice(response, position, continuation):
+    """Step 3. y+ = y_<position + the teacher's continuation; all are lists of ids."""
+    return response[:position] + continuation
+
+
+def continue_by_teacher(teacher, rows, hidden, positions, prompts, responses, context):
+    """The teacher writes each response from `positions` (B,) on, -1: not at all. Returns B lists of ids, of log-probs.
+
+    Decodes from the cache of the check: nothing is prefilled again.
+    """
+    args, device = context.args, context.world.device
+    chosen = (positions >= 0).nonzero()[:, 0]
+    tokens, logprobs = [[] for _ in responses], [[] for _ in responses]
+    if len(chosen) == 0 and not args.shard_teacher:
+        return tokens, logprobs
+    if len(chosen) == 0:  # a sharded teacher's forwards need every rank: row 0 goes along with nothing to write
+        chosen = torch.zeros(1, dtype=torch.long, device=device)
+    start = positions[chosen].clamp(min=0)
+    prompt_ids, sample_ids = (names[chosen] for names in sample_names(prompts, args.samples, device))
+    rows = decode.rewind(rows.select(chosen), start, hidden[chosen])
+    choose = decode.greedy
+    if args.teacher_decoding == "sample":
+        choose = decode.sampler(args.seed, TEACHER_STAGE, prompt_ids, sample_ids, start, args.temperature, args.top_p)
+    budget = torch.where(positions[chosen] >= 0, args.max_new_tokens - start, 0)
+    any_rank = context.world.any if args.shard_teacher else bool
+    written = decode.decode(teacher, rows, choose, budget, context.eos_ids, context.vocab_size, any_rank)
+    for row, ids, values in zip(chosen.tolist(), *written):
+        if positions[row] >= 0:
+            tokens[row], logprobs[row] = ids, values
+    return tokens, logprobs
+
+
+def sample_names(prompts, n, device):
+    """(P*N,) prompt ids and sample ids of the rows of P prompts with N samples each."""
+    prompt_ids = torch.tensor([p["prompt_id"] for p in prompts], device=device).repeat_interleave(n)
+    return prompt_ids, torch.arange(n, device=device).repeat(len(prompts))
+
+
+def build_samples(student, teacher, prompts, context, keep):
+    """Steps 1 to 3 for one micro-batch of prompts -> one record a sample, as OUT/pairs/NNNNN.jsonl holds it."""
+    args = context.args
+    clock = [time.perf_counter()]
+    responses, student_logprobs = sample_responses(student, prompts, context)
+    clock.append(time.perf_counter())
+    rows, hidden, teacher_logprobs = check_responses(teacher, prompts, responses, context)
+    width, device = teacher_logprobs.shape[1], teacher_logprobs.device
+    lengths = torch.tensor([len(r) for r in responses], device=device)
+    mask = torch.arange(width, device=device) < lengths[:, None]  # (B, T)
+    padded = torch.tensor([values + [0.0] * (width - len(values)) for values in student_logprobs], device=device)
+    t_star = first_mismatch(padded, teacher_logprobs, mask, args.eta)  # (B,)
+    margin = padded - teacher_logprobs
+    clock.append(time.perf_counter())
+
+    # Replace the mismatched token itself, or (--replace after) keep it and let the teacher go on behind it
+    after = int(args.replace == "after")
+    positions = torch.where((t_star >= 0) & (t_star + after < lengths), t_star + after, -1)
+    continuations, continuation_logprobs = continue_by_teacher(
+        teacher, rows, hidden, positions, prompts, responses, context
+    )
+    clock.append(time.perf_counter())
+
+    records, seen = [], set()
+    for i, (response, t, position) in enumerate(zip(responses, t_star.tolist(), positions.tolist())):
+        prompt, sample_id = prompts[i // args.samples], i % args.samples
+        record = {
+            "prompt_id": prompt["prompt_id"],
+            "sample_id": sample_id,
+            "status": "untouched",
+            "t_star": t,
+            "response_ids": response,
+            "student_logprobs": [round(v, 4) for v in student_logprobs[i]],
+            "teacher_logprobs": [round(v, 4) for v in teacher_logprobs[i, : len(response)].tolist()],
+            "ended": response[-1] in context.eos_ids,
+        }
+        if t >= 0:
+            record["margin"] = round(margin[i, t].item(), 4)
+            record["prefix_len"] = max(position, 0)
+            record["chosen_ids"] = splice(response, position, continuations[i]) if position >= 0 else response
+            values = teacher_logprobs[i, : record["prefix_len"]].tolist() + continuation_logprobs[i]
+            record["chosen_teacher_logprobs"] = [round(v, 4) for v in values] if position >= 0 else []
+            key = (prompt["prompt_id"], tuple(record["chosen_ids"]), tuple(response))
+            if record["chosen_ids"] == response:
+                record["status"] = "identical"
+            elif key in seen:
+                record["status"] = "duplicate"
+            else:
+                seen.add(key)
+                record["status"] = "kept" if keep(record, prompt, context) else "filtered"
+        records.append(record)
+    tokens = [sum(map(len, responses)), sum(map(len, responses)), sum(map(len, continuations))]
+    for stage, count, begin, end in zip(("sample", "check", "splice"), tokens, clock, clock[1:]):
+        context.speed[stage][0] += count
+        context.speed[stage][1] += end - begin
+    return records
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps 1 to 3 over all prompts and ranks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def build_pairs(args, world, context, prompts, out):
+    """Runs steps 1 to 3 over all prompts; a micro-batch whose file is there is done.
+
+    Micro-batches are formed from the order of the prompts, never from the number of ranks.
+    """
+    folder = out / "pairs"
+    if world.rank == 0:
+        folder.mkdir(exist_ok=True)
+    world.barrier()
+    batches = [prompts[k : k + args.prompts_per_batch] for k in range(0, len(prompts), args.prompts_per_batch)]
+    missing = [k for k in range(len(batches)) if not (folder / f"{k:05d}.jsonl").exists()]
+    world.barrier()  # every rank has looked before the first one writes
+    if not missing:
+        return
+    dtype = common.compute_dtype(args.dtype, world)
+    keep = pairs.pair_filter(args, world)
+    student = common.load_model(args.student, dtype, world.device, args.trust_remote_code)
+    teacher_device = "cpu" if args.shard_teacher else world.device
+    teacher = common.load_model(args.teacher, dtype, teacher_device, args.trust_remote_code)
+    common.check_vocabulary(student, context.tokenizer, args.student)
+    common.check_vocabulary(teacher, context.tokenizer, args.teacher)
+    if args.shard_teacher:
+        teacher = training.shard_blocks(teacher, world)
+    bar = tqdm(total=len(missing) * args.prompts_per_batch, desc="pairs", unit="prompt", disable=world.rank > 0)
+    for first in range(0, len(missing), world.size):
+        turn = missing[first : first + world.size]
+        idle = world.rank >= len(turn)
+        if idle and not args.shard_teacher:
+            break
+        k = turn[0] if idle else turn[world.rank]  # a sharded teacher needs an idle rank along; its work is dropped
+        records = build_samples(student, teacher, batches[k], context, keep)
+        if not idle:
+            common.write_jsonl(folder / f"{k:05d}.jsonl", records)
+        bar.update(len(turn) * args.prompts_per_batch)
+    bar.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv=None):
+    parser = common.ArgumentParser(__doc__)
+    parser.add_argument("--teacher", help="folder or hub id; without teacher, student and data: the toy of toy.py")
+    parser.add_argument("--student", help="folder or hub id, same tokenizer as the teacher")
+    parser.add_argument("--out", default="out/warmup", help="folder of the run; the warmed-up student is OUT/student")
+    common.add_arguments(parser)
+    data.add_arguments(parser)
+    group = parser.add_argument_group("sample, check, splice")
+    group.add_argument("--samples", type=int, default=8, help="N, responses a prompt; 8 in the paper")
+    group.add_argument(
+        "--eta", type=float, default=4.0, help="threshold of the margin log q - log p, nats; 4 in the paper"
+    )
+    group.add_argument("--temperature", type=float, default=1.0, help="of the student's and the teacher's sampling")
+    group.add_argument("--top-p", type=float, default=1.0, help="of both; margins use the full distribution regardless")
+    group.add_argument("--max-new-tokens", type=int, default=256, help="longest response, before and after the splice")
+    group.add_argument(
+        "--replace", choices=["at", "after"], default="at", help="the teacher writes from t* on, or from behind it"
+    )
+    group.add_argument(
+        "--teacher-decoding", choices=["sample", "greedy"], default="sample", help="how the teacher writes"
+    )
+    group.add_argument("--keep", default="all", help="which pairs: all, teacher, correct, or reward:MODEL (see README)")
+    group.add_argument("--prompts-per-batch", type=int, default=8, help="prompts in one micro-batch of sampling")
+    group.add_argument(
+        "--shard-teacher", action="store_true", help="spread a teacher that does not fit; slow to decode"
+    )
+    group.add_argument("--reference", choices=["student", "teacher"], default="student", help="pi_ref of DPO")
+    dpo.add_arguments(parser)
+    training.add_training_arguments(parser, lr=5e-7)
+    group = parser.add_argument_group("closing table")
+    group.add_argument("--eval-data", help="held-out prompts; default: the training prompts, and the table says so")
+    group.add_argument("--eval-limit", type=int, default=64, help="prompts in the table; 0: no table")
+    args = parser.parse_args(argv)
+    args.toy = args.teacher is None and args.student is None and args.data is None
+    if args.toy:  # the same flags with the toy's own defaults
+        parser.set_defaults(**toy.WARMUP, toy=True)
+        args = parser.parse_args(argv)
+    return check_args(args)
+
+
+def check_args(args):
+    """Raises UserError for values that make no sense."""
+    if not args.toy and not (args.teacher and args.student and args.data):
+        missing = [flag for flag in ("teacher", "student", "data") if not getattr(args, flag)]
+        raise UserError(f"--{missing[0]} is missing", "on the command line", "give all three, or none for the toy")
+    check_range("--samples", args.samples, args.samples >= 1, "of 1 or more")
+    check_range("--eta", args.eta, math.isfinite(args.eta), "in nats, such as 4")
+    check_range("--temperature", args.temperature, 0 < args.temperature < math.inf, "above 0")
+    check_range("--top-p", args.top_p, 0 < args.top_p <= 1, "in (0, 1]")
+    check_range("--max-new-tokens", args.max_new_tokens, args.max_new_tokens >= 1, "of 1 or more")
+    check_range("--prompts-per-batch", args.prompts_per_batch, args.prompts_per_batch >= 1, "of 1 or more")
+    check_range("--limit", args.limit, args.limit >= 0, "of 0 or more")
+    check_range("--eval-limit", args.eval_limit, args.eval_limit >= 0, "of 0 or more")
+    known = args.keep in ("all", "teacher", "correct") or args.keep.startswith("reward:")
+    check_range("--keep", args.keep, known, "of all, teacher, correct or reward:MODEL")
+    return dpo.check_args(args)
+
+
+def load_prompts(args, tokenizer):
+    """(prompts, how many were too long) of --data."""
+    examples = data.read_examples(args)
+    if args.keep == "correct" and any(e["response"] is None for e in examples):
+        raise UserError("--keep correct needs gold responses", f"in {args.data}", "name them with --response-column")
+    return data.encode_prompts(examples, tokenizer, args.template, args.max_prompt_tokens)
+
+
+def closing_table(args, world, context, prompts, out, dpo_metrics):
+    """Prints teacher, student before and student after side by side; writes OUT/summary.json."""
+    held_out = args.eval_data is not None
+    if held_out:
+        data_args = argparse.Namespace(**{**vars(args), "data": args.eval_data, "limit": args.eval_limit})
+        prompts, _ = data.encode_prompts(
+            data.read_examples(data_args), context.tokenizer, args.template, args.max_prompt_tokens
+        )
+    prompts = prompts[: args.eval_limit]
+    with_answers = all(p["gold"] is not None and eval.final_number(p["gold"]) is not None for p in prompts)
+    dtype = common.compute_dtype(args.dtype, world)
+    load = lambda path: common.load_model(path, dtype, world.device, args.trust_remote_code)
+    shared = (context.tokenizer, context.eos_ids, args.max_new_tokens, args.prompts_per_batch * args.samples)
+    teacher, summary = load(args.teacher), {}
+    for name, path in (("teacher", None), ("student before", args.student), ("student after", out / "student")):
+        model, row = teacher if path is None else load(path), {}
+        if with_answers:
+            row["accuracy"] = eval.greedy_accuracy(model, prompts, *shared, world)
+        if path is not None:
+            row.update(eval.distance(model, teacher, prompts, *shared, args.eta, args.seed, world))
+        summary[name] = row
+    if world.rank > 0:
+        return
+    mismatch = common.read_json(out / "mismatch.json")
+    summary["stages"] = {stage: tokens / seconds for stage, (tokens, seconds) in context.speed.items() if tokens}
+    if dpo_metrics:
+        summary["stages"]["dpo"] = dpo_metrics["tokens_per_second"]
+    common.write_atomic(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    where = "held-out prompts" if held_out else "training prompts"
+    columns = ("accuracy", "replaced_samples", "replaced_tokens", "kl_teacher_student", "kl_student_teacher")
+    titles = ("accuracy", "samples > eta", "tokens > eta", "KL(p,q)", "KL(q,p)")
+    print(f"\n{len(prompts)} {where}, eta {args.eta}\n{'':16}" + "".join(f"{title:>15}" for title in titles))
+    for name in ("teacher", "student before", "student after"):
+        cells = (f"{summary[name][c]:.4f}" if c in summary[name] else "-" for c in columns)
+        print(f"{name:16}" + "".join(f"{cell:>15}" for cell in cells))
+    print(f"\n{mismatch['pairs']} pairs of {mismatch['samples']} samples, {mismatch['untouched']} untouched")
+    for stage, rate in summary["stages"].items():
+        print(f"{stage:8} {rate:10.0f} tokens/s")
+
+
+def main(argv=None):
+    started = time.perf_counter()
+    args = parse_args(argv)
+    world = common.start_processes(args.device, args.threads)
+    out = common.start_run(args.out, args)
+    if args.toy:
+        if world.rank == 0:
+            toy.build("out/toy", args.seed)
+        world.barrier()
+        args.teacher, args.student, args.data, args.eval_data = (
+            f"out/toy/{name}" for name in ("teacher", "student", "train.jsonl", "dev.jsonl")
+        )
+    tokenizer = common.load_tokenizer(args.student, args.trust_remote_code)
+    teacher_tokenizer = common.load_tokenizer(args.teacher, args.trust_remote_code)
+    common.check_same_tokenizer(tokenizer, teacher_tokenizer, args.student, args.teacher)
+    prompts, skipped = load_prompts(args, tokenizer)
+    context = Context(args, world, tokenizer, common.model_eos_ids([args.student, args.teacher], tokenizer))
+
+    # Steps 1 to 3
+    build_pairs(args, world, context, prompts, out)
+    world.barrier()
+    if world.rank == 0:
+        pairs.merge_pairs(args, context, prompts, skipped, out)
+    world.barrier()
+
+    # Step 4
+    preferences = pairs.read_pairs(out / "pairs.jsonl", tokenizer)
+    reference = args.student if args.reference == "student" else args.teacher
+    dpo_metrics = dpo.train(args, world, tokenizer, preferences, args.student, reference, out)
+
+    if args.eval_limit:
+        closing_table(args, world, context, prompts, out, dpo_metrics)
+    if world.rank == 0:
+        print(f"{time.perf_counter() - started:.0f} seconds in all; the warmed-up student is {out / 'student'}")
+
+
+if __name__ == "__main__":
+    common.run(main)
