@@ -25,6 +25,7 @@ from tqdm import tqdm
 import common
 import decode
 import training
+from common import UserError
 from pairs import read_pairs
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,6 +188,29 @@ def reference_logprobs(model, pairs, lengths, pad_id, with_shared, micro_batch_s
     return sums.cpu()
 
 
+def load_reference(args, world, tokenizer, pairs, lengths, policy, policy_path, reference_path, out):
+    """log pi_ref of all pairs: computed once, since a frozen model's log-probs never change; kept in OUT/reference.json.
+
+    Where the reference is the policy before its first step, no second model is loaded.
+    """
+    file = out / "reference.json"
+    if file.exists():
+        return torch.tensor(common.read_json(file)).view(-1, 3)
+    if reference_path != policy_path:
+        policy = load_policy(reference_path, args, tokenizer, world)[0]
+    with_shared, pad_id = needs_shared(args), tokenizer.pad_token_id
+    reference = reference_logprobs(policy, pairs, lengths, pad_id, with_shared, args.micro_batch_size, world)
+    world.barrier()  # every rank has looked for the file before it is written
+    if world.rank == 0:
+        common.write_json(file, reference.tolist())
+    return reference
+
+
+def needs_shared(args):
+    """Whether the log-probs of shared response tokens count: in a difference of sums they cancel, in others not."""
+    return args.logprobs == "mean" or args.nll_weight > 0
+
+
 def load_policy(path, args, tokenizer, world):
     """A model to train: float32 parameters, sharded. Returns (PairModel, the language model in it)."""
     lm = common.load_model(path, torch.float32, world.device, args.trust_remote_code)
@@ -205,30 +229,16 @@ def train(args, world, tokenizer, pairs, student_path, reference_path, out):
     if (out / "student").exists():
         return None
     accumulation = training.accumulation_steps(args, world)
-    with_shared = args.logprobs == "mean" or args.nll_weight > 0
+    with_shared = needs_shared(args)
     lengths = [len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in pairs]
     response_lengths = torch.tensor([[len(p["chosen_ids"]), len(p["rejected_ids"])] for p in pairs])  # (n, 2)
-    score_args = (pairs, lengths, tokenizer.pad_token_id, with_shared, args.micro_batch_size, world)
-
-    # pi_ref: a frozen model's log-probs never change, so they are computed once and the model is let go
-    reference_file = out / "reference.json"
-    if reference_file.exists():
-        reference = torch.tensor(common.read_json(reference_file))
-    elif reference_path != student_path:
-        reference = reference_logprobs(load_policy(reference_path, args, tokenizer, world)[0], *score_args)
     model, lm = load_policy(student_path, args, tokenizer, world)
-    if not reference_file.exists():
-        if reference_path == student_path:
-            reference = reference_logprobs(model, *score_args)
-        world.barrier()
-        if world.rank == 0:
-            common.write_json(reference_file, reference.tolist())
-
+    reference = load_reference(args, world, tokenizer, pairs, lengths, model, student_path, reference_path, out)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, betas=tuple(args.adam_betas), weight_decay=args.weight_decay
     )
     first_step = training.load_checkpoint(out / "checkpoint", model, optimizer)
-    total_steps = args.max_steps or args.epochs * math.ceil(len(pairs) / args.batch_size)
+    total_steps = (args.max_steps or args.epochs * math.ceil(len(pairs) / args.batch_size)) if pairs else 0
     metrics_file = training.open_metrics(out / "metrics.jsonl", first_step, world)
     metrics, warned = None, False
     if world.rank == 0:
@@ -360,6 +370,8 @@ def main(argv=None):
     world = common.start_processes(args.device, args.threads)
     tokenizer = common.load_tokenizer(args.model, args.trust_remote_code)
     pairs = read_pairs(args.pairs, tokenizer)
+    if not pairs:
+        raise UserError("no pairs", f"in {args.pairs}", "lower --eta or use more prompts")
     out = common.start_run(args.out, args)
     metrics = train(args, world, tokenizer, pairs, args.model, args.reference or args.model, out)
     if world.rank == 0:

@@ -172,8 +172,6 @@ def read_pairs(path, tokenizer):
         pair = row if "chosen_ids" in row else tokenize_pair(row, tokenizer, where)
         check_pair(pair, tokenizer, where)
         pairs.append(pair)
-    if not pairs:
-        raise UserError("no pairs", f"in {path}", "lower --eta or use more prompts")
     return pairs
 
 

@@ -372,6 +372,8 @@ def main(argv=None):
     # Step 4
     preferences = pairs.read_pairs(out / "pairs.jsonl", tokenizer)
     reference = args.student if args.reference == "student" else args.teacher
+    if not preferences and world.rank == 0:
+        print("warning: no pair came out, so there is nothing to learn: OUT/student is the student unchanged")
     dpo_metrics = dpo.train(args, world, tokenizer, preferences, args.student, reference, out)
 
     if args.eval_limit:
