@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -195,14 +195,14 @@ def load_model(path, dtype, device, trust_remote_code=False):
     return model.to(device).eval()
 
 
-def model_eos_ids(paths, tokenizer):
-    """Sorted ids that end a response: the tokenizer's eos and what each model's generation config names."""
+def model_eos_ids(paths, tokenizer, trust_remote_code=False):
+    """Sorted ids that end a response: the tokenizer's eos and those of each model's generation config, or of its config."""
     ids = {tokenizer.eos_token_id}
     for path in paths:
         try:
             eos = GenerationConfig.from_pretrained(path).eos_token_id
-        except OSError:  # a folder without generation_config.json: the tokenizer's eos is all there is
-            eos = None
+        except OSError:  # no generation_config.json
+            eos = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).eos_token_id
         ids.update([eos] if isinstance(eos, int) else eos or [])
     return sorted(ids)
 
@@ -249,12 +249,12 @@ def one_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-def write_atomic(path, text):
-    """Writes `text` to `path` so that a reader or a killed run sees the whole file or none."""
+def write_atomic(path, content):
+    """Writes `content`, text or bytes, to `path` so that a reader or a killed run sees the whole file or none."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(partial, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)

@@ -27,6 +27,7 @@ import decode
 import training
 from common import UserError
 from pairs import read_pairs
+from training import batch_of_step, micro_batches
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss
@@ -154,25 +155,6 @@ def response_logps(sums, lengths, average):
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def batch_of_step(step, count, batch_size, seed):
-    """Indices of the pairs of step `step` (from 0): epochs are seeded permutations, the last batch of each may be short."""
-    per_epoch = math.ceil(count / batch_size)
-    epoch, position = divmod(step, per_epoch)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
-    return order[position * batch_size : (position + 1) * batch_size]
-
-
-def micro_batches(indices, lengths, micro_batch_size, world):
-    """This rank's share of a global batch, in micro-batches; every rank gets equally many, some perhaps empty.
-
-    Indices are dealt out in order of length, so that rows of like length meet and ranks finish together.
-    """
-    indices = sorted(indices, key=lambda i: (lengths[i], i))
-    count = math.ceil(math.ceil(len(indices) / world.size) / micro_batch_size)
-    mine = indices[world.rank :: world.size]
-    return [mine[k * micro_batch_size : (k + 1) * micro_batch_size] for k in range(count)]
 
 
 @torch.no_grad()

@@ -134,6 +134,7 @@ def merge_pairs(args, context, prompts, skipped, out):
 
 def to_pair(record, prompt, fingerprint, context):
     """One line of pairs.jsonl. The text columns are what TRL and the hub call a preference data set."""
+    t = record["t_star"]
     return {
         "prompt_id": record["prompt_id"],
         "sample_id": record["sample_id"],
@@ -141,7 +142,7 @@ def to_pair(record, prompt, fingerprint, context):
         "prefix_len": record["prefix_len"],
         "chosen_ids": record["chosen_ids"],
         "rejected_ids": record["response_ids"],
-        "margin": record["margin"],
+        "margin": round(record["student_logprobs"][t] - record["teacher_logprobs"][t], 4),
         "prompt": prompt["text"],
         "chosen": context.decode_text(record["chosen_ids"]),
         "rejected": context.decode_text(record["response_ids"]),

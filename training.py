@@ -24,8 +24,8 @@ from common import DTYPES, UserError, check_range, read_jsonl, write_jsonl
 
 def decoder_blocks(lm):
     """The list of transformer blocks of a Hugging Face causal language model."""
-    lists = [m for m in lm.base_model.modules() if isinstance(m, torch.nn.ModuleList)]
-    return max(lists, key=len)
+    lists = (m for m in lm.base_model.modules() if isinstance(m, torch.nn.ModuleList))
+    return next(m for m in lists if len(m) == lm.config.num_hidden_layers)
 
 
 def shard(root, lm, dtype, world):
@@ -49,8 +49,27 @@ def shard_blocks(lm, world):
     """
     mesh = init_device_mesh(world.device.type, (world.size,))
     for block in decoder_blocks(lm):
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)  # by default a block that is a root stays gathered
     return lm.to(world.device)
+
+
+def batch_of_step(step, count, batch_size, seed):
+    """Indices of the examples of step `step` (from 0): epochs are seeded permutations, the last batch of each may be short."""
+    per_epoch = math.ceil(count / batch_size)
+    epoch, position = divmod(step, per_epoch)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+    return order[position * batch_size : (position + 1) * batch_size]
+
+
+def micro_batches(indices, lengths, micro_batch_size, world):
+    """This rank's share of a global batch, in micro-batches; every rank gets equally many, some perhaps empty.
+
+    Indices are dealt out in order of length, so that rows of like length meet and ranks finish together.
+    """
+    indices = sorted(indices, key=lambda i: (lengths[i], i))
+    count = math.ceil(math.ceil(len(indices) / world.size) / micro_batch_size)
+    mine = indices[world.rank :: world.size]
+    return [mine[k * micro_batch_size : (k + 1) * micro_batch_size] for k in range(count)]
 
 
 def learning_rate(step, total_steps, peak, warmup_ratio, final_ratio):

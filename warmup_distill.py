@@ -19,6 +19,7 @@ teacher's splice goes on from the cache of its check (`decode.rewind`), and no s
 """
 
 import argparse
+import contextlib
 import json
 import math
 import time
@@ -45,7 +46,17 @@ class Context:
     def __init__(self, args, world, tokenizer, eos_ids):
         self.args, self.world, self.tokenizer, self.eos_ids = args, world, tokenizer, eos_ids
         self.vocab_size, self.pad_id = len(tokenizer), tokenizer.pad_token_id
-        self.speed = {stage: [0, 0.0] for stage in ("sample", "check", "splice")}  # tokens, seconds of this rank
+        self.clocks = {}  # stage -> tokens and seconds on this rank
+
+    @contextlib.contextmanager
+    def clock(self, stage):
+        """Adds the time inside, and the `tokens` that are set on the yielded object, to `clocks[stage]`."""
+        lap, started = argparse.Namespace(tokens=0), time.perf_counter()
+        yield lap
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+        tokens, seconds = self.clocks.get(stage, (0, 0.0))
+        self.clocks[stage] = (tokens + lap.tokens, seconds + time.perf_counter() - started)
 
     def decode_text(self, ids):
         """Ids of a response -> text for readers and answer checkers, special tokens left out."""
@@ -100,30 +111,30 @@ def splice(response, position, continuation):
     return response[:position] + continuation
 
 
-def continue_by_teacher(teacher, rows, hidden, positions, prompts, responses, context):
-    """The teacher writes each response from `positions` (B,) on, -1: not at all. Returns B lists of ids, of log-probs.
+def continue_by_teacher(teacher, rows, hidden, positions, lengths, prompts, context):
+    """The teacher writes on from each response's token `positions` (B,), where that is under the response's `lengths` (B,).
 
-    Decodes from the cache of the check: nothing is prefilled again.
+    rows, hidden: from `check_responses`; decoding goes on in that cache, nothing is prefilled again.
+    Returns B lists of ids and B lists of log-probs, empty for rows it does not touch.
     """
     args, device = context.args, context.world.device
-    chosen = (positions >= 0).nonzero()[:, 0]
-    tokens, logprobs = [[] for _ in responses], [[] for _ in responses]
-    if len(chosen) == 0 and not args.shard_teacher:
-        return tokens, logprobs
-    if len(chosen) == 0:  # a sharded teacher's forwards need every rank: row 0 goes along with nothing to write
+    chosen = (positions < lengths).nonzero()[:, 0]
+    tokens, logprobs = [[] for _ in lengths], [[] for _ in lengths]
+    if args.shard_teacher and len(chosen) == 0:  # its forwards need every rank: row 0 goes along and writes nothing
         chosen = torch.zeros(1, dtype=torch.long, device=device)
-    start = positions[chosen].clamp(min=0)
+    if len(chosen) == 0:
+        return tokens, logprobs
+    start, room = positions[chosen], args.max_new_tokens - positions[chosen]
+    budget = torch.where(start < lengths[chosen], room, 0)
     prompt_ids, sample_ids = (names[chosen] for names in sample_names(prompts, args.samples, device))
     rows = decode.rewind(rows.select(chosen), start, hidden[chosen])
     choose = decode.greedy
     if args.teacher_decoding == "sample":
         choose = decode.sampler(args.seed, TEACHER_STAGE, prompt_ids, sample_ids, start, args.temperature, args.top_p)
-    budget = torch.where(positions[chosen] >= 0, args.max_new_tokens - start, 0)
     any_rank = context.world.any if args.shard_teacher else bool
     written = decode.decode(teacher, rows, choose, budget, context.eos_ids, context.vocab_size, any_rank)
     for row, ids, values in zip(chosen.tolist(), *written):
-        if positions[row] >= 0:
-            tokens[row], logprobs[row] = ids, values
+        tokens[row], logprobs[row] = ids, values
     return tokens, logprobs
 
 
@@ -135,60 +146,63 @@ def sample_names(prompts, n, device):
 
 def build_samples(student, teacher, prompts, context, keep):
     """Steps 1 to 3 for one micro-batch of prompts -> one record a sample, as OUT/pairs/NNNNN.jsonl holds it."""
-    args = context.args
-    clock = [time.perf_counter()]
-    responses, student_logprobs = sample_responses(student, prompts, context)
-    clock.append(time.perf_counter())
-    rows, hidden, teacher_logprobs = check_responses(teacher, prompts, responses, context)
-    width, device = teacher_logprobs.shape[1], teacher_logprobs.device
-    lengths = torch.tensor([len(r) for r in responses], device=device)
-    mask = torch.arange(width, device=device) < lengths[:, None]  # (B, T)
-    padded = torch.tensor([values + [0.0] * (width - len(values)) for values in student_logprobs], device=device)
-    t_star = first_mismatch(padded, teacher_logprobs, mask, args.eta)  # (B,)
-    margin = padded - teacher_logprobs
-    clock.append(time.perf_counter())
-
-    # Replace the mismatched token itself, or (--replace after) keep it and let the teacher go on behind it
-    after = int(args.replace == "after")
-    positions = torch.where((t_star >= 0) & (t_star + after < lengths), t_star + after, -1)
-    continuations, continuation_logprobs = continue_by_teacher(
-        teacher, rows, hidden, positions, prompts, responses, context
-    )
-    clock.append(time.perf_counter())
+    args, device = context.args, context.world.device
+    with context.clock("sample") as clock:
+        responses, student_logprobs = sample_responses(student, prompts, context)
+        clock.tokens = sum(map(len, responses))
+    with context.clock("check") as clock:
+        rows, hidden, teacher_logprobs = check_responses(teacher, prompts, responses, context)
+        width = teacher_logprobs.shape[1]
+        lengths = torch.tensor([len(r) for r in responses], device=device)
+        mask = torch.arange(width, device=device) < lengths[:, None]  # (B, T)
+        padded = torch.tensor([values + [0.0] * (width - len(values)) for values in student_logprobs], device=device)
+        t_star = first_mismatch(padded, teacher_logprobs, mask, args.eta)  # (B,)
+        clock.tokens = sum(map(len, responses))
+    with context.clock("splice") as clock:
+        # The mismatched token itself is replaced, or (--replace after) kept. Without a mismatch all of y is kept
+        positions = torch.where(t_star >= 0, t_star + int(args.replace == "after"), lengths)
+        continuations, continuation_logprobs = continue_by_teacher(
+            teacher, rows, hidden, positions, lengths, prompts, context
+        )
+        clock.tokens = sum(map(len, continuations))
 
     records, seen = [], set()
-    for i, (response, t, position) in enumerate(zip(responses, t_star.tolist(), positions.tolist())):
-        prompt, sample_id = prompts[i // args.samples], i % args.samples
+    columns = zip(responses, t_star.tolist(), positions.tolist(), teacher_logprobs.tolist())
+    for i, (response, t, position, teacher_values) in enumerate(columns):
+        prompt, teacher_values = prompts[i // args.samples], teacher_values[: len(response)]
         record = {
             "prompt_id": prompt["prompt_id"],
-            "sample_id": sample_id,
+            "sample_id": i % args.samples,
             "status": "untouched",
-            "t_star": t,
-            "response_ids": response,
-            "student_logprobs": [round(v, 4) for v in student_logprobs[i]],
-            "teacher_logprobs": [round(v, 4) for v in teacher_logprobs[i, : len(response)].tolist()],
             "ended": response[-1] in context.eos_ids,
+            "t_star": t,
+            "prefix_len": position,
+            "response_ids": response,
+            "student_logprobs": rounded(student_logprobs[i]),
+            "teacher_logprobs": rounded(teacher_values),
+            "chosen_ids": splice(response, position, continuations[i]),
+            "chosen_teacher_logprobs": rounded(teacher_values[:position] + continuation_logprobs[i]),
         }
         if t >= 0:
-            record["margin"] = round(margin[i, t].item(), 4)
-            record["prefix_len"] = max(position, 0)
-            record["chosen_ids"] = splice(response, position, continuations[i]) if position >= 0 else response
-            values = teacher_logprobs[i, : record["prefix_len"]].tolist() + continuation_logprobs[i]
-            record["chosen_teacher_logprobs"] = [round(v, 4) for v in values] if position >= 0 else []
-            key = (prompt["prompt_id"], tuple(record["chosen_ids"]), tuple(response))
-            if record["chosen_ids"] == response:
-                record["status"] = "identical"
-            elif key in seen:
-                record["status"] = "duplicate"
-            else:
-                seen.add(key)
-                record["status"] = "kept" if keep(record, prompt, context) else "filtered"
+            record["status"] = pair_status(record, seen, prompt, context, keep)
         records.append(record)
-    tokens = [sum(map(len, responses)), sum(map(len, responses)), sum(map(len, continuations))]
-    for stage, count, begin, end in zip(("sample", "check", "splice"), tokens, clock, clock[1:]):
-        context.speed[stage][0] += count
-        context.speed[stage][1] += end - begin
     return records
+
+
+def pair_status(record, seen, prompt, context, keep):
+    """Whether a spliced sample becomes a pair, or why not; `seen` collects the pairs of the micro-batch."""
+    key = (record["prompt_id"], tuple(record["chosen_ids"]), tuple(record["response_ids"]))
+    if record["chosen_ids"] == record["response_ids"]:
+        return "identical"  # the teacher drew what the student had written
+    if key in seen:
+        return "duplicate"
+    seen.add(key)
+    return "kept" if keep(record, prompt, context) else "filtered"
+
+
+def rounded(values):
+    """Log-probs as they are written to files: 1e-4 nats is far under any threshold, and shorter."""
+    return [round(value, 4) for value in values]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -328,7 +342,7 @@ def closing_table(args, world, context, prompts, out, dpo_metrics):
     if world.rank > 0:
         return
     mismatch = common.read_json(out / "mismatch.json")
-    summary["stages"] = {stage: tokens / seconds for stage, (tokens, seconds) in context.speed.items() if tokens}
+    summary["stages"] = {stage: tokens / seconds for stage, (tokens, seconds) in context.clocks.items() if tokens}
     if dpo_metrics:
         summary["stages"]["dpo"] = dpo_metrics["tokens_per_second"]
     common.write_atomic(out / "summary.json", json.dumps(summary, indent=1) + "\n")
