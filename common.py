@@ -268,11 +268,11 @@ def write_jsonl(path, rows):
 def read_jsonl(path):
     """A list of the JSON objects in `path`, one a line. Raises UserError that names the first bad line."""
     rows = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 rows.append(json.loads(line))
-            except ValueError as error:
+            except ValueError as error:  # not JSON, or not UTF-8
                 raise UserError(f"not JSON ({one_line(error)})", f"in {path} line {number}", "mend or delete the line")
     return rows
 

@@ -76,7 +76,7 @@ def read_examples(args):
     messages = "messages" if "messages" in names and not args.prompt_column else None
     prompt = args.prompt_column or next((c for c in PROMPT_COLUMNS if c in names), None)
     response = args.response_column or next((c for c in RESPONSE_COLUMNS if c in names), None)
-    context = next((c for c in INPUT_COLUMNS if c in names), None)
+    context = next((c for c in INPUT_COLUMNS if c in names and c not in (prompt, response)), None)
     for column, flag in ((messages or prompt, "--prompt-column"), (args.response_column, "--response-column")):
         if (column is None and flag == "--prompt-column") or (column is not None and column not in names):
             what = f"no column {column}" if column else "no prompt column"
@@ -114,28 +114,38 @@ def from_messages(messages, where):
 
 def prompt_text(example, tokenizer, template):
     """The prompt as the model sees it, special tokens written out, up to where the response begins."""
-    if template == "none":
-        return (tokenizer.bos_token if adds_bos(tokenizer) else "") + example["instruction"]
     if template == "chat" or (template == "auto" and tokenizer.chat_template):
         if not tokenizer.chat_template:
             raise UserError("the tokenizer has no chat template", "for --template chat", "use --template alpaca")
-        content = "\n\n".join(filter(None, [example["instruction"], example["input"]]))
-        messages = example["messages"] or [{"role": "user", "content": content}]
-        # Llama-3's template writes today's date unless it is given one: a run taken up tomorrow would see other prompts
-        return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False, date_string="26 Jul 2024"
-        )
-    text = (ALPACA_INPUT if example["input"] else ALPACA).format(**example)
-    return (tokenizer.bos_token if adds_bos(tokenizer) else "") + text
+        return render_chat(tokenizer, messages_of(example), add_generation_prompt=True)
+    text = example["instruction"]
+    if template != "none":
+        text = (ALPACA_INPUT if example["input"] else ALPACA).format(**example)
+    return with_bos(tokenizer, text)
 
 
-def adds_bos(tokenizer):
-    """Whether the tokenizer puts a bos token before a text by itself."""
-    return tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+def messages_of(example):
+    """An example's conversation up to its response."""
+    content = "\n\n".join(filter(None, [example["instruction"], example["input"]]))
+    return example["messages"] or [{"role": "user", "content": content}]
+
+
+def render_chat(tokenizer, messages, add_generation_prompt=False):
+    """Messages as text through the chat template. Llama-3's writes today's date unless it is given one: a run that is
+    taken up tomorrow would see other prompts."""
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=add_generation_prompt, tokenize=False, date_string="26 Jul 2024"
+    )
+
+
+def with_bos(tokenizer, text):
+    """Writes out the bos token that the tokenizer would put before a text by itself, unless it is there already."""
+    adds_bos = tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+    return tokenizer.bos_token + text if adds_bos and not text.startswith(tokenizer.bos_token) else text
 
 
 def encode_prompts(examples, tokenizer, template, max_tokens):
-    """Returns (prompts, skipped): prompts are {"prompt_id", "text", "ids", "gold"}; `skipped` were over `max_tokens`.
+    """Returns (prompts, skipped): prompts are {"prompt_id", "messages", "text", "ids", "gold"}; `skipped` were too long.
 
     prompt_id is the row's number in the data, so skipping one prompt changes no other's noise.
     """
@@ -144,7 +154,8 @@ def encode_prompts(examples, tokenizer, template, max_tokens):
         text = prompt_text(example, tokenizer, template)
         ids = tokenizer(text, add_special_tokens=False).input_ids
         if len(ids) <= max_tokens:
-            prompts.append({"prompt_id": prompt_id, "text": text, "ids": ids, "gold": example["response"]})
+            prompt = {"prompt_id": prompt_id, "messages": messages_of(example), "text": text, "ids": ids}
+            prompts.append({**prompt, "gold": example["response"]})
     if not prompts:
         what = f"all {len(examples)} prompts are over --max-prompt-tokens {max_tokens}"
         raise UserError(what, "in --data", "raise the limit or give other data")

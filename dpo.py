@@ -26,7 +26,7 @@ import common
 import decode
 import training
 from common import UserError
-from pairs import read_pairs
+from pairs import read_pairs, shared_length
 from training import batch_of_step, micro_batches
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -59,16 +59,6 @@ def dpo_loss(
 # ---------------------------------------------------------------------------------------------------------------------
 # Exact prefix sharing
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def shared_length(chosen_ids, rejected_ids):
-    """How many leading tokens two responses share (at least t*: the teacher may have drawn the token it replaced)."""
-    length = 0
-    for a, b in zip(chosen_ids, rejected_ids):
-        if a != b:
-            break
-        length += 1
-    return length
 
 
 def collate_pairs(pairs, pad_id, with_shared, device):
@@ -166,6 +156,7 @@ def reference_logprobs(model, pairs, lengths, pad_id, with_shared, micro_batch_s
         batch = [pairs[i] for i in indices] or pairs[:1]  # an idle rank still takes part in FSDP's collectives
         values = model(**collate_pairs(batch, pad_id, with_shared, world.device))
         sums[indices] = values[: len(indices)]
+    model.reshard()  # FSDP leaves its root gathered after a forward: checkpoints and optimizers must see the shards
     torch.distributed.all_reduce(sums)  # each row is non-zero on one rank only: the sum is exact
     return sums.cpu()
 
@@ -215,10 +206,10 @@ def train(args, world, tokenizer, pairs, student_path, reference_path, out):
     lengths = [len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in pairs]
     response_lengths = torch.tensor([[len(p["chosen_ids"]), len(p["rejected_ids"])] for p in pairs])  # (n, 2)
     model, lm = load_policy(student_path, args, tokenizer, world)
-    reference = load_reference(args, world, tokenizer, pairs, lengths, model, student_path, reference_path, out)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, betas=tuple(args.adam_betas), weight_decay=args.weight_decay
     )
+    reference = load_reference(args, world, tokenizer, pairs, lengths, model, student_path, reference_path, out)
     first_step = training.load_checkpoint(out / "checkpoint", model, optimizer)
     total_steps = (args.max_steps or args.epochs * math.ceil(len(pairs) / args.batch_size)) if pairs else 0
     metrics_file = training.open_metrics(out / "metrics.jsonl", first_step, world)

@@ -1,28 +1,76 @@
-"""Evaluation: math accuracy, and the distance between a teacher and a student on the student's own samples.
+"""Evaluation: Rouge-L, math accuracy, teacher-student distance; mean and spread over seeds; paired comparison of runs.
 
-Work is divided over ranks by batches of prompts; no score depends on the number of processes.
+    python eval.py --model OUT/student --data dolly selfinst vicuna sni unni --preset minillm
+    torchrun --nproc_per_node 8 eval.py --model A B --data gsm8k math --compare A B --distance TEACHER
+    python eval.py --compare OUT/eval/A OTHER/eval/B                                results that are there already
+
+Instruction following is scored as in MiniLLM (arXiv 2306.08543), DistiLLM and DSKD: five sets, sampled at temperature 1,
+seeds 10 to 50, Rouge-L F with the stemmer, the best over the references, times 100. Math is scored by math-verify on
+greedy responses, in percent; a greedy response needs no second seed, so the first one names its file.
+Deviations from MiniLLM's protocol: a prompt is never cut (theirs loses its response marker after 256 tokens): one that
+is over the limit is skipped and counted. They forbid repeated 6-grams: off here, on with --preset minillm. Their stream
+of random numbers differs with the number of GPUs; here every token's depends on its place alone.
+
+Every response is in OUT/eval/<model>/<set>-seed<seed>.jsonl with its score. A file that is there is done, so a killed
+run goes on. Batches are cut from the order of the prompts: files and table are the same for any number of processes.
 """
 
+import argparse
+import functools
+import json
+import math
 import re
+import statistics
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
+from transformers import AutoConfig
 
+import benchmarks
+import common
 import decode
+import scores
+from common import UserError, check_range
+from scores import final_number, is_correct, paired_bootstrap  # noqa: F401 - the names that others call
 
 EVAL_STAGE = 2  # separates the noise of these samples from that of training samples
+# What all response files of one OUT/eval have in common
+SETTINGS = ("temperature", "top_p", "max_new_tokens", "no_repeat_ngram_size", "batch_size", "dtype")
+PRESETS = {"none": {}, "minillm": {"no_repeat_ngram_size": 6, "template": "alpaca"}}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Responses
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def final_number(text):
-    """The last number in a text as a float, or None: "1,000" is 1000, "= 18.0" is 18, "#### 18" is 18."""
-    found = re.findall(r"(?<![\d)])-?\d[\d,]*(?:\.\d+)?|\d[\d,]*(?:\.\d+)?", text)
-    return float(found[-1].replace(",", "")) if found else None
+def no_repeat_ngram(choose, prompts, size):
+    """A `choose` for `decode` that completes no `size`-gram which its prompt and response have had already.
 
+    prompts: the B rows' lists of ids. The rule and its reach into the prompt are those of transformers' generate().
+    """
+    histories, seen = [[] for _ in prompts], [{} for _ in prompts]  # seen: the size-1 tokens before -> what followed
 
-def is_correct(response, gold):
-    """Whether a response ends in the same number as the gold response."""
-    answer = final_number(response)
-    return answer is not None and answer == final_number(gold)
+    def remember(i, token):
+        if len(histories[i]) >= size - 1:
+            seen[i].setdefault(tuple(histories[i][1 - size :]), set()).add(token)
+        histories[i].append(token)
+
+    for i, prompt in enumerate(prompts):
+        for token in prompt:
+            remember(i, token)
+
+    def choose_new(logits, indices, step):
+        forbidden = torch.zeros_like(logits, dtype=torch.bool)
+        for row, i in enumerate(indices.tolist()):
+            forbidden[row, list(seen[i].get(tuple(histories[i][1 - size :]), ()))] = True
+        tokens = choose(logits.masked_fill(forbidden, -torch.inf), indices, step)
+        for i, token in zip(indices.tolist(), tokens.tolist()):
+            remember(i, token)
+        return tokens
+
+    return choose_new
 
 
 def batches_of_rank(prompts, batch_size, world):
@@ -31,18 +79,30 @@ def batches_of_rank(prompts, batch_size, world):
     return batches[world.rank :: world.size]
 
 
-def greedy_accuracy(model, prompts, tokenizer, eos_ids, max_new_tokens, batch_size, world):
-    """Share of prompts whose greedy response `is_correct`; prompts need "ids" and "gold"."""
-    correct = 0
-    for batch in tqdm(
-        batches_of_rank(prompts, batch_size, world), desc="accuracy", disable=world.rank > 0, leave=False
-    ):
+def generate(model, prompts, chooser, tokenizer, eos_ids, max_new_tokens, batch_size, world, title):
+    """Yields (prompt, response ids, response text) for this rank's prompts. chooser(batch): a `choose` for `decode`."""
+    batches = batches_of_rank(prompts, batch_size, world)
+    for batch in tqdm(batches, desc=title, disable=world.rank > 0, leave=False):
         rows = decode.prefill(model, [p["ids"] for p in batch], tokenizer.pad_token_id, world.device)
         budget = torch.full((len(batch),), max_new_tokens, device=world.device)
-        responses, _ = decode.decode(model, rows, decode.greedy, budget, eos_ids, len(tokenizer))
-        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        correct += sum(is_correct(text, prompt["gold"]) for text, prompt in zip(texts, batch))
-    return world.sum([correct])[0] / len(prompts)
+        responses, _ = decode.decode(model, rows, chooser(batch), budget, eos_ids, len(tokenizer))
+        yield from zip(batch, responses, tokenizer.batch_decode(responses, skip_special_tokens=True))
+
+
+def sampler(batch, seed, args, device):
+    """A `choose` for `decode`: one sample of each prompt in a batch, a pure function of (seed, prompt id)."""
+    prompt_ids = torch.tensor([p["prompt_id"] for p in batch], device=device)
+    zeros = torch.zeros_like(prompt_ids)
+    choose = decode.sampler(seed, EVAL_STAGE, prompt_ids, zeros, zeros, args.temperature, args.top_p)
+    size = args.no_repeat_ngram_size
+    return no_repeat_ngram(choose, [p["ids"] for p in batch], size) if size else choose
+
+
+def greedy_accuracy(model, prompts, tokenizer, eos_ids, max_new_tokens, batch_size, world):
+    """Share of prompts whose greedy response `is_correct`; prompts need "ids" and "gold", a text."""
+    settings = (tokenizer, eos_ids, max_new_tokens, batch_size, world)
+    responses = generate(model, prompts, lambda batch: decode.greedy, *settings, "accuracy")
+    return world.sum([sum(is_correct(text, prompt["gold"]) for prompt, _, text in responses)])[0] / len(prompts)
 
 
 @torch.no_grad()
@@ -53,9 +113,8 @@ def distance(student, teacher, prompts, tokenizer, eos_ids, max_new_tokens, batc
     tokens of exact sums over the vocabulary; replaced_samples and replaced_tokens, shares with log q - log p > eta.
     """
     totals = torch.zeros(6, dtype=torch.float64)
-    for batch in tqdm(
-        batches_of_rank(prompts, batch_size, world), desc="distance", disable=world.rank > 0, leave=False
-    ):
+    batches = batches_of_rank(prompts, batch_size, world)
+    for batch in tqdm(batches, desc="distance", disable=world.rank > 0, leave=False):
         ids, device = [p["ids"] for p in batch], world.device
         prompt_ids = torch.tensor([p["prompt_id"] for p in batch], device=device)
         zeros = torch.zeros_like(prompt_ids)
@@ -74,16 +133,8 @@ def distance(student, teacher, prompts, tokenizer, eos_ids, max_new_tokens, batc
                 for m, h in zip((student, teacher), hidden)
             )
             margin = (q - p).gather(-1, targets)[:, 0]  # (T,)
-            totals += torch.stack(
-                [
-                    (p.exp() * (p - q)).sum(),
-                    (q.exp() * (q - p)).sum(),
-                    (margin > eta).sum(),
-                    (margin > eta).any(),
-                    torch.tensor(len(response)),
-                    torch.tensor(1),
-                ]
-            ).cpu()
+            sums = (p.exp() * (p - q)).sum(), (q.exp() * (q - p)).sum(), (margin > eta).sum(), (margin > eta).any()
+            totals += torch.tensor([*map(float, sums), len(response), 1])
     forward, reverse, tokens_above, samples_above, tokens, samples = world.sum(totals.tolist())
     return {
         "kl_teacher_student": forward / tokens,
@@ -91,3 +142,232 @@ def distance(student, teacher, prompts, tokenizer, eos_ids, max_new_tokens, batc
         "replaced_samples": samples_above / samples,
         "replaced_tokens": tokens_above / tokens,
     }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def model_name(path):
+    """A model's path or hub id as the name of one folder: out/warmup/student -> out--warmup--student."""
+    return re.sub(r"[^\w.-]+", "--", str(path).strip("/"))
+
+
+def read_responses(file, path, metric, prompts):
+    """The rows of a response file. Raises UserError if they are not of these prompts, or older than the model."""
+    rows, todo = common.read_jsonl(file), "delete it or give another --out"
+    keys = ("prompt_id", "prompt", "references", "metric")
+    wanted = [(p["prompt_id"], p["text"], p["gold"], metric) for p in prompts]
+    if [tuple(row[key] for key in keys) for row in rows] != wanted:
+        raise UserError("the responses are to other prompts or scored otherwise", f"in {file}", todo)
+    if any(weights.stat().st_mtime > file.stat().st_mtime for weights in Path(path).glob("*.safetensors")):
+        raise UserError("the responses are older than the model", f"in {file}", todo)
+    return rows
+
+
+def read_folder(folder, seeds=None):
+    """{set: {seed: rows}} of all response files in a folder, of `seeds` alone if given."""
+    results = {}
+    for file in sorted(folder.glob("*-seed*.jsonl")):
+        name, _, seed = file.stem.rpartition("-seed")
+        if seeds is None or int(seed) in seeds:
+            results.setdefault(name, {})[int(seed)] = common.read_jsonl(file)
+    return results
+
+
+def evaluate(path, sets, args, world, out, checker, teacher):
+    """Writes the response files of one model that are not there yet. Returns {set: counts, distance} for the table.
+
+    sets: list of (Benchmark, examples). teacher: () -> the model of --distance, loaded once.
+    """
+    folder = out / model_name(path)
+    tokenizer = common.load_tokenizer(path, args.trust_remote_code)
+    eos_ids = common.model_eos_ids([path], tokenizer)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code)
+    context = getattr(config, "max_position_embeddings", math.inf)
+    if args.distance:
+        theirs = common.load_tokenizer(args.distance, args.trust_remote_code)
+        common.check_same_tokenizer(tokenizer, theirs, path, args.distance)
+    jobs, table = [], {}
+    for benchmark, examples in sets:
+        new_tokens = args.max_new_tokens or benchmark.max_new_tokens
+        limit = min(args.max_prompt_tokens, context - new_tokens)
+        if limit < 1:
+            what = f"{new_tokens} new tokens leave no room for a prompt in a context of {context}"
+            raise UserError(what, f"in {path}", "lower --max-new-tokens")
+        prompts, skipped = benchmarks.encode(examples, tokenizer, args.template, limit)
+        row = {"metric": benchmark.metric, "skipped": skipped, "max_prompt_tokens": limit}
+        table[benchmark.name] = row
+        settings = (prompts, tokenizer, eos_ids, new_tokens, args.batch_size)
+        for seed in seeds_of(benchmark, args):
+            file = folder / f"{benchmark.name}-seed{seed}.jsonl"
+            if file.exists():
+                read_responses(file, path, benchmark.metric, prompts)
+            else:
+                jobs.append((file, seed, benchmark, settings))
+        if args.distance:
+            question = {"teacher": args.distance, "eta": args.eta, "seed": args.seeds[0], "prompts": len(prompts)}
+            file = folder / f"{benchmark.name}-distance-{model_name(args.distance)}.json"
+            answer = common.read_json(file) if file.exists() else {}
+            if question.items() <= answer.items():
+                row["distance"] = answer
+            else:
+                jobs.append((file, question, benchmark, settings))
+    world.barrier()  # every rank has looked before the first one writes
+    if not jobs:
+        return table
+    folder.mkdir(parents=True, exist_ok=True)
+    model = common.load_model(path, common.compute_dtype(args.dtype, world), world.device, args.trust_remote_code)
+    common.check_vocabulary(model, tokenizer, path)
+    for file, task, benchmark, settings in jobs:
+        if file.suffix == ".json":
+            result = task | distance(model, teacher(), *settings, args.eta, task["seed"], world)
+            table[benchmark.name]["distance"] = result
+            if world.rank == 0:
+                common.write_json(file, result)
+        else:
+            rows = respond(model, *settings, benchmark.metric, task, args, world, checker, file.stem)
+            if world.rank == 0:
+                common.write_jsonl(file, rows)
+    return table
+
+
+def respond(model, prompts, tokenizer, eos_ids, max_new_tokens, batch_size, metric, seed, args, world, checker, title):
+    """One scored response to each prompt, of all ranks, in order."""
+    greedy = lambda batch: decode.greedy
+    sampled = lambda batch: sampler(batch, seed, args, world.device)
+    chooser = greedy if metric == "math" else sampled
+    rows = []
+    for prompt, ids, text in generate(
+        model, prompts, chooser, tokenizer, eos_ids, max_new_tokens, batch_size, world, title
+    ):
+        score, check_failed = scores.score_response(text, prompt["gold"], metric, checker)
+        rows.append(
+            {
+                "prompt_id": prompt["prompt_id"],
+                "prompt": prompt["text"],
+                "response": text,
+                "score": score,
+                "metric": metric,
+                "references": prompt["gold"],
+                "tokens": len(ids),
+                "ended": ids[-1] in eos_ids,
+                "check_failed": check_failed,
+            }
+        )
+    parts = [None] * world.size
+    dist.all_gather_object(parts, rows)
+    return sorted((row for part in parts for row in part), key=lambda row: row["prompt_id"])
+
+
+def seeds_of(benchmark, args):
+    """The seeds of a set: all for sampled responses, the first for greedy ones, which have no randomness."""
+    return args.seeds if benchmark.metric == "rouge" else args.seeds[:1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv=None):
+    parser = common.ArgumentParser(__doc__)
+    parser.add_argument("--model", nargs="+", default=[], help="folders or hub ids")
+    parser.add_argument("--data", nargs="+", default=[], help=f"{', '.join(benchmarks.BENCHMARKS)}, NAME=FILE or FILE")
+    parser.add_argument("--out", default="out", help="results go to OUT/eval")
+    common.add_arguments(parser)
+    group = parser.add_argument_group("prompts")
+    group.add_argument("--metric", choices=["rouge", "math"], help="of files that have none of the known names")
+    group.add_argument("--limit", type=int, default=0, help="use the first LIMIT rows of each set; 0: all")
+    group.add_argument("--template", choices=["auto", "chat", "alpaca", "none"], default="auto", help="as in training")
+    group.add_argument("--max-prompt-tokens", type=int, default=1024, help="a longer prompt is skipped and counted")
+    group = parser.add_argument_group("decoding; math is greedy")
+    group.add_argument("--preset", choices=PRESETS, default="none", help="minillm: their decoding and template")
+    group.add_argument("--seeds", type=int, nargs="+", default=[10, 20, 30, 40, 50], help="one response a prompt each")
+    group.add_argument("--temperature", type=float, default=1.0, help="of sampling")
+    group.add_argument("--top-p", type=float, default=1.0, help="of sampling")
+    group.add_argument("--max-new-tokens", type=int, default=0, help="0: 256, and 1024 for math")
+    group.add_argument("--no-repeat-ngram-size", type=int, default=0, help="never sample an n-gram twice; 0: off")
+    group.add_argument("--batch-size", type=int, default=32, help="prompts decoded at once by one process")
+    group = parser.add_argument_group("comparisons")
+    group.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two of --model, or folders of response files")
+    group.add_argument("--resamples", type=int, default=10_000, help="of the paired bootstrap; --seed decides them")
+    group.add_argument("--distance", metavar="TEACHER", help="measure each model's distance from this one")
+    group.add_argument("--eta", type=float, default=4.0, help="threshold of the margin log q - log p, nats")
+    preset = PRESETS[parser.parse_args(argv).preset]
+    parser.set_defaults(**preset)
+    return check_args(parser.parse_args(argv))
+
+
+def check_args(args):
+    """Raises UserError for values that make no sense."""
+    if bool(args.model) != bool(args.data) or not (args.model or args.compare):
+        raise UserError("--model and --data go together", "on the command line", "give both, or --compare alone")
+    if args.distance and not args.model:
+        raise UserError("--distance needs --model and --data", "on the command line", "give them")
+    check_range("--temperature", args.temperature, 0 < args.temperature < math.inf, "above 0")
+    check_range("--top-p", args.top_p, 0 < args.top_p <= 1, "in (0, 1]")
+    check_range("--max-new-tokens", args.max_new_tokens, args.max_new_tokens >= 0, "of 0 or more")
+    n = args.no_repeat_ngram_size
+    check_range("--no-repeat-ngram-size", n, n == 0 or n >= 2, "of 0, or 2 or more")
+    check_range("--batch-size", args.batch_size, args.batch_size >= 1, "of 1 or more")
+    check_range("--limit", args.limit, args.limit >= 0, "of 0 or more")
+    check_range("--resamples", args.resamples, args.resamples >= 1, "of 1 or more")
+    check_range("--eta", args.eta, math.isfinite(args.eta), "in nats, such as 4")
+    for flag, values in (("model", list(map(model_name, args.model))), ("data", args.data), ("seeds", args.seeds)):
+        check_range(f"--{flag}", " ".join(map(str, values)), len(set(values)) == len(values), "only once")
+    return args
+
+
+def comparand(name, args, out):
+    """The folder of response files that one name of --compare means."""
+    folder = out / model_name(name) if name in args.model else Path(name)
+    if name not in args.model and not list(folder.glob("*-seed*.jsonl")):
+        raise UserError(f"{name} is no --model and no folder of response files", "in --compare", "name one of these")
+    return folder
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    world = common.start_processes(args.device, args.threads)
+    out = Path(args.out) / "eval"
+    found = [benchmarks.find(spec, args.metric) for spec in args.data]
+    names = [benchmark.name for benchmark in found]
+    check_range("--data", " ".join(args.data), len(set(names)) == len(names), "with each name once")
+    for metric in {benchmark.metric for benchmark in found}:
+        scores.check_installed(metric)
+    sets = [(benchmark, benchmarks.load(benchmark, args.limit)) for benchmark in found]
+    folders = [comparand(name, args, out) for name in args.compare or ()]
+    settings = {key: getattr(args, key) for key in SETTINGS}
+    settings["dtype"] = str(common.compute_dtype(args.dtype, world)).removeprefix("torch.")
+    common.start_run(out, argparse.Namespace(**settings))
+
+    @functools.cache
+    def teacher():
+        dtype = common.compute_dtype(args.dtype, world)
+        return common.load_model(args.distance, dtype, world.device, args.trust_remote_code)
+
+    checker = scores.AnswerChecker()
+    table = {"models": {}}
+    for path in args.model:
+        table["models"][path] = {"sets": evaluate(path, sets, args, world, out, checker, teacher)}
+    checker.close()
+    world.barrier()
+    if world.rank > 0:
+        return
+    for path, model in table["models"].items():
+        for benchmark, _ in sets:
+            results = read_folder(out / model_name(path), seeds_of(benchmark, args))[benchmark.name]
+            model["sets"][benchmark.name] |= scores.summarise(results)
+        model["average"] = statistics.fmean(s["mean"] for s in model["sets"].values())
+    if args.compare:
+        a, b = (read_folder(f, args.seeds if n in args.model else None) for f, n in zip(folders, args.compare))
+        table["compare"] = {"a": args.compare[0], "b": args.compare[1], "resamples": args.resamples}
+        table["compare"]["sets"] = scores.compare(a, b, args.resamples, args.seed)
+    common.write_atomic(out / "table.json", json.dumps(table, indent=1) + "\n")
+    scores.print_table(table)
+
+
+if __name__ == "__main__":
+    common.run(main)

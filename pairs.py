@@ -1,7 +1,6 @@
 """Preference pairs: which are kept, the files they are written to, and reading them or any preference file back."""
 
 import json
-import os
 from collections import Counter
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 import common
+import data
 import eval
 from common import UserError
 
@@ -159,26 +159,27 @@ def read_pairs(path, tokenizer):
     """Preference pairs from a JSONL file, as ids.
 
     Rows are either this project's (prompt_ids, chosen_ids, rejected_ids) or TRL's: prompt, chosen, rejected as text, or
-    as lists of messages; in the latter `prompt` may be missing if both conversations begin with it.
+    as lists of messages; then what both conversations begin with is the prompt, if there is no list of messages for it.
     """
     if not Path(path).is_file():
         raise UserError("no pairs file", f"at {path}", "run warmup_distill.py first or check --pairs")
-    pairs = []
+    fingerprint, pairs = common.tokenizer_fingerprint(tokenizer), []
     for number, row in enumerate(common.read_jsonl(path), 1):
         where = f"in {path} line {number}"
         if not isinstance(row, dict) or not (
             {"chosen_ids", "rejected_ids"} <= row.keys() or {"chosen", "rejected"} <= row.keys()
         ):
             raise UserError("no columns chosen and rejected", where, "see the README for the format")
-        pair = row if "chosen_ids" in row else tokenize_pair(row, tokenizer, where)
-        check_pair(pair, tokenizer, where)
-        pairs.append(pair)
+        if "chosen_ids" not in row:
+            row = tokenize_pair(row, tokenizer, where)
+        check_pair(row, tokenizer, fingerprint, where)
+        pairs.append(row)
     return pairs
 
 
-def check_pair(pair, tokenizer, where):
+def check_pair(pair, tokenizer, fingerprint, where):
     """Raises UserError unless a pair's ids are ids of this tokenizer and there is something to prefer."""
-    if pair.get("tokenizer", fingerprint := common.tokenizer_fingerprint(tokenizer)) != fingerprint:
+    if pair.get("tokenizer", fingerprint) != fingerprint:
         raise UserError(
             "the ids were made with another tokenizer", where, "use the model that the pairs were made with"
         )
@@ -186,31 +187,56 @@ def check_pair(pair, tokenizer, where):
         ids = pair.get(key)
         if not isinstance(ids, list) or not all(isinstance(i, int) and 0 <= i < len(tokenizer) for i in ids):
             raise UserError(f"{key} is not a list of ids below {len(tokenizer)}", where, "use the pairs' own tokenizer")
-    if not pair["prompt_ids"] or pair["chosen_ids"] == pair["rejected_ids"]:
-        raise UserError("the prompt is empty or chosen equals rejected", where, "mend or delete the line")
+        if not ids:
+            raise UserError(f"{key} is empty", where, "mend or delete the line")
+    if pair["chosen_ids"] == pair["rejected_ids"]:
+        raise UserError("chosen equals rejected", where, "mend or delete the line")
 
 
 def tokenize_pair(row, tokenizer, where):
     """A TRL-style row -> ids. Text responses get the eos token; messages go through the chat template."""
-    chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
-    if isinstance(chosen, list) and isinstance(rejected, list):
-        if prompt is None:
-            common_turns = len(os.path.commonprefix([chosen, rejected]))
-            prompt, chosen, rejected = chosen[:common_turns], chosen[common_turns:], rejected[common_turns:]
-        if not tokenizer.chat_template:
-            raise UserError("the pair is a conversation, the tokenizer has no chat template", where, "give text")
-        if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}]
-        render = lambda turns, **kw: tokenizer.apply_chat_template(turns, tokenize=False, **kw)
-        text = render(prompt, add_generation_prompt=True)
-        responses = [render(prompt + turns).removeprefix(text) for turns in (chosen, rejected)]
-        prompt_ids = tokenizer(text, add_special_tokens=False).input_ids
-        chosen_ids, rejected_ids = (tokenizer(r, add_special_tokens=False).input_ids for r in responses)
-    elif all(isinstance(text, str) for text in (prompt, chosen, rejected)):
-        has_bos = tokenizer.bos_token and prompt.startswith(tokenizer.bos_token)
-        prompt_ids = tokenizer(prompt, add_special_tokens=not has_bos).input_ids
-        encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
-        chosen_ids, rejected_ids = encode(chosen), encode(rejected)
-    else:
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids
+    if all(isinstance(text, str) for text in (prompt, chosen, rejected)):
+        eos = [tokenizer.eos_token_id]
+        prompt_ids = encode(data.with_bos(tokenizer, prompt))
+        return {"prompt_ids": prompt_ids, "chosen_ids": encode(chosen) + eos, "rejected_ids": encode(rejected) + eos}
+    if not (is_conversation(chosen) and is_conversation(rejected)):
         raise UserError("prompt, chosen and rejected are not all text or all messages", where, "mend the line")
-    return {"prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids}
+    if not tokenizer.chat_template:
+        raise UserError("the pair is a conversation, the tokenizer has no chat template", where, "give text")
+    if not is_conversation(prompt):
+        shared = shared_length(chosen, rejected)
+        if shared:
+            prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+        elif isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        else:
+            raise UserError("there is no prompt, and the conversations share none", where, "mend the line")
+    text = data.render_chat(tokenizer, prompt, add_generation_prompt=True)
+    rendered = [data.render_chat(tokenizer, prompt + turns) for turns in (chosen, rejected)]
+    if not all(conversation.startswith(text) for conversation in rendered):
+        what = "the chat template writes a prompt otherwise than as the beginning of its conversation"
+        raise UserError(what, where, "give prompt, chosen and rejected as text")
+    chosen_ids, rejected_ids = (encode(conversation.removeprefix(text)) for conversation in rendered)
+    return {"prompt_ids": encode(text), "chosen_ids": chosen_ids, "rejected_ids": rejected_ids}
+
+
+def is_conversation(value):
+    """Whether a value is a non-empty list of messages, {"role": str, "content": str}."""
+    fields = ("role", "content")
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(turn, dict) and all(isinstance(turn.get(f), str) for f in fields) for turn in value)
+    )
+
+
+def shared_length(chosen, rejected):
+    """How many leading items two lists share. Of a spliced pair's ids at least t*: the teacher may have drawn y_t* again."""
+    length = 0
+    for a, b in zip(chosen, rejected):
+        if a != b:
+            break
+        length += 1
+    return length

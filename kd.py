@@ -1,0 +1,409 @@
+"""Knowledge distillation: step 5 of Warmup-Distill (arXiv 2502.11766), its baseline, and SFT.
+
+    python kd.py --student out/warmup/student                                   the whole method, on the toy (toy.py)
+    python kd.py                                                                the baseline, on the toy
+    torchrun --nproc_per_node 8 kd.py --teacher T --student S --data D          real models
+    torchrun --nproc_per_node 8 kd.py --student S --data D --kd-rate 0          SFT: no teacher is read
+
+The steps: responses y (--mode: the data's, the teacher's, the student's own) -> for each step: teacher p and student q
+at every response token, (1-r) CE(y, q) + r D(p, q), gradient, AdamW. A student's own sample is no label: CE leaves it out.
+
+Memory. The full-vocabulary logits are what KD costs. Hidden states are computed once, prompt positions left out, then
+lm_head and the loss over chunks of tokens, each chunk's gradient taken in the forward pass (`ChunkedHeadLoss`).
+"""
+
+import argparse
+import functools
+import json
+import math
+import time
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import common
+import data
+import decode
+import eval
+import toy
+import training
+from common import UserError, check_range
+from kd_data import CachedTeacher, LiveTeacher, Run, collate, read_training_data, response_hidden, sample_ahead
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The losses: p the teacher, q the student. Logits (..., V), finite -> nats a token (...), in float32 (float64 stays)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def forward_kl(student_logits, teacher_logits):
+    """KL(p, q): q covers all of p (Hinton et al., arXiv 1503.02531)."""
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    log_p, log_q = F.log_softmax(teacher_logits, -1, dtype=dtype), F.log_softmax(student_logits, -1, dtype=dtype)
+    # sum p log(p/q)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def reverse_kl(student_logits, teacher_logits):
+    """KL(q, p): q keeps to where p is (MiniLLM, arXiv 2306.08543; here on given tokens, without its policy gradient)."""
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    log_p, log_q = F.log_softmax(teacher_logits, -1, dtype=dtype), F.log_softmax(student_logits, -1, dtype=dtype)
+    # sum q log(q/p)
+    return (log_q.exp() * (log_q - log_p)).sum(-1)
+
+
+def jsd(student_logits, teacher_logits, beta=0.5):
+    """Generalized Jensen-Shannon divergence (GKD, arXiv 2306.13649), 0 < beta < 1; beta 0.5 is symmetric in p and q."""
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    log = lambda x: x.clamp(min=torch.finfo(dtype).tiny).log()  # 0 log 0 = 0, gradients too
+    p, q = F.softmax(teacher_logits, -1, dtype=dtype), F.softmax(student_logits, -1, dtype=dtype)
+    # m = beta p + (1-beta) q, written so that m is exactly p where q is
+    m = p + (1 - beta) * (q - p)
+    # beta KL(p, m) + (1-beta) KL(q, m)
+    return (beta * p * (log(p) - log(m)) + (1 - beta) * q * (log(q) - log(m))).sum(-1)
+
+
+def tvd(student_logits, teacher_logits):
+    """Total variation distance, 0 to 1 (f-distill, arXiv 2307.15190)."""
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    p, q = F.softmax(teacher_logits, -1, dtype=dtype), F.softmax(student_logits, -1, dtype=dtype)
+    # 1/2 sum |p - q|
+    return (p - q).abs().sum(-1) / 2
+
+
+def skew_forward_kl(student_logits, teacher_logits, alpha=0.1):
+    """KL(p, alpha p + (1-alpha) q), at most log(1/alpha) (DistiLLM, arXiv 2402.03898), 0 < alpha < 1."""
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    log = lambda x: x.clamp(min=torch.finfo(dtype).tiny).log()  # 0 log 0 = 0, gradients too
+    p, q = F.softmax(teacher_logits, -1, dtype=dtype), F.softmax(student_logits, -1, dtype=dtype)
+    # m = alpha p + (1-alpha) q;  sum p log(p/m)
+    m = q + alpha * (p - q)
+    return (p * (log(p) - log(m))).sum(-1)
+
+
+def skew_reverse_kl(student_logits, teacher_logits, alpha=0.1):
+    """KL(q, (1-alpha) p + alpha q), at most log(1/alpha) (DistiLLM, arXiv 2402.03898), 0 < alpha < 1."""
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    log = lambda x: x.clamp(min=torch.finfo(dtype).tiny).log()  # 0 log 0 = 0, gradients too
+    p, q = F.softmax(teacher_logits, -1, dtype=dtype), F.softmax(student_logits, -1, dtype=dtype)
+    # m = (1-alpha) p + alpha q;  sum q log(q/m)
+    m = p + alpha * (q - p)
+    return (q * (log(q) - log(m))).sum(-1)
+
+
+def adaptive_kl(student_logits, teacher_logits, tail_mass=0.5):
+    """Forward and reverse KL, weighed by how far q is from p in p's head and in its tail (AKL, arXiv 2404.02657)."""
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    log_p, log_q = F.log_softmax(teacher_logits, -1, dtype=dtype), F.log_softmax(student_logits, -1, dtype=dtype)
+    p, q = log_p.exp(), log_q.exp()
+    with torch.no_grad():
+        # tail: the least likely tokens of p whose mass adds up to no more than tail_mass; head: the others
+        ascending, order = p.sort(-1)
+        tail = ascending.cumsum(-1) <= tail_mass
+        # g = sum |p - q| over the head, over the tail
+        gap = (p - q).abs().gather(-1, order)
+        g_head, g_tail = (gap * ~tail).sum(-1), (gap * tail).sum(-1)
+        g = (g_head + g_tail).clamp(min=torch.finfo(dtype).tiny)  # at p = q: 0/g is 0, not 0/0
+    # (g_head KL(p, q) + g_tail KL(q, p)) / (g_head + g_tail)
+    forward, reverse = (p * (log_p - log_q)).sum(-1), (q * (log_q - log_p)).sum(-1)
+    return g_head / g * forward + g_tail / g * reverse
+
+
+LOSSES = {f.__name__: f for f in (forward_kl, reverse_kl, jsd, tvd, skew_forward_kl, skew_reverse_kl, adaptive_kl)}
+
+
+def total_loss(student_logits, teacher_logits, targets, divergence, kd_rate, temperature):
+    """(1-r) CE + r D, per token. Logits (M, V). targets (M,): the response's tokens, -100 where one is no label.
+
+    divergence: one of LOSSES. kd_rate: r; at r = 0 teacher_logits may be None. Returns total, ce and kd, each (M,).
+    """
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    ce = F.cross_entropy(student_logits.to(dtype), targets, reduction="none", ignore_index=-100)
+    if kd_rate == 0:
+        return ce, ce, torch.zeros_like(ce)
+    # D(softmax(teacher / T), softmax(student / T)), without the factor T^2
+    kd = divergence(student_logits / temperature, teacher_logits / temperature)
+    return (1 - kd_rate) * ce + kd_rate * kd, ce, kd
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Full-vocabulary logits in chunks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ChunkedHeadLoss(torch.autograd.Function):
+    """Sums a loss on lm_head's logits over tokens; no more than (chunk, V) logits exist at once, none in the backward.
+
+    The gradient of each chunk is taken in the forward pass, as in Liger Kernel's fused linear losses (arXiv 2410.10989).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, token_losses, chunk):
+        """hidden (M, D). weight (V, D). bias (V,) or None. token_losses(logits (m, V), slice of M) -> (m,) losses.
+
+        Returns the first loss's sum, to differentiate, and the sums of all of them (K,), to log.
+        """
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        grad_hidden = torch.zeros_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=dtype)  # summed in float32 over the chunks
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=dtype)
+        sums = 0
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
+            logits = F.linear(hidden[part], weight, bias).to(dtype).requires_grad_()  # (m, V)
+            with torch.enable_grad():
+                losses = token_losses(logits, part)
+                (grad,) = torch.autograd.grad(losses[0].sum(), logits)
+            sums = sums + torch.stack([values.detach().sum() for values in losses])
+            # logits = h W^T + b:  dh = g W,  dW = g^T h,  db = sum g
+            if bias is not None:
+                grad_bias += grad.sum(0)
+            grad = grad.to(weight.dtype)
+            grad_hidden[part] = grad @ weight
+            grad_weight += grad.T @ hidden[part]
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtype = weight.dtype
+        ctx.mark_non_differentiable(sums)
+        return sums[0].clone(), sums
+
+    @staticmethod
+    def backward(ctx, scale, _):
+        grads = [None if g is None else (scale * g).to(ctx.dtype) for g in ctx.saved_tensors]
+        return (*grads, None, None)
+
+
+class KDModel(torch.nn.Module):
+    """A language model that returns its distillation loss. It is FSDP's root, so lm_head's weights are gathered here."""
+
+    def __init__(self, lm, vocab_size, divergence, kd_rate, temperature):
+        super().__init__()
+        self.lm, self.vocab_size = lm, vocab_size
+        self.options = (divergence, kd_rate, temperature)
+
+    def forward(self, token_ids, source, target, teacher_logits):
+        """What `collate` returns, and a function slice of M -> teacher's logits (m, V), or None.
+
+        Returns the loss summed over tokens, and the sums of loss, CE and KD (3,).
+        """
+
+        def token_losses(logits, part):
+            return total_loss(logits, teacher_logits and teacher_logits(part), target[part], *self.options)
+
+        head = self.lm.get_output_embeddings()
+        bias = None if head.bias is None else head.bias[: self.vocab_size]
+        hidden = response_hidden(self.lm, token_ids, source)
+        chunk = decode.head_chunk(self.vocab_size)
+        return ChunkedHeadLoss.apply(hidden, head.weight[: self.vocab_size], bias, token_losses, chunk)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def loss_options(args):
+    """The keyword arguments of LOSSES[--loss]."""
+    skew = {"alpha": args.skew_alpha}
+    options = {"jsd": {"beta": args.jsd_beta}, "adaptive_kl": {"tail_mass": args.tail_mass}}
+    return {**options, "skew_forward_kl": skew, "skew_reverse_kl": skew}.get(args.loss, {})
+
+
+def train(run, examples, teacher):
+    """Trains the student; writes OUT/metrics.jsonl, OUT/checkpoint, OUT/student. Resumes. Returns the last metrics.
+
+    examples: dicts with ids, response, prompt_id. teacher: LiveTeacher or CachedTeacher, None where --kd-rate is 0.
+    """
+    args, world, out = run.args, run.world, run.out
+    accumulation = training.accumulation_steps(args, world)
+    lm = common.load_model(args.student, torch.float32, world.device, args.trust_remote_code)
+    common.check_vocabulary(lm, run.tokenizer, args.student)
+    if args.activation_checkpointing:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for block in training.decoder_blocks(lm):
+            block.training = True  # transformers asks for it; all else stays in eval mode: no dropout
+    divergence = functools.partial(LOSSES[args.loss], **loss_options(args))
+    model = KDModel(lm, run.vocab_size, divergence, args.kd_rate, args.temperature)
+    model = training.shard(model, lm, common.compute_dtype(args.dtype, world), world)
+    replica = run.load(args.student) if args.mode == "student" else None
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.lr, betas=tuple(args.adam_betas), weight_decay=args.weight_decay
+    )
+    first_step = training.load_checkpoint(out / "checkpoint", model, optimizer)
+    total_steps = args.max_steps or args.epochs * math.ceil(len(examples) / args.batch_size)
+    metrics_file = training.open_metrics(out / "metrics.jsonl", first_step, world)
+    metrics, sampled = None, {}
+    if world.rank == 0:
+        print(
+            f"kd: {len(examples)} examples, {total_steps} steps of {args.batch_size}"
+            f" = {world.size} processes x {accumulation} micro-batches"
+        )
+    bar = tqdm(total=total_steps, initial=first_step, desc="kd", unit="step", disable=world.rank > 0)
+    for step in range(first_step, total_steps):
+        started = time.perf_counter()
+        if replica is not None and step % args.refresh_every == 0:
+            steps = range(step, min(step + args.refresh_every, total_steps))
+            sampled = sample_ahead(replica, lm, examples, steps, run)
+        batch = training.batch_of_step(step, len(examples), args.batch_size, args.seed)
+        rows_of = {  # (prompt, response, is it a label)
+            i: (examples[i]["ids"], sampled.get((step, i)) or examples[i]["response"], (step, i) not in sampled)
+            for i in batch
+        }
+        # Counted over all ranks before the first backward: neither ranks nor accumulation change the gradient
+        token_count = sum(len(response) for _, response, _ in rows_of.values())
+        lengths = {i: len(prompt) + len(response) for i, (prompt, response, _) in rows_of.items()}
+        totals = torch.zeros(4, device=world.device)  # loss, CE, KD; tokens computed, padding too
+        for indices in training.micro_batches(batch, lengths, args.micro_batch_size, world):
+            weight = float(len(indices) > 0)  # an idle rank runs an example of weight 0: FSDP's collectives need it
+            indices = indices or batch[:1]
+            rows = collate([rows_of[i] for i in indices], run.tokenizer.pad_token_id, world.device)
+            loss, sums = model(**rows, teacher_logits=teacher and teacher(rows, indices))
+            (weight * world.size / token_count * loss).backward()  # FSDP averages gradients over ranks
+            totals[:3] += weight * sums
+            totals[3] += weight * rows["token_ids"].numel()
+        lr = training.learning_rate(step, total_steps, args.lr, args.lr_warmup_ratio, args.lr_final_ratio)
+        grad_norm = training.optimizer_step(model, optimizer, lr, args.max_grad_norm)
+        *sums, computed = world.sum(totals.tolist())
+        metrics = {"stage": "kd", "step": step + 1}
+        metrics.update((name, value / token_count) for name, value in zip(("loss", "ce", "kd"), sums))
+        metrics.update(grad_norm=grad_norm, lr=lr, response_tokens=token_count)
+        training.check_finite(metrics, [examples[i]["prompt_id"] for i in batch], out)
+        metrics.update(training.speed(computed, time.perf_counter() - started, world))
+        if world.rank == 0:
+            common.append_jsonl(metrics_file, metrics)
+        bar.update()
+        bar.set_postfix(loss=f"{metrics['loss']:.3f}", ce=f"{metrics['ce']:.3f}", kd=f"{metrics['kd']:.3f}")
+        if (step + 1) % args.save_every == 0 and step + 1 < total_steps:
+            training.save_checkpoint(out / "checkpoint", model, optimizer, step + 1, world)
+    bar.close()
+    training.save_model(out / "student", model, lm, run.tokenizer, common.DTYPES[args.save_dtype], world)
+    return metrics
+
+
+def closing_table(run):
+    """Student before and after on --eval-data, side by side; the same in OUT/summary.json."""
+    args, summary = run.args, {}
+    data_args = argparse.Namespace(**{**vars(args), "data": args.eval_data, "limit": args.eval_limit})
+    prompts, _ = data.encode_prompts(
+        data.read_examples(data_args), run.tokenizer, args.template, args.max_prompt_tokens
+    )
+    with_answers = all(p["gold"] is not None and eval.final_number(p["gold"]) is not None for p in prompts)
+    shared = (run.tokenizer, run.eos_ids, args.max_new_tokens, args.prompts_per_batch)
+    for name, path in (("student before", args.student), ("student after", run.out / "student")):
+        model, summary[name] = run.load(path), {}
+        if with_answers:
+            summary[name]["accuracy"] = eval.greedy_accuracy(model, prompts, *shared, run.world)
+        if args.teacher and not args.shard_teacher:
+            eta = 4.0  # the warm-up's default: shares of tokens and samples that it would replace
+            summary[name].update(eval.distance(model, run.teacher, prompts, *shared, eta, args.seed, run.world))
+    if run.world.rank == 0:
+        common.write_atomic(run.out / "summary.json", json.dumps(summary, indent=1) + "\n")
+        before, after = summary.values()
+        print(f"\n{len(prompts)} held-out prompts{'before':>16}{'after':>10}")
+        for key in before:
+            print(f"{key:25}{before[key]:10.4f}{after[key]:10.4f}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv=None):
+    parser = common.ArgumentParser(__doc__)
+    parser.add_argument("--teacher", help="folder or hub id; without teacher and data: the toy of toy.py")
+    parser.add_argument("--student", help="folder or hub id, same tokenizer as the teacher; with the toy: its own")
+    parser.add_argument("--out", default="out/kd", help="folder of the run; the distilled student is OUT/student")
+    common.add_arguments(parser)
+    data.add_arguments(parser)
+    group = parser.add_argument_group("loss")
+    group.add_argument("--loss", choices=list(LOSSES), default="forward_kl", help="divergence of teacher and student")
+    group.add_argument("--kd-rate", type=float, default=0.5, help="r in (1-r) CE + r KD; 0 is SFT, without a teacher")
+    group.add_argument("--temperature", type=float, default=1.0, help="of both models' logits in KD; no factor T^2")
+    group.add_argument("--jsd-beta", type=float, default=0.5, help="beta of jsd")
+    group.add_argument("--skew-alpha", type=float, default=0.1, help="alpha of skew_forward_kl and skew_reverse_kl")
+    group.add_argument("--tail-mass", type=float, default=0.5, help="share of p that is the tail of adaptive_kl")
+    group = parser.add_argument_group("responses")
+    group.add_argument("--mode", choices=["gold", "teacher", "student"], default="gold", help="who wrote the responses")
+    group.add_argument(
+        "--max-new-tokens", type=int, default=256, help="of a response; longer ones of the data go unused"
+    )
+    group.add_argument("--teacher-decoding", choices=["sample", "greedy"], default="greedy", help="in --mode teacher")
+    group.add_argument("--on-policy", type=float, default=1.0, help="the student's share of a batch in --mode student")
+    group.add_argument("--refresh-every", type=int, default=1, help="steps that are sampled from the same student")
+    group.add_argument("--prompts-per-batch", type=int, default=32, help="decoded at once; also examples a cache file")
+    group = parser.add_argument_group("teacher")
+    group.add_argument("--shard-teacher", action="store_true", help="spread a teacher that does not fit")
+    group.add_argument("--teacher-cache", help="folder: store the teacher's log-probs there once, or use those there")
+    group.add_argument("--teacher-top-k", type=int, default=64, help="log-probs a token in --teacher-cache")
+    training.add_training_arguments(parser, lr=1e-5)
+    group = parser.add_argument_group("closing table")
+    group.add_argument("--eval-data", help="held-out prompts; without them no table, but for the toy's own")
+    group.add_argument("--eval-limit", type=int, default=500, help="prompts in the table; 0: no table")
+    args = parser.parse_args(argv)
+    args.toy = args.teacher is None and args.data is None
+    if args.toy:  # the same flags with the toy's own defaults
+        parser.set_defaults(**toy.KD, toy=True)
+        args = parser.parse_args(argv)
+    return check_args(args)
+
+
+def check_args(args):
+    """Raises UserError for values that make no sense."""
+    needed = ["student", "data"] + ["teacher"] * (args.kd_rate > 0 or args.mode == "teacher")
+    if missing := [name for name in needed if not args.toy and not getattr(args, name)]:
+        raise UserError(
+            f"--{missing[0]} is missing", "on the command line", "give it, or neither teacher nor data for the toy"
+        )
+    rules = {
+        "from 0 to 1": (lambda x: 0 <= x <= 1, ["kd_rate", "on_policy", "tail_mass"]),
+        "in (0, 1)": (lambda x: 0 < x < 1, ["jsd_beta", "skew_alpha"]),
+        "above 0": (lambda x: 0 < x < math.inf, ["temperature"]),
+        "of 1 or more": (lambda x: x >= 1, ["max_new_tokens", "refresh_every", "prompts_per_batch", "teacher_top_k"]),
+        "of 0 or more": (lambda x: x >= 0, ["limit", "eval_limit"]),
+    }
+    for text, (good, names) in rules.items():
+        for name in names:
+            check_range(f"--{name.replace('_', '-')}", getattr(args, name), good(getattr(args, name)), text)
+    if args.mode == "student":
+        check_range("--kd-rate", args.kd_rate, args.kd_rate > 0, "above 0: with --mode student there are no labels")
+        # What a checkpoint does not hold are the samples: it must lie where new ones are drawn
+        good = args.save_every % args.refresh_every == 0
+        check_range("--save-every", args.save_every, good, f"that --refresh-every {args.refresh_every} divides")
+    if args.teacher_cache and (args.mode == "student" or args.kd_rate == 0):
+        what = "--teacher-cache needs responses that stay, and a teacher: not --mode student, not --kd-rate 0"
+        raise UserError(what, "on the command line", "leave it out")
+    training.check_training_args(args)
+    return args
+
+
+def main(argv=None):
+    started = time.perf_counter()
+    args = parse_args(argv)
+    world = common.start_processes(args.device, args.threads)
+    out = common.start_run(args.out, args)
+    if args.toy:
+        if world.rank == 0:
+            toy.build("out/toy", args.seed)
+        world.barrier()
+        args.teacher, args.data = "out/toy/teacher", "out/toy/train.jsonl"
+        args.student, args.eval_data = args.student or "out/toy/student", args.eval_data or "out/toy/dev.jsonl"
+    tokenizer = common.load_tokenizer(args.student, args.trust_remote_code)
+    if args.teacher:
+        teacher_tokenizer = common.load_tokenizer(args.teacher, args.trust_remote_code)
+        common.check_same_tokenizer(tokenizer, teacher_tokenizer, args.student, args.teacher)
+    eos_ids = common.model_eos_ids(filter(None, [args.student, args.teacher]), tokenizer)
+    run = Run(args, world, tokenizer, eos_ids, out)
+    if not (out / "student").exists():
+        examples = read_training_data(run)
+        teacher = None
+        if args.kd_rate > 0:
+            teacher = CachedTeacher(examples, run) if args.teacher_cache else LiveTeacher(run)
+        train(run, examples, teacher)
+    if args.eval_data and args.eval_limit:
+        closing_table(run)
+    if world.rank == 0:
+        print(f"{time.perf_counter() - started:.0f} seconds in all; the distilled student is {out / 'student'}")
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,266 @@
+"""Scores of one response (Rouge-L, the answer of a math problem), and what many of them say: spread, comparison, table.
+
+rouge_score and math_verify are imported where they are used: training takes `is_correct` from here without them.
+"""
+
+import functools
+import importlib.util
+import logging
+import multiprocessing
+import re
+import resource
+import statistics
+
+import torch
+
+from common import UserError
+
+TITLES = {"rouge": "Rouge-L", "math": "accuracy"}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One response
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def rouge_scorer():
+    from rouge_score import rouge_scorer
+
+    return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def rouge_l(response, references):
+    """100 times the Rouge-L F measure of a response, the best over a list of references."""
+    return 100 * max(rouge_scorer().score(reference, response)["rougeL"].fmeasure for reference in references)
+
+
+FRACTION = re.compile(r"(-?)\s*\\[dt]?frac\s*(?:\{(-?\d+)\}|(\d))\s*(?:\{(\d+)\}|(\d))")
+NUMBER = re.compile(r"(?:(?<![\d)])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:/\d+)?")
+
+
+def answer_of(text):
+    r"""The part of a text that states its answer: the last \boxed{...}, else the line after the last ####, else all."""
+    text = text.replace("\\$", "").replace("\\!", "").replace("{,}", ",")  # dollars, and two ways to write 1,000
+    boxed = list(re.finditer(r"\\f?box(?:ed)?\s*", text))
+    if boxed:
+        rest, depth = text[boxed[-1].end() :], 0
+        if not rest.startswith("{"):
+            return "$" + re.split(r"[$\s]", rest)[0] + "$"
+        for brace in re.finditer(r"(?<!\\)[{}]", rest):
+            depth += 1 if brace[0] == "{" else -1
+            if depth == 0:
+                return f"${rest[1 : brace.start()]}$"
+        return ""  # the response ended inside its box
+    return text.rpartition("####")[2].strip().split("\n")[0] if "####" in text else text
+
+
+def final_number(text):
+    r"""The last number in a text as a float, or None: "1,000" is 1000, "= 18.0" is 18, "$18" is 18, "\frac12" is 0.5.
+
+    None, too, where the last digits are part of a formula, as in "\sqrt{2}", "4^2" and "3\frac12". Cheap: for training.
+    """
+    text = FRACTION.sub(lambda m: f" {m[1]}{m[2] or m[3]}/{m[4] or m[5]} ", text)
+    found = list(NUMBER.finditer(text))
+    if not found:
+        return None
+    before, after = text[: found[-1].start()][-20:], text[found[-1].end() :]
+    if re.search(r"([\^_{]|\\[A-Za-z]+)$", before) or re.match(r"\^|\s*\\(pi|sqrt|frac|cdot|times)", after):
+        return None
+    top, _, bottom = found[-1][0].replace(",", "").partition("/")
+    if bottom and (not int(bottom) or re.search(r"\d\s+$", before)):
+        return None
+    return float(top) / int(bottom or 1)
+
+
+def is_correct(response, gold):
+    """Whether a response's answer is the same number as the gold response's. Cheap: for use in training."""
+    answer = final_number(answer_of(response))
+    return answer is not None and answer == final_number(answer_of(gold))
+
+
+def same_answer(response, gold):
+    """Whether math-verify finds the response's answer equal to the gold one. May hang, and may take the process along."""
+    from math_verify import parse, verify
+
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns that its own time limit is off
+    read = lambda text: parse(text, parsing_timeout=None) or parse(f"${text}$", parsing_timeout=None)
+    answer, wanted = (answer_of(text).strip() for text in (response, gold))
+    return bool(answer) and verify(read(wanted), read(answer), timeout_seconds=None)
+
+
+def serve_answers(connection, compare, memory):
+    """The checker's process: answers pairs of texts until the other end closes."""
+    # An answer like 2^10000000000 must end in an error here, not with the machine's memory
+    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    connection.send("ready")
+    while True:
+        try:
+            pair = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send(bool(compare(*pair)))
+        except Exception:  # noqa: BLE001 - whatever it is, it is this example's alone
+            connection.send(None)
+
+
+class AnswerChecker:
+    """`same_answer` in a process of its own: one that hangs or crashes costs one example, and a new process follows.
+
+    math-verify's own limit is an alarm signal, which waits for as long as one big-number operation takes.
+    """
+
+    def __init__(self, compare=same_answer, seconds=10.0, memory=8 << 30):
+        self.compare, self.seconds, self.memory, self.process = compare, seconds, memory, None
+
+    def start(self):
+        context = multiprocessing.get_context("spawn")  # a forked copy would inherit threads' locks and GPU handles
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=serve_answers, args=(theirs, self.compare, self.memory), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.connection.recv()
+
+    def close(self):
+        if self.process:
+            self.process.kill()
+            self.process.join()
+            self.connection.close()
+            self.process = None
+
+    def __call__(self, response, gold):
+        """True or False, or None if no answer came within `seconds` or the process died."""
+        if not self.process:
+            self.start()
+        try:
+            self.connection.send((response, gold))
+            if self.connection.poll(self.seconds):
+                return self.connection.recv()
+        except (EOFError, OSError):
+            pass
+        self.close()
+        return None
+
+
+def check_installed(metric):
+    """Raises UserError unless the scorer of "rouge" or "math" can be imported."""
+    module = {"rouge": "rouge_score", "math": "math_verify"}[metric]
+    if importlib.util.find_spec(module) is None:
+        package = module.replace("_", "-")
+        raise UserError(f"{package} is not installed", f"for {TITLES[metric]}", f"pip install {package}")
+
+
+def score_response(response, references, metric, checker):
+    """(score in 0..100, whether the checker failed on it): the best over the references."""
+    if metric == "rouge":
+        return rouge_l(response, references), False
+    verdicts = [checker(response, gold) for gold in references]
+    return 100.0 * any(verdicts), None in verdicts and not any(verdicts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many responses
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def paired_bootstrap(differences, resamples, seed):
+    """Means of `differences` over resamples of its examples, drawn with replacement (Koehn, EMNLP 2004).
+
+    differences: (N,), score of B minus score of A on the same example. Returns (resamples,) float64: what the mean
+    difference might have been with N other examples. A pure function of its arguments; at most 2^22 draws exist at once.
+    """
+    differences = differences.double()
+    generator = torch.Generator().manual_seed(seed)
+    size, means = len(differences), []
+    rows = max(1, (1 << 22) // size)
+    for start in range(0, resamples, rows):
+        shape = (min(rows, resamples - start), size)
+        means.append(differences[torch.randint(size, shape, generator=generator)].mean(-1))
+    return torch.cat(means)
+
+
+def interval(difference, means):
+    """The observed difference, the 95% interval of resampled ones, and the share of them above 0 (a tie counts half)."""
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    share = ((means > 0).double() + 0.5 * (means == 0)).mean().item()
+    return {"difference": difference, "low": low, "high": high, "share": share}
+
+
+def compare(a, b, resamples, seed):
+    """Paired comparison of two models' results, each {set: {seed: rows}}: B minus A, per set and over all sets.
+
+    An example's score is its mean over seeds. "all" is the mean over sets of the sets' means; it is resampled within
+    each set (stratified), so that no resample has more of one set than another.
+    """
+    results, strata = {}, []
+    for k, name in enumerate(n for n in a if n in b):
+        scores = []  # of A, of B: {prompt_id: (references, mean score)}
+        for seeds in (a[name], b[name]):
+            by_prompt = {}
+            for rows in seeds.values():
+                for row in rows:
+                    by_prompt.setdefault(row["prompt_id"], []).append(row)
+            scores.append(
+                {i: (r[0]["references"], statistics.fmean(x["score"] for x in r)) for i, r in by_prompt.items()}
+            )
+        both = sorted(scores[0].keys() & scores[1].keys())  # a prompt too long for one model's tokenizer is in neither
+        if not both or any(scores[0][i][0] != scores[1][i][0] for i in both):
+            raise UserError(
+                f"the two results of {name} are on different data", "in --compare", "evaluate both on one set"
+            )
+        differences = torch.tensor([scores[1][i][1] - scores[0][i][1] for i in both], dtype=torch.float64)
+        means = paired_bootstrap(differences, resamples, seed + k)  # another seed: strata are independent
+        results[name] = {"examples": len(both), **interval(differences.mean().item(), means)}
+        strata.append(means)
+    if not results:
+        raise UserError("the two results have no set in common", "in --compare", "evaluate both on one set")
+    observed = statistics.fmean(result["difference"] for result in results.values())
+    examples = sum(result["examples"] for result in results.values())
+    results["all"] = {"examples": examples, **interval(observed, torch.stack(strata).mean(0))}
+    return results
+
+
+def summarise(results):
+    """{seed: rows} -> means per seed, their mean and standard deviation (n - 1; None for one seed), and counts."""
+    seeds = {seed: statistics.fmean(row["score"] for row in rows) for seed, rows in results.items()}
+    spread = statistics.stdev(seeds.values()) if len(seeds) > 1 else None
+    rows = [row for rows in results.values() for row in rows]
+    return {
+        "mean": statistics.fmean(seeds.values()),
+        "std": spread,
+        "seeds": seeds,
+        "examples": len(rows) // len(seeds),
+        "unfinished": sum(not row["ended"] for row in rows) / len(rows),
+        "check_failed": sum(row["check_failed"] for row in rows),
+    }
+
+
+def print_table(table):
+    """The table as Markdown, and what it leaves out in words."""
+    models, names = table["models"], list(dict.fromkeys(n for m in table["models"].values() for n in m["sets"]))
+    if models:
+        titles = [f"{n} ({TITLES[next(m['sets'][n]['metric'] for m in models.values())]})" for n in names]
+        print("\n| model | " + " | ".join([*titles, "average"]) + " |\n|" + "---|" * (len(names) + 2))
+    for model, row in models.items():
+        cells = [
+            f"{s['mean']:.2f}" + (f" ± {s['std']:.2f}" if s["std"] is not None else "") for s in row["sets"].values()
+        ]
+        print("| " + " | ".join([model, *cells, f"{row['average']:.2f}"]) + " |")
+    for model, row in models.items():
+        for name, s in row["sets"].items():
+            print(
+                f"{model}, {name}: {s['examples']} examples, {len(s['seeds'])} seed(s); {s['skipped']} prompts over the "
+                f"limit of {s['max_prompt_tokens']} tokens skipped; {s['unfinished']:.1%} of responses cut at the token "
+                f"limit; {s['check_failed']} answers scored 0 because their check hung or crashed"
+            )
+            if d := s.get("distance"):
+                print(
+                    f"{model}, {name}: KL(p,q) {d['kl_teacher_student']:.4f}, KL(q,p) {d['kl_student_teacher']:.4f} nats a "
+                    f"token from {d['teacher']}; margin above {d['eta']:g} in {d['replaced_tokens']:.2%} of tokens, "
+                    f"{d['replaced_samples']:.2%} of samples"
+                )
+    if "compare" in table:
+        print(f"\n{table['compare']['b']} minus {table['compare']['a']}, {table['compare']['resamples']} resamples")
+        for name, c in table["compare"]["sets"].items():
+            numbers = f"{c['difference']:+.2f} [{c['low']:+.2f}, {c['high']:+.2f}]"
+            print(f"{name}: {numbers}, {c['share']:.1%} of resamples in favour, {c['examples']} examples")

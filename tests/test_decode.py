@@ -1,0 +1,712 @@
+"""decode.py against slow twins: the noise in Python integers, sampling in Python floats, decoding without a cache.
+
+A twin runs the full model on one sequence at a time and takes a step for each token; the fast path has to say the same
+tokens, and log-probs to 1e-5.
+"""
+
+import bisect
+import inspect
+import itertools
+import math
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import GenerationConfig
+
+import decode
+
+CPU = torch.device("cpu")
+PAD, VOCAB = 0, 22
+EOS = [3, 19, 21]  # three of 22 tokens: these models end responses at different steps
+PROMPTS = [[1, 5, 9, 13, 4, 4, 8, 20, 6], [1], [1, 17, 3], [1, 12, 10, 19, 4], [1, 3, 5, 7]]
+RESPONSES = [[4, 9, 2], [15, 8, 8, 21, 5, 6, 2], [2], [6, 6, 13, 18, 4], [19, 10]]
+FAMILIES = ["llama", "qwen2", "biased"]
+
+
+@pytest.fixture(scope="module")
+def models():
+    """A Llama with a row for each token; a Qwen2 with more rows than tokens; a Llama whose head has a bias, too."""
+    biased = make_model("llama", 3, rows=32)
+    biased.lm_head = torch.nn.Linear(16, 32)
+    torch.nn.init.normal_(biased.lm_head.bias)
+    torch.nn.init.normal_(biased.lm_head.weight, std=0.3)
+    return {
+        "llama": make_model("llama", 1, rows=VOCAB),
+        "qwen2": make_model("qwen2", 2, width=24, rows=32),
+        "biased": biased.eval(),
+    }
+
+
+def exec_alone(function):
+    """The function made again from its source, in a namespace of torch, F and math: what a copy-paste user gets."""
+    namespace = {"torch": torch, "F": F, "math": math}
+    exec(inspect.getsource(function), namespace)  # noqa: S102
+    return namespace[function.__name__]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Slow twins
+# ---------------------------------------------------------------------------------------------------------------------
+
+WORD = (1 << 64) - 1
+GOLDEN = 0x9E3779B97F4A7C15
+
+
+def splitmix_mix(x):
+    """The finalizer of SplitMix64 on unsigned 64-bit Python integers."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & WORD
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & WORD
+    return x ^ (x >> 31)
+
+
+def slow_noise(seed, stage, prompt, sample, position):
+    state = splitmix_mix(seed & WORD)
+    for field in (stage, prompt, sample, position):
+        state = splitmix_mix((state + GOLDEN + field) & WORD)
+    return (state >> 12) / 2**52
+
+
+def slow_probs(logits, temperature, top_p):
+    """Softmax in Python floats; then the loop that defines top-p: take tokens from the top until their mass reaches it."""
+    top = max(logits)
+    weights = [math.exp((x - top) / temperature) for x in logits]
+    probs = [w / sum(weights) for w in weights]
+    kept, mass = set(), 0.0
+    for token in sorted(range(len(probs)), key=lambda i: -probs[i]):
+        if mass >= top_p:
+            break
+        kept.add(token)
+        mass += probs[token]
+    return [p / mass if i in kept else 0.0 for i, p in enumerate(probs)]
+
+
+def slow_draw(logits, noise, temperature=1.0, top_p=1.0):
+    cdf = list(itertools.accumulate(slow_probs(logits, temperature, top_p)))
+    return bisect.bisect_right(cdf, noise * cdf[-1])
+
+
+@torch.no_grad()
+def slow_logits(model, ids):
+    """The last position's logits of one sequence, cut to the vocabulary: a full forward, no cache, no padding."""
+    return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1, :VOCAB].float()
+
+
+def slow_decode(model, prompt, pick, budget, eos_ids):
+    """pick(logits, step) -> token. Returns token ids and log-probs under the untempered distribution."""
+    tokens, logprobs = [], []
+    while len(tokens) < budget and not (tokens and tokens[-1] in eos_ids):
+        logits = slow_logits(model, prompt + tokens)
+        tokens.append(pick(logits, len(tokens)))
+        logprobs.append(logits.log_softmax(-1)[tokens[-1]].item())
+    return tokens, logprobs
+
+
+def slow_greedy(logits, step):
+    return logits.argmax().item()
+
+
+def slow_sampler(prompt, sample, start=0, temperature=1.0, top_p=1.0):
+    """As `decode.sampler(SEED, STAGE, ...)` for one row."""
+    return lambda logits, step: slow_draw(
+        logits.tolist(), slow_noise(SEED, STAGE, prompt, sample, start + step), temperature, top_p
+    )
+
+
+def slow_score(model, prompt, response):
+    """Log-probs of a response's tokens from one full forward over this sequence alone."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0, :, :VOCAB].float()
+    at = torch.arange(len(response))
+    return logits.log_softmax(-1)[len(prompt) - 1 + at, torch.tensor(response, dtype=torch.long)]
+
+
+SEED, STAGE = 3, 1
+
+
+def fast_sampler(size, start=0, temperature=1.0, top_p=1.0, prompt_ids=None, sample_ids=None):
+    """Row i is sample 0 of prompt i, unless told otherwise."""
+    prompt_ids = torch.arange(size) if prompt_ids is None else torch.tensor(prompt_ids)
+    sample_ids = torch.zeros(size, dtype=torch.long) if sample_ids is None else torch.tensor(sample_ids)
+    start = start if torch.is_tensor(start) else torch.full((size,), start)
+    return decode.sampler(SEED, STAGE, prompt_ids, sample_ids, start, temperature, top_p)
+
+
+def fast_decode(model, rows, choose, budget, eos_ids=EOS, **kwargs):
+    budget = budget if torch.is_tensor(budget) else torch.full((len(rows.hidden),), budget)
+    return decode.decode(model, rows, choose, budget, eos_ids, VOCAB, **kwargs)
+
+
+def prefill(model, prompts):
+    return decode.prefill(model, prompts, PAD, CPU)
+
+
+def assert_same(actual, expected, tolerance=1e-5):
+    """Two (tokens, logprobs) results, row by row: tokens equal, log-probs near."""
+    assert actual[0] == expected[0]
+    for ours, theirs in zip(actual[1], expected[1], strict=True):
+        assert ours == pytest.approx(theirs, abs=tolerance)
+
+
+def rows_of(results):
+    """[(tokens, logprobs), ...] -> ([tokens, ...], [logprobs, ...]), as `decode` returns."""
+    return [r[0] for r in results], [r[1] for r in results]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# uniform_noise
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def chi_square_p(counts, expected):
+    """P(chi-square >= what these counts give): the upper incomplete gamma function at half the degrees of freedom."""
+    counts, expected = counts.double(), torch.as_tensor(expected, dtype=torch.float64)
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    freedom = torch.tensor((counts.numel() - 1) / 2, dtype=torch.float64)
+    return torch.special.gammaincc(freedom, statistic / 2).item()
+
+
+DRAWS = 1 << 15
+FIELDS = ["seed", "stage", "prompt", "sample", "position"]
+
+
+def draws_along(field, count=DRAWS, first=0):
+    """Noise for `count` successive values of one field, the others fixed."""
+    fixed = {"seed": 11, "stage": 1, "prompt": 3, "sample": 2, "position": 5}
+    values = range(first, first + count)
+    if field in ("seed", "stage"):  # these two are scalars
+        one = lambda name: torch.tensor([fixed[name]])
+        return torch.cat(
+            [
+                decode.uniform_noise(f["seed"], f["stage"], one("prompt"), one("sample"), one("position"))
+                for f in ({**fixed, field: v} for v in values)
+            ]
+        )
+    columns = {name: torch.full((count,), fixed[name]) for name in ("prompt", "sample", "position")}
+    columns[field] = torch.tensor(list(values))
+    return decode.uniform_noise(fixed["seed"], fixed["stage"], *columns.values())
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_noise_is_uniform_along_each_field(field):
+    """Chi-square on 64 bins, Kolmogorov-Smirnov, serial correlation at lags 1 to 3, and chi-square of neighbours' pairs.
+
+    Limits: p > 0.001; KS distance times sqrt(n) under 1.95 (p = 0.001); |correlation| under 4 / sqrt(n).
+    """
+    u = draws_along(field, 4096 if field in ("seed", "stage") else DRAWS)
+    n = len(u)
+    assert u.dtype == torch.float64 and 0 <= u.min() and u.max() < 1
+    assert len(u.unique()) == n  # 52 bits: a repeat among 2^15 draws has probability 1e-7
+
+    assert 0.001 < chi_square_p(torch.bincount((u * 64).long(), minlength=64), n / 64) < 0.999
+
+    ranks = torch.arange(1, n + 1) / n
+    distance = torch.maximum((ranks - u.sort().values).max(), (u.sort().values - ranks + 1 / n).max())
+    assert distance * math.sqrt(n) < 1.95
+
+    for lag in (1, 2, 3):
+        correlation = torch.corrcoef(torch.stack([u[:-lag], u[lag:]]))[0, 1]
+        assert abs(correlation) * math.sqrt(n) < 4
+
+    cells = (u[0::2] * 16).long() * 16 + (u[1::2] * 16).long()  # disjoint pairs of neighbours
+    assert 0.001 < chi_square_p(torch.bincount(cells, minlength=256), n / 2 / 256) < 0.999
+
+
+def test_noise_of_neighbouring_samples_and_positions_is_independent():
+    """On a grid of samples x positions: a cell against the next sample, the next position, and both."""
+    samples, positions = torch.meshgrid(torch.arange(128), torch.arange(256), indexing="ij")
+    u = decode.uniform_noise(0, 0, torch.zeros(128 * 256).long(), samples.flatten(), positions.flatten())
+    u = u.view(128, 256)
+    for a, b in [(u[:-1], u[1:]), (u[:, :-1], u[:, 1:]), (u[:-1, :-1], u[1:, 1:]), (u[:-1, 1:], u[1:, :-1])]:
+        a, b = a.flatten(), b.flatten()
+        assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) * math.sqrt(len(a)) < 4
+
+
+def test_noise_every_bit_is_fair():
+    """Each of the 52 bits is 1 in half the draws, to 4 standard deviations: the low ones too."""
+    integers = (draws_along("position") * 2**52).long()
+    for bit in range(52):
+        ones = ((integers >> bit) & 1).sum().item()
+        assert abs(ones - DRAWS / 2) < 4 * math.sqrt(DRAWS) / 2, bit
+
+
+def test_slow_noise_is_splitmix64():
+    """The twin itself: SplitMix64 from seed 1234567 is published as these numbers; its outputs mix multiples of GOLDEN."""
+    published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    assert [splitmix_mix((1234567 + k * GOLDEN) & WORD) for k in (1, 2, 3, 4)] == published
+
+
+int64 = st.integers(-(1 << 63), (1 << 63) - 1)
+row = st.tuples(int64, int64, int64)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(seed=int64, stage=st.integers(0, 1 << 40), rows=st.lists(row, min_size=1, max_size=4))
+def test_noise_equals_python_integers(seed, stage, rows):
+    """int64 products that wrap and shifts that keep the sign against unsigned arithmetic; also, rows do not mix."""
+    prompts, samples, positions = torch.tensor(rows).T
+    noise = decode.uniform_noise(seed, stage, prompts, samples, positions).tolist()
+    assert noise == [slow_noise(seed, stage, *row) for row in rows]
+
+
+PINNED = [0.1296456182997474, 0.8847898165349131, 0.24306696715032805, 0.32914885037539765, 0.6173751517331749]
+
+
+def test_noise_pinned():
+    """A change to any of these numbers changes every sample of every run that was ever made."""
+    inputs = [(0, 0, 0, 0, 0), (0, 1, 0, 0, 0), (1, 0, 2, 3, 4), (42, 1, 7472, 7, 511), (2**62 - 1, 1, 5, 0, 1)]
+    for (seed, stage, *row), pinned in zip(inputs, PINNED, strict=True):
+        assert decode.uniform_noise(seed, stage, *(torch.tensor([x]) for x in row)).item() == pinned
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_noise_changes_with_each_field(field):
+    base = {"seed": 5, "stage": 0, "prompt": 1, "sample": 2, "position": 3}
+    noise = lambda f: decode.uniform_noise(*list(f.values())[:2], *(torch.tensor([x]) for x in list(f.values())[2:]))
+    others = [{**base, field: v} for v in (17, 1 << 20, 1 << 40)]
+    swapped = [{**base, field: base[o], o: base[field]} for o in FIELDS if o != field]
+    values = [noise(f).item() for f in (base, *others, *swapped)]
+    assert len(set(values)) == len(values)
+    assert noise(base).item() == values[0]
+
+
+def test_noise_is_independent_of_the_batch():
+    generator = torch.Generator().manual_seed(0)
+    prompts, samples, positions = torch.randint(0, 1000, (3, 50), generator=generator)
+    together = decode.uniform_noise(1, 0, prompts, samples, positions)
+    order = torch.randperm(50, generator=generator)
+    assert torch.equal(decode.uniform_noise(1, 0, prompts[order], samples[order], positions[order]), together[order])
+    assert torch.equal(decode.uniform_noise(1, 0, prompts[7:8], samples[7:8], positions[7:8]), together[7:8])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sample_token
+# ---------------------------------------------------------------------------------------------------------------------
+
+LOGITS = [0.3, -1.2, 2.0, 0.9, -4.0, 1.1, 0.0]
+ALMOST_ONE = 1 - 2**-52  # the largest value of uniform_noise
+
+
+def draw(logits, noise, temperature=1.0, top_p=1.0):
+    """Tokens of one distribution for many noises."""
+    noise = torch.as_tensor(noise, dtype=torch.float64)
+    return decode.sample_token(torch.tensor(logits).expand(len(noise), -1), noise, temperature, top_p)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.5])
+def test_sample_token_follows_the_distribution(temperature, top_p):
+    """With hashed noise: chi-square. With an even grid of n noises a token comes up n p times, but for one at each end."""
+    probs = torch.tensor(slow_probs(LOGITS, temperature, top_p), dtype=torch.float64)
+    tokens = draw(LOGITS, draws_along("position"), temperature, top_p)
+    counts = torch.bincount(tokens, minlength=len(LOGITS))
+    assert (counts[probs == 0] == 0).all()
+    if (probs > 0).sum() > 1:
+        assert 0.001 < chi_square_p(counts[probs > 0], DRAWS * probs[probs > 0]) < 0.999
+
+    n = 100_000
+    counts = torch.bincount(draw(LOGITS, (torch.arange(n) + 0.5) / n, temperature, top_p), minlength=len(LOGITS))
+    torch.testing.assert_close(counts.double(), n * probs, atol=1.1, rtol=0)
+
+
+def test_sample_token_equals_python_floats():
+    """300 random rows, each with its own logits, against the twin's inverse CDF."""
+    generator = torch.Generator().manual_seed(1)
+    logits, noise = 3 * torch.randn(300, 40, generator=generator), draws_along("sample", 300)
+    for temperature, top_p in [(1.0, 1.0), (0.7, 1.0), (1.0, 0.8), (1.5, 0.3)]:
+        slow = [slow_draw(row, u, temperature, top_p) for row, u in zip(logits.tolist(), noise.tolist())]
+        assert decode.sample_token(logits, noise, temperature, top_p).tolist() == slow
+
+
+@pytest.mark.parametrize("top_p, kept", [(1e-9, 1), (0.49, 1), (0.51, 2), (0.74, 2), (0.76, 3), (0.88, 4), (1.0, 4)])
+def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p, kept):
+    """Probabilities 1/8, 1/2, 1/8, 1/4: of the equal ones either may be kept, but not both."""
+    tokens = draw([math.log(p) for p in (1 / 8, 1 / 2, 1 / 8, 1 / 4)], draws_along("position", 2000), top_p=top_p)
+    counts = torch.bincount(tokens, minlength=4)
+    assert (counts > 0).sum() == kept
+    assert counts[1] > 0 and (counts[3] > 0) == (kept > 1)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_sample_token_never_draws_probability_zero(top_p):
+    """Tokens masked with -inf at the front, in the middle and at the end, with noise at both ends of [0, 1)."""
+    off = -math.inf
+    for logits in ([off, off, 1.0, off, 0.0, off], [off, 2.0], [0.0, off], [-1e30, 0.0, -1e30]):
+        tokens = draw(logits, [0.0, 2**-52, 0.25, 0.5, 0.999, ALMOST_ONE], top_p=top_p)
+        assert all(logits[t] > -1e30 for t in tokens)
+    assert draw([off, 0.0, 0.0, off], [0.0, ALMOST_ONE]).tolist() == [1, 2]
+
+
+def test_sample_token_ends_of_the_noise():
+    """Noise 0 is the first possible token, noise just under 1 the last; on 2,000 distributions of any rounding."""
+    logits = 5 * torch.randn(2000, 50, generator=torch.Generator().manual_seed(2))
+    for noise, token in ((0.0, 0), (ALMOST_ONE, 49)):
+        noises = torch.full((2000,), noise, dtype=torch.float64)
+        assert (decode.sample_token(logits, noises, 1.0, 1.0) == token).all()
+
+
+def test_sample_token_huge_logits():
+    noise = [0.0, 0.3, 0.49, 0.51, ALMOST_ONE]
+    assert draw([1e30, -1e30, 1e30], noise).tolist() == [0, 0, 0, 2, 2]
+    assert draw([6e4, 0.0, -6e4], noise, temperature=0.01).tolist() == [0] * 5
+
+
+def test_sample_token_computes_in_float32():
+    """bfloat16 logits are taken as they are, and then no probability is rounded to bfloat16."""
+    logits = torch.randn(500, 30, generator=torch.Generator().manual_seed(5)).bfloat16()
+    noise = draws_along("prompt", 500)
+    assert torch.equal(
+        decode.sample_token(logits, noise, 0.7, 1.0), decode.sample_token(logits.float(), noise, 0.7, 1.0)
+    )
+
+
+def test_sample_token_keeps_the_tail_of_a_large_vocabulary():
+    """A token of mass 1 - 2e-5 and 20,000 of 1e-9 each: noises 1e-9 apart draw the tail's tokens one after the other.
+
+    Beside 1 float32 steps by 6e-8: in a float32 CDF sixty of these tokens share a step and only one of them is drawn.
+    """
+    logits = torch.full((20_001,), math.log(1e-9))
+    logits[0] = math.log(1 - 2e-5)
+    tokens = draw(logits.tolist(), 1 - 1e-5 + 1e-9 * torch.arange(100).double())
+    assert tokens.min() > 0 and len(tokens.unique()) >= 98 and tokens.diff().max() <= 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# token_logprobs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def head_inputs(dtype=torch.float32, tokens=13, width=6, vocab=40):
+    generator = torch.Generator().manual_seed(3)
+    make = lambda *shape: torch.randn(*shape, generator=generator).to(dtype).requires_grad_()
+    return make(tokens, width), make(vocab, width), make(vocab), torch.randint(0, vocab, (tokens,), generator=generator)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("chunk", [1, 4, 12, 13, 100])
+def test_token_logprobs_with_gradients(with_bias, chunk):
+    """log_softmax at the target, and its gradients with respect to hidden, weight and bias, for any chunk."""
+    hidden, weight, bias, targets = head_inputs()
+    inputs = [hidden, weight] + ([bias] if with_bias else [])
+    weights = torch.linspace(-1, 2, len(targets))  # of the sum that is differentiated: tokens are told apart
+    logits = hidden @ weight.T + (bias if with_bias else 0)
+    plain = logits.log_softmax(-1)[torch.arange(len(targets)), targets]
+    fast = decode.token_logprobs(hidden, weight, bias if with_bias else None, targets, chunk)
+    torch.testing.assert_close(fast, plain, atol=1e-5, rtol=0)
+    expected = torch.autograd.grad((weights * plain).sum(), inputs)
+    for ours, theirs in zip(torch.autograd.grad((weights * fast).sum(), inputs), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_token_logprobs_keeps_no_logits_for_the_backward_pass():
+    """What autograd saves in the forward pass is never larger than the weight: logits are computed again."""
+    hidden, weight, bias, targets = head_inputs(tokens=64, width=2, vocab=40)
+    sizes = []
+    pack = lambda tensor: sizes.append(tensor.numel()) or tensor
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        decode.token_logprobs(hidden, weight, bias, targets, 8)
+    assert max(sizes, default=0) <= max(weight.numel(), hidden.numel()) < 8 * 40
+
+
+def test_token_logprobs_in_bfloat16_is_float32():
+    """The head's product is rounded to bfloat16, as the model's own would be; the softmax over it is float32."""
+    hidden, weight, bias, targets = head_inputs(torch.bfloat16)
+    fast = decode.token_logprobs(hidden, weight, bias, targets, 5)
+    assert fast.dtype == torch.float32
+    plain = F.linear(hidden, weight, bias).float().log_softmax(-1)[torch.arange(len(targets)), targets]
+    torch.testing.assert_close(fast, plain, atol=1e-5, rtol=0)
+
+
+def test_token_logprobs_of_nothing_and_of_huge_logits():
+    hidden, weight, bias, targets = head_inputs()
+    assert decode.token_logprobs(hidden[:0], weight, bias, targets[:0], 4).shape == (0,)
+    logprobs = decode.token_logprobs(torch.tensor([[1e4]]), torch.tensor([[1.0], [-1.0]]), None, torch.tensor([1]), 4)
+    assert logprobs.item() == -2e4
+
+
+def test_head_chunk_is_128_mib():
+    assert decode.head_chunk(152_064) == 220  # 220 x 152,064 x 4 bytes = 133.8 MB, 221 would be over 2^27
+    assert decode.head_chunk(1 << 40) == 1
+
+
+@pytest.mark.parametrize("name", ["uniform_noise", "sample_token", "token_logprobs"])
+def test_copy_paste(name):
+    """Each function made from its source alone says what the module's says."""
+    logits, noise = torch.randn(20, 9, generator=torch.Generator().manual_seed(4)), draws_along("sample", 20)
+    arguments = {
+        "uniform_noise": (9, 1, *torch.arange(30).view(3, 10)),
+        "sample_token": (logits, noise, 0.7, 0.9),
+        "token_logprobs": (*head_inputs(), 4),
+    }[name]
+    function = getattr(decode, name)
+    assert torch.equal(exec_alone(function)(*arguments), function(*arguments))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# prefill, expand, decode
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_no_cache(models, family):
+    """Unequal prompts in one left-padded batch; rows end at different steps, by EOS and by budget."""
+    model = models[family]
+    fast = fast_decode(model, prefill(model, PROMPTS), decode.greedy, 14)
+    assert_same(fast, rows_of([slow_decode(model, p, slow_greedy, 14, EOS) for p in PROMPTS]))
+    assert len(set(map(len, fast[0]))) >= 3, (
+        "these models no longer end at different steps: the test has lost its point"
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.8)])
+def test_sampling_equals_no_cache(models, family, temperature, top_p):
+    """The same noise gives the same tokens; the log-probs are the untempered, untruncated distribution's."""
+    model, start = models[family], torch.tensor([0, 4, 0, 9, 1])
+    choose = fast_sampler(5, start, temperature, top_p, prompt_ids=[8, 0, 3, 3, 1], sample_ids=[0, 1, 2, 3, 0])
+    slow = [
+        slow_decode(model, p, slow_sampler(i, s, t, temperature, top_p), 12, EOS)
+        for p, i, s, t in zip(PROMPTS, [8, 0, 3, 3, 1], [0, 1, 2, 3, 0], start.tolist())
+    ]
+    assert_same(fast_decode(model, prefill(model, PROMPTS), choose, 12), rows_of(slow))
+
+
+@pytest.mark.parametrize("eos", [3, EOS])
+def test_greedy_equals_generate(models, eos):
+    """transformers' own loop on the same left-padded batch."""
+    model, width = models["llama"], max(map(len, PROMPTS))
+    batch = torch.tensor([[PAD] * (width - len(p)) + p for p in PROMPTS])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in PROMPTS])
+    config = GenerationConfig(do_sample=False, max_new_tokens=15, eos_token_id=eos, pad_token_id=PAD)
+    theirs = model.generate(batch, attention_mask=mask, generation_config=config)[:, width:].tolist()
+    eos = [eos] if isinstance(eos, int) else eos
+    ours, _ = fast_decode(model, prefill(model, PROMPTS), decode.greedy, 15, eos)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a == b[: len(a)] and set(b[len(a) :]) <= {PAD}
+        assert len(a) == 15 or a[-1] in eos
+
+
+def test_tokens_beyond_the_vocabulary_have_no_probability(models):
+    """Rows 22 to 31 of the Qwen2 head are padding: made likeliest, they are still neither drawn nor counted."""
+    model = make_model("qwen2", 2, width=24, rows=32)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[VOCAB:] *= 30
+    fast = fast_decode(model, prefill(model, PROMPTS), fast_sampler(5), 8)
+    assert_same(fast, fast_decode(models["qwen2"], prefill(models["qwen2"], PROMPTS), fast_sampler(5), 8))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_expand_equals_prompts_repeated(models, family):
+    """Row i becomes rows i*n .. i*n + n-1, each sampling on its own."""
+    model, n = models[family], 3
+    names = {"prompt_ids": [i for i in range(5) for _ in range(n)], "sample_ids": list(range(n)) * 5}
+    expanded = decode.expand(prefill(model, PROMPTS), n)
+    fast = fast_decode(model, expanded, fast_sampler(15, **names), 8)
+    repeated = prefill(model, [p for p in PROMPTS for _ in range(n)])
+    assert_same(fast, fast_decode(model, repeated, fast_sampler(15, **names), 8))
+    slow = [slow_decode(model, PROMPTS[i // n], slow_sampler(i // n, i % n), 8, EOS) for i in range(15)]
+    assert_same(fast, rows_of(slow))
+    assert len({tuple(r) for r in fast[0]}) > 10
+
+
+@pytest.mark.parametrize("choose_name", ["greedy", "sample"])
+def test_rows_leave_the_batch(models, choose_name):
+    """Unequal budgets, 0 among them, and no EOS: each row's tokens are the first of what it says with a full budget."""
+    model, budgets = models["llama"], [5, 0, 12, 1, 0]
+    choose = decode.greedy if choose_name == "greedy" else fast_sampler(5)
+    full = fast_decode(model, prefill(model, PROMPTS), choose, 12, [])
+    fast = fast_decode(model, prefill(model, PROMPTS), choose, torch.tensor(budgets), [])
+    assert [len(r) for r in full[0]] == [12] * 5
+    assert_same(fast, rows_of([(t[:b], p[:b]) for t, p, b in zip(*full, budgets)]))
+    assert fast_decode(model, prefill(model, PROMPTS), choose, 0) == ([[]] * 5, [[]] * 5)
+
+
+@pytest.mark.parametrize("budget, fed", [([1, 1, 12, 1, 1], [5] + [1] * 11), ([3, 0, 3, 3, 3], [5, 4, 4])])
+def test_finished_rows_are_not_computed(models, budget, fed):
+    """Rows in each forward: all in the prefill, then those that still run; a row with no budget leaves at once."""
+    model, sizes = models["llama"], []
+    hook = model.model.layers[0].register_forward_hook(lambda module, args, output: sizes.append(args[0].shape[0]))
+    try:
+        fast_decode(model, prefill(model, PROMPTS), decode.greedy, torch.tensor(budget), [])
+    finally:
+        hook.remove()
+    assert sizes == fed
+
+
+def test_response_ends_at_the_first_eos_of_any_kind(models):
+    """For each EOS id alone: the response is the one without EOS, cut after that id's first place."""
+    model = models["llama"]
+    free, free_logprobs = fast_decode(model, prefill(model, PROMPTS), fast_sampler(5), 14, [])
+    for eos in ([3], [7], [20], [13, 4], list(range(VOCAB))):
+        cuts = [next((i + 1 for i, t in enumerate(r) if t in eos), len(r)) for r in free]
+        fast = fast_decode(model, prefill(model, PROMPTS), fast_sampler(5), 14, eos)
+        assert_same(fast, rows_of([(r[:c], p[:c]) for r, p, c in zip(free, free_logprobs, cuts)]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_subset_in_any_order_gives_the_same_tokens(models, family):
+    model, budget = models[family], torch.tensor([9, 3, 10, 0, 6])
+    together = fast_decode(model, prefill(model, PROMPTS), fast_sampler(5), budget)
+    rng = random.Random(0)
+    for size in (1, 1, 2, 3, 4, 5):
+        subset = rng.sample(range(5), size)
+        rows = prefill(model, [PROMPTS[i] for i in subset])
+        alone = fast_decode(model, rows, fast_sampler(size, prompt_ids=subset), budget[subset])
+        assert_same(alone, rows_of([(together[0][i], together[1][i]) for i in subset]))
+
+
+@pytest.mark.parametrize("budget", [[9, 3, 10, 0, 6], [0] * 5])
+@pytest.mark.parametrize("extra", [1, 20])
+def test_other_ranks_that_go_on_change_nothing(models, budget, extra):
+    """`any_rank` says "continue" for some steps after this rank is done: it goes along, and its result stays."""
+    model, left = models["qwen2"], extra
+
+    def any_rank(flag):
+        nonlocal left
+        left -= not flag
+        return flag or left >= 0
+
+    alone = fast_decode(model, prefill(model, PROMPTS), fast_sampler(5), torch.tensor(budget))
+    with_others = fast_decode(model, prefill(model, PROMPTS), fast_sampler(5), torch.tensor(budget), any_rank=any_rank)
+    assert left < 0
+    assert_same(with_others, alone)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# score
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("responses", [RESPONSES, [[4, 9, 2], [], [2], [], [19, 10]]])
+def test_score_equals_each_sequence_alone(models, family, responses):
+    """Log-probs, 0 beyond a response's end, and hidden[:, t] that predicts token t; a response may be empty beside others."""
+    model = models[family]
+    _, hidden, logprobs = decode.score(model, prefill(model, PROMPTS), responses, VOCAB)
+    assert logprobs.shape == (5, max(map(len, responses))) and logprobs.dtype == torch.float32
+    assert hidden.shape[:2] == (5, logprobs.shape[1] + 1)
+    for i, (prompt, response) in enumerate(zip(PROMPTS, responses)):
+        n = len(response)
+        torch.testing.assert_close(logprobs[i, :n], slow_score(model, prompt, response), atol=1e-5, rtol=0)
+        assert (logprobs[i, n:] == 0).all()
+        for t in range(n + 1):
+            logits = decode.next_logits(model, hidden[i, t], VOCAB)
+            torch.testing.assert_close(logits, slow_logits(model, prompt + response[:t]), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_score_gives_decode_its_own_logprobs_back(models, family):
+    """The check's margin is zero where teacher and student are one model."""
+    model = models[family]
+    tokens, logprobs = fast_decode(model, prefill(model, PROMPTS), fast_sampler(5), 12)
+    _, _, scored = decode.score(model, prefill(model, PROMPTS), tokens, VOCAB)
+    for ours, theirs in zip(scored.tolist(), logprobs):
+        assert ours[: len(theirs)] == pytest.approx(theirs, abs=1e-5)
+
+
+def test_decode_goes_on_after_score(models):
+    """Without a rewind: rows predict what follows their whole response, the empty one too."""
+    model, responses = models["qwen2"], [[4, 9, 3], [15, 8, 8, 21, 5, 6], [], [6], [19, 10]]
+    rows, _, _ = decode.score(model, prefill(model, PROMPTS), responses, VOCAB)
+    fresh = prefill(model, [p + r for p, r in zip(PROMPTS, responses)])
+    choose = fast_sampler(5)
+    assert_same(fast_decode(model, rows, choose, 8), fast_decode(model, fresh, choose, 8))
+
+
+def test_score_cuts_and_renormalises_the_vocabulary(models):
+    """Over the 22 tokens of the 32-row head the probabilities of the next token sum to 1."""
+    model = models["qwen2"]
+    rows = decode.expand(prefill(model, [PROMPTS[0]]), VOCAB)
+    _, _, logprobs = decode.score(model, rows, [[t] for t in range(VOCAB)], VOCAB)
+    assert logprobs.exp().sum().item() == pytest.approx(1, abs=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# rewind
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("choose_name", ["greedy", "sample"])
+def test_rewind_equals_a_fresh_prefill(models, family, choose_name):
+    """At every keep from 0 to the response's length: decode on as if prompt + kept tokens had just been prefilled."""
+    model = models[family]
+    for limit in range(max(map(len, RESPONSES)) + 1):
+        keep = torch.tensor([min(limit, len(r)) for r in RESPONSES])
+        choose = decode.greedy if choose_name == "greedy" else fast_sampler(5, keep)
+        rows, hidden, _ = decode.score(model, prefill(model, PROMPTS), RESPONSES, VOCAB)
+        fast = fast_decode(model, decode.rewind(rows, keep, hidden), choose, 8, [])
+        kept = [p + r[:k] for p, r, k in zip(PROMPTS, RESPONSES, keep.tolist())]
+        assert_same(fast, fast_decode(model, prefill(model, kept), choose, 8, []))
+
+
+def test_rewind_equals_no_cache(models):
+    """As the splice uses it: expanded rows, some of them selected, each kept to its own t*, budgets of what is left."""
+    model, n, keep, chosen = models["qwen2"], 2, torch.tensor([2, 0, 5, 1]), torch.tensor([0, 3, 2, 5])
+    prompts = [p for p in PROMPTS[:3] for _ in range(n)]
+    responses = [RESPONSES[i] for i in (0, 1, 1, 4, 3, 3)]
+    rows = decode.expand(prefill(model, PROMPTS[:3]), n)
+    rows, hidden, _ = decode.score(model, rows, responses, VOCAB)
+    rows = decode.rewind(rows.select(chosen), torch.minimum(keep, torch.tensor([3, 2, 7, 5])), hidden[chosen])
+    choose = fast_sampler(4, keep, prompt_ids=[0, 1, 1, 2], sample_ids=[0, 1, 0, 1])
+    fast = fast_decode(model, rows, choose, 10 - keep)
+    slow = [
+        slow_decode(model, prompts[c] + responses[c][:k], slow_sampler(c // n, c % n, k), 10 - k, EOS)
+        for c, k in zip(chosen.tolist(), keep.tolist())
+    ]
+    assert_same(fast, rows_of(slow))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_score_after_rewind(models, family):
+    """The forgotten tokens are without effect on a second response's log-probs."""
+    model, keep = models[family], torch.tensor([1, 7, 0, 3, 2])
+    second = [[9, 9, 2], [3], [20, 4, 18, 5, 12], [6, 2], []]
+    rows, hidden, _ = decode.score(model, prefill(model, PROMPTS), RESPONSES, VOCAB)
+    _, _, logprobs = decode.score(model, decode.rewind(rows, keep, hidden), second, VOCAB)
+    for i, response in enumerate(second):
+        expected = slow_score(model, PROMPTS[i] + RESPONSES[i][: keep[i]], response)
+        torch.testing.assert_close(logprobs[i, : len(response)], expected, atol=1e-5, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numerical traps
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_each_query_sees_a_column(models, monkeypatch):
+    """A softmax over nothing is NaN in some attention kernels and 0 in others (the CPU's among them), so the masks are
+    looked at: in prefill, score, and after a rewind to nothing, each query sees at least itself, padding too.
+    """
+    masks, forward_tokens = [], decode.forward_tokens
+
+    def spy(model, cache, token_ids, attention, positions):
+        masks.append(attention)
+        return forward_tokens(model, cache, token_ids, attention, positions)
+
+    monkeypatch.setattr(decode, "forward_tokens", spy)
+    rows, hidden, _ = decode.score(models["llama"], prefill(models["llama"], PROMPTS), RESPONSES, VOCAB)
+    fast_decode(models["llama"], decode.rewind(rows, torch.zeros(5).long(), hidden), decode.greedy, 3, [])
+    assert len(masks) == 4 and all(mask.any(-1).all() for mask in masks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_one_token_beside_a_long_prompt(family, dtype):
+    """Prompts of 1 and 200 tokens: 199 columns of padding, whose queries see nothing else, must not turn into NaN."""
+    model = make_model(family, 5, rows=32).to(dtype)
+    long = torch.randint(3, VOCAB, (200,), generator=torch.Generator().manual_seed(5)).tolist()
+    rows = prefill(model, [[1], long])
+    assert all(torch.isfinite(layer.keys).all() and torch.isfinite(layer.values).all() for layer in rows.cache.layers)
+    rows, hidden, logprobs = decode.score(model, rows, [[5, 6, 7, 2], [8]], VOCAB)
+    assert torch.isfinite(hidden).all() and torch.isfinite(logprobs).all()
+    # In bfloat16 a different summation order moves a log-prob by some 2^-8 of its size
+    _, _, alone = decode.score(model, prefill(model, [[1]]), [[5, 6, 7, 2]], VOCAB)
+    torch.testing.assert_close(logprobs[0], alone[0], atol=1e-5 if dtype == torch.float32 else 0.15, rtol=0)
+    rows = decode.rewind(rows, torch.tensor([2, 0]), hidden)
+    tokens, logprobs = fast_decode(model, rows, fast_sampler(2), 6, [])
+    assert all(math.isfinite(x) for row in logprobs for x in row) and [len(t) for t in tokens] == [6, 6]

@@ -1,0 +1,353 @@
+"""Processes, for real: torchrun, gloo on the CPU, FSDP2. The number of processes changes no result, nor does a kill.
+
+Three launches of workers.py, with 2, with 3 and without torchrun (0), do most of the jobs; the tests read their folders.
+"""
+
+import json
+import shutil
+import time
+
+import pytest
+import torch
+from conftest import ROOT, launch
+from safetensors.torch import load_file
+from torch.nn.functional import logsigmoid
+from transformers import AutoModelForCausalLM
+
+import common
+import dpo
+
+BETA = 0.1
+SHARED = "--batch-size 6 --micro-batch-size 1 --threads 1 --device cpu"
+PAIRS = "--samples 4 --max-new-tokens 10 --prompts-per-batch 4 --limit 14 --eta 1.5 --eval-limit 0 --max-steps 1"
+FEW = "--samples 4 --max-new-tokens 10 --prompts-per-batch 4 --limit 6 --eta 1.5 --eval-limit 6 --max-steps 1"
+TURNS = "--samples 1 --max-new-tokens 6 --prompts-per-batch 1 --limit 7 --eta 4 --eval-limit 0 --max-steps 1"
+TRAIN = "--epochs 3 --lr 1e-3 --save-every 2"  # 10 pairs, 6 of them a step: 6 steps, two checkpoints
+# name -> policy, reference, number of pairs, flags. Steps are of 6 + 1 or 6 + 4 pairs: ranks without a pair, or with
+# fewer micro-batches than others. --micro-batch-size 1 accumulates (6 times with one process), 6 does not
+GRADIENTS = {
+    "sum": ("student", "teacher", 7, "--micro-batch-size 1 --label-smoothing 0.1"),
+    "nll": ("student", "teacher", 10, "--micro-batch-size 6 --nll-weight 0.5"),
+    "mean": ("teacher", "student", 10, "--micro-batch-size 1 --logprobs mean"),
+    "checkpointed": ("student", "teacher", 7, "--micro-batch-size 1 --label-smoothing 0.1 --activation-checkpointing"),
+}
+# Where a training run is killed, one after the other; each time it is started again. (function, words in its arguments)
+DEATHS = [
+    ("os.replace", "reference.json"),  # the reference's log-probs are written, not yet renamed
+    ("common.append_jsonl", "'step': 2,"),  # before any checkpoint
+    ("torch.distributed.checkpoint.save", "step-000002"),  # on rank 1; rank 0 has begun to write
+    ("os.rename", "checkpoint/step-000002"),  # the checkpoint is written, not yet renamed
+    ("common.append_jsonl", "'step': 4,"),  # one step after a checkpoint
+    ("os.rename", "checkpoint/step-000004"),
+    ("shutil.rmtree", "checkpoint/step-000002"),  # two checkpoints are there
+    ("os.rename", "broken/student"),  # the model is written, not yet renamed
+]
+
+
+def make_pairs(count):
+    """Random pairs of unequal lengths: nothing shared, some tokens shared, one response the beginning of the other."""
+    draw = torch.Generator().manual_seed(3)
+    ids = lambda low, high: torch.randint(3, 16, (int(torch.randint(low, high, (), generator=draw)),), generator=draw)
+    pairs = []
+    for i in range(count):
+        prompt, shared, chosen, rejected = (ids(*span).tolist() for span in ((1, 9), (0, 5), (1, 12), (1, 12)))
+        shared, chosen = ([] if i % 4 == 0 else shared), (shared + [5] if i % 4 == 1 else chosen)
+        rejected = chosen + rejected if i % 4 == 1 else rejected
+        pairs.append({"prompt_ids": prompt, "chosen_ids": shared + chosen, "rejected_ids": shared + rejected})
+    return pairs
+
+
+class Runs:
+    """Folders of the jobs: root/PROCESSES/NAME."""
+
+    def __init__(self, root, models, prompts_file):
+        self.root, self.models, self.prompts_file = root, models, prompts_file
+        self.jobs, self.codes, self.process = {}, {}, {}
+        for count in (7, 10):
+            common.write_jsonl(root / f"pairs-{count}.jsonl", make_pairs(count))
+
+    def method(self, name, flags, **extra):
+        """A job of warmup_distill.py."""
+        models = ["--teacher", self.models["teacher"], "--student", self.models["student"], "--data", self.prompts_file]
+        flags = f"--template none --lr 1e-3 {SHARED} {flags}"
+        return name, {"main": "warmup_distill", "argv": [*models, *flags.split()], **extra}
+
+    def dpo(self, name, flags, policy="student", reference="student", count=10, **extra):
+        """A job of dpo.py."""
+        models = ["--model", self.models[policy], "--reference", self.models[reference]]
+        pairs = ["--pairs", str(self.root / f"pairs-{count}.jsonl")]
+        return name, {"main": "dpo", "argv": [*models, *pairs, *f"{SHARED} {flags}".split()], **extra}
+
+    def plan(self, n):
+        """(name, job) for `n` processes, in order; several jobs of one name share a folder."""
+        die = lambda at, call, **rank: {"die": {"at": at, "call": call, **rank}}
+        yield self.method("pairs", PAIRS)
+        for name, (policy, reference, count, flags) in GRADIENTS.items():
+            yield self.dpo(name, flags, policy, reference, count, record=True)
+        yield self.dpo("train", TRAIN)
+        yield self.dpo("moved", TRAIN, **(die("common.append_jsonl", "'step': 4,") if n == 2 else {}))
+        if n != 2:  # with 2 processes it is a test of the command itself
+            yield self.method("few", FEW)
+        if n > 0:
+            yield self.method("turns", TURNS)
+            yield self.method("turns-sharded", TURNS + " --shard-teacher")
+        if n == 2:
+            yield self.method("no-pair", TURNS + " --shard-teacher --eta 100")
+            yield self.dpo("bfloat16", TRAIN + " --dtype bfloat16")
+            for at, call in DEATHS:
+                rank = {"rank": 1} if at.endswith(".save") else {}
+                yield self.dpo("broken", TRAIN, **die(at, call, **rank))
+            yield self.dpo("broken", TRAIN)
+            for file in ("pairs/00001.jsonl", "pairs/00003.jsonl", "/mismatch.json"):
+                yield self.method("pairs-broken", PAIRS, **die("os.replace", file))
+            yield self.method("pairs-broken", PAIRS)
+
+    def start(self, n):
+        self.jobs[n] = list(self.plan(n))
+        for name, job in self.jobs[n]:
+            job["argv"] += ["--out", str(self.root / str(n) / name)]
+        file = self.root / f"jobs-{n}.json"
+        file.write_text(json.dumps([job for _, job in self.jobs[n]]))
+        if n != 2:
+            shutil.copytree(self.root / "2" / "moved", self.root / str(n) / "moved")
+        self.process[n] = launch(n, "tests/workers.py", file, env={"PYTHONPATH": str(ROOT)})
+        ranks = [json.loads((self.root / f"{file.name}.{rank}").read_text()) for rank in range(max(n, 1))]
+        self.codes[n] = list(zip(*ranks))
+
+    def out(self, n, name):
+        """The folder of a job, after a look at the exit statuses of all who worked in it."""
+        for number, ((job_name, job), codes) in enumerate(zip(self.jobs[n], self.codes[n], strict=True)):
+            if job_name == name:
+                good = -9 in codes and 0 not in codes if "die" in job else set(codes) == {0}
+                assert good, f"exit statuses {codes} of job {self.process[n].stderr.split('--- job ')[number + 1]}"
+        return self.root / str(n) / name
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, pair_of_models, prompts_file):
+    runs = Runs(tmp_path_factory.mktemp("distributed"), pair_of_models, prompts_file)
+    for n in (2, 3, 0):
+        runs.start(n)
+        assert runs.process[n].returncode == 0, runs.process[n].stderr[-5000:]
+    return runs
+
+
+def metrics(out):
+    """The numbers of metrics.jsonl without what a clock or the machine says."""
+    rest = ("stage", "seconds", "tokens_per_second", "peak_memory_gb")
+    return [{k: v for k, v in row.items() if k not in rest} for row in common.read_jsonl(out / "metrics.jsonl")]
+
+
+def weights(out):
+    return load_file(out / "student" / "model.safetensors")
+
+
+def distance(a, b):
+    """|a - b| / |b| over all tensors of two dicts."""
+    assert a.keys() == b.keys()
+    square = lambda values: sum(v.double().square().sum().item() for v in values)
+    return (square(a[k] - b[k] for k in b) / square(b.values())) ** 0.5
+
+
+def pair_files(out):
+    """The files that must not depend on processes or kills: name -> bytes."""
+    names = ["pairs.jsonl", "mismatch.json", *sorted(str(f.relative_to(out)) for f in out.glob("pairs/*.jsonl"))]
+    return {name: (out / name).read_bytes() for name in names}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The number of processes changes nothing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_pairs_are_identical(runs, n):
+    """Byte for byte, in four files and what is made of them."""
+    alone = pair_files(runs.out(0, "pairs"))
+    assert len(alone) == 6 and alone["pairs.jsonl"].count(b"\n") > 10
+    assert pair_files(runs.out(n, "pairs")) == alone
+
+
+def test_fewer_micro_batches_than_processes(runs):
+    """Two micro-batches of prompts for three processes: the same files, and the same closing table."""
+    alone, ours = runs.out(0, "few"), runs.out(3, "few")
+    assert len(pair_files(alone)) == 4 and pair_files(ours) == pair_files(alone)
+    assert_same_table(ours, alone)
+
+
+def assert_same_table(ours, alone):
+    ours, alone = (json.loads((out / "summary.json").read_text()) for out in (ours, alone))
+    for name in ("teacher", "student before", "student after"):
+        assert ours[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-6)
+
+
+def plain_gradients(policy, reference, pairs, vocab_size, flags):
+    """The obvious loop on plain models in float64: one sequence at a time, nothing shared, nothing sharded."""
+    policy, reference = (AutoModelForCausalLM.from_pretrained(path).double() for path in (policy, reference))
+    value = lambda flag, default: float(flags.split(flag)[1].split()[0]) if flag in flags else default
+    epsilon, nll_weight = value("--label-smoothing", 0), value("--nll-weight", 0)
+    losses, nlls, chosen_tokens = [], [], 0
+    for pair in pairs:
+
+        def logp(model, response, prompt=pair["prompt_ids"]):
+            logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1, :vocab_size]
+            return logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None]).sum()
+
+        chosen, rejected = pair["chosen_ids"], pair["rejected_ids"]
+        scale = [len(chosen), len(rejected)] if "--logprobs mean" in flags else [1, 1]
+        with torch.no_grad():
+            base = logp(reference, chosen) / scale[0] - logp(reference, rejected) / scale[1]
+        policy_chosen = logp(policy, chosen)
+        z = BETA * (policy_chosen / scale[0] - logp(policy, rejected) / scale[1] - base)
+        losses.append(-(1 - epsilon) * logsigmoid(z) - epsilon * logsigmoid(-z))
+        nlls.append(-policy_chosen)
+        chosen_tokens += len(chosen)
+    loss = sum(losses) / len(pairs) + nll_weight * sum(nlls) / chosen_tokens
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in policy.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def plain(runs, tokenizer):
+    """name -> for each step: the loss and gradients of the plain loop."""
+    result = {}
+    for name, (policy, reference, count, flags) in GRADIENTS.items():
+        pairs, models = make_pairs(count), runs.models
+        batches = [dpo.batch_of_step(step, count, 6, 0) for step in range(2)]
+        assert sorted(batches[0] + batches[1]) == list(range(count))
+        result[name] = [
+            plain_gradients(models[policy], models[reference], [pairs[i] for i in batch], len(tokenizer), flags)
+            for batch in batches
+        ]
+    return result
+
+
+@pytest.mark.parametrize("n", [0, 2, 3])
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_equal_the_plain_loop(runs, plain, name, n):
+    """What reaches the optimizer, before clipping: relative 1e-5 in every tensor, whatever the ranks had to do."""
+    out = runs.out(n, name)
+    steps = torch.load(out / "gradients.pt")
+    assert len(steps) == len(plain[name]) == 2
+    for step, row, (loss, expected) in zip(steps, metrics(out), plain[name]):
+        assert row["loss"] == pytest.approx(loss, rel=1e-5)
+        assert {key.removeprefix("lm.") for key in step} == expected.keys()
+        for key, gradient in expected.items():
+            assert distance({key: step["lm." + key].double()}, {key: gradient}) < 1e-5, key
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_training_does_not_depend_on_processes(runs, pair_of_models, n):
+    ours, alone = runs.out(n, "train"), runs.out(0, "train")
+    assert [row["step"] for row in metrics(alone)] == [1, 2, 3, 4, 5, 6]
+    for row, expected in zip(metrics(ours), metrics(alone), strict=True):
+        assert row == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert update_distance(ours, alone, pair_of_models) < 1e-3
+
+
+def update_distance(ours, alone, models):
+    """Relative difference of what two runs have added to the student's weights."""
+    start = load_file(models["student"] + "/model.safetensors")
+    update, expected = ({k: w[k] - start[k] for k in start} for w in (weights(ours), weights(alone)))
+    assert all(v.abs().max() > 1e-4 for v in expected.values())
+    return distance(update, expected)
+
+
+def test_bfloat16(runs):
+    """The policy computes in bfloat16, 8 bits of mantissa; weights and reductions stay in float32."""
+    for row, expected in zip(metrics(runs.out(2, "bfloat16")), metrics(runs.out(2, "train")), strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], abs=0.03)
+        assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=0.1)
+    assert all(v.dtype == torch.float32 for v in weights(runs.out(2, "bfloat16")).values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A sharded teacher
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_sharded_teacher(runs, n):
+    """Same tokens, log-probs to 1e-4: also in turns where a rank has no mismatch, or (the last) no micro-batch."""
+    read = lambda name: [common.read_jsonl(f) for f in sorted(runs.out(n, name).glob("pairs/*.jsonl"))]
+    ours, usual = read("turns-sharded"), read("turns")
+    touched = [any(r["t_star"] >= 0 for r in batch) for batch in usual]
+    turns = [touched[k : k + n] for k in range(0, len(touched), n)]
+    assert any(any(turn) and not all(turn) for turn in turns[:-1]) and len(turns[-1]) < n and touched[-1]
+    for batch, expected in zip(ours, usual, strict=True):
+        for a, b in zip(batch, expected, strict=True):
+            assert a.keys() == b.keys()
+            for key in b:
+                assert a[key] == (pytest.approx(b[key], abs=1.1e-4) if "logprobs" in key or key == "margin" else b[key])
+
+
+def test_no_pair_at_all(runs, pair_of_models):
+    """No rank has a mismatch in any turn: no hang, no pair, and the student comes out as it went in."""
+    out = runs.out(2, "no-pair")
+    assert (out / "pairs.jsonl").read_text() == ""
+    assert distance(weights(out), load_file(pair_of_models["student"] + "/model.safetensors")) == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Killed and started again
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_killed_training_ends_as_if_unbroken(runs):
+    """Killed in eight places and started again each time: bit for bit the weights of a run that nobody killed."""
+    broken, whole = runs.out(2, "broken"), runs.out(2, "train")
+    ours, expected = weights(broken), weights(whole)
+    assert ours.keys() == expected.keys() and all(torch.equal(ours[k], expected[k]) for k in ours)
+    assert metrics(broken) == metrics(whole)
+    assert not list(broken.glob("checkpoint/.*")) and not list(broken.glob(".student*"))
+
+
+@pytest.mark.parametrize("n", [0, 3])
+def test_resume_with_other_processes(runs, pair_of_models, n):
+    """Begun with 2 processes, killed after step 3, ended with n."""
+    begun = runs.out(2, "moved")
+    assert len(metrics(begun)) == 3 and (begun / "checkpoint" / "step-000002").is_dir()
+    moved, whole = runs.out(n, "moved"), runs.out(n, "train")
+    for row, expected in zip(metrics(moved), metrics(whole), strict=True):
+        assert row == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert update_distance(moved, whole, pair_of_models) < 1e-3
+
+
+def test_killed_sampling_ends_as_if_unbroken(runs):
+    assert pair_files(runs.out(2, "pairs-broken")) == pair_files(runs.out(0, "pairs"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The real command: its end and its errors
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [0, 2])
+def test_command_ends_cleanly(runs, tmp_path, n):
+    """With and without torchrun: status 0, the group is taken down, and the same pairs as ever."""
+    argv = runs.method("", FEW)[1]["argv"]
+    result = launch(n, "warmup_distill.py", *argv, "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert "destroy_process_group" not in result.stderr and "Traceback" not in result.stderr
+    assert "warn" not in result.stderr.lower(), result.stderr
+    assert pair_files(tmp_path / "out") == pair_files(runs.out(0, "few"))
+    assert_same_table(tmp_path / "out", runs.out(0, "few"))
+
+
+def error_lines(n, *command):
+    """Lines that begin with "error: " from a job that must fail, and soon."""
+    started = time.perf_counter()
+    result = launch(n, *command, timeout=90, env={"PYTHONPATH": str(ROOT)})
+    assert result.returncode != 0 and time.perf_counter() - started < 60
+    return [line for line in result.stderr.splitlines() if line.startswith("error: ")], result
+
+
+def test_error_of_all_ranks_is_printed_once(runs, tmp_path):
+    argv = runs.method("", FEW)[1]["argv"] + ["--student", str(tmp_path / "nothing"), "--out", str(tmp_path / "out")]
+    lines, result = error_lines(2, "warmup_distill.py", *argv)
+    assert len(lines) == 1 and str(tmp_path / "nothing") in lines[0] and "(rank" not in lines[0], result.stderr
+
+
+def test_error_of_one_rank_is_printed(tmp_path):
+    lines, result = error_lines(2, "tests/workers.py", "rank-error")
+    assert lines == ["error: rank 1 met something, in its own data, mend it (rank 1)"], result.stderr
