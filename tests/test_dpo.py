@@ -378,11 +378,13 @@ def world():
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 16])
 def test_reference_logprobs(world, with_shared, micro_batch_size):
     """In the pairs' own order, whatever the micro-batches: shared, chosen suffix and rejected suffix of each pair."""
-    lm = MODELS["llama_tied"](1)
-    model = dpo.PairModel(lm, VOCAB)
+    lm, sharded = MODELS["llama_tied"](1), MODELS["llama_tied"](1)
+    model = training.shard(dpo.PairModel(sharded, VOCAB), sharded, torch.float32, world)
+    parameters = list(model.parameters())
     lengths = [len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in PAIRS]
     sums = dpo.reference_logprobs(model, PAIRS, lengths, PAD, with_shared, micro_batch_size, world)
     assert sums.shape == (len(PAIRS), 3) and not sums.requires_grad
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True)), "an optimizer would see others"
     with torch.no_grad():
         chosen, rejected = (
             torch.stack([two_row_logps(lm, p, key) for p in PAIRS]) for key in ("chosen_ids", "rejected_ids")

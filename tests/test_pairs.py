@@ -301,7 +301,8 @@ def test_fingerprint_is_of_the_vocabulary():
 
 COLUMNS = "no columns chosen and rejected, in {}, see the README for the format"
 NOT_TEXT = "prompt, chosen and rejected are not all text or all messages, in {}, mend the line"
-NOTHING = "the prompt is empty or chosen equals rejected, in {}, mend or delete the line"
+SAME = "chosen equals rejected, in {}, mend or delete the line"
+EMPTY = "prompt_ids is empty, in {}, mend or delete the line"
 
 
 @pytest.mark.parametrize(
@@ -320,9 +321,9 @@ NOTHING = "the prompt is empty or chosen equals rejected, in {}, mend or delete 
         ({"prompt": "a", "chosen": [GOOD], "rejected": "c"}, NOT_TEXT),
         ({"prompt": [ASK], "chosen": "b", "rejected": "c"}, NOT_TEXT),
         ({"prompt": [ASK], "chosen": ["b"], "rejected": ["c"]}, NOT_TEXT),
-        ({"prompt": "a", "chosen": "b", "rejected": "b"}, NOTHING),
-        ({**IDS, "prompt_ids": []}, NOTHING),
-        ({**IDS, "chosen_ids": [11]}, NOTHING),
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, SAME),
+        ({**IDS, "prompt_ids": []}, EMPTY),
+        ({**IDS, "chosen_ids": [11]}, SAME),
     ],
     ids=lambda value: json.dumps(value) if not isinstance(value, str) or value == "text" else "",
 )
