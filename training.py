@@ -211,6 +211,8 @@ def save_model(folder, root, lm, tokenizer, dtype, world):
     if world.rank == 0:
         prefix = next(name for name, module in root.named_modules() if module is lm) + "."
         state = {key.removeprefix(prefix): value.to(dtype) for key, value in state.items()}
+        for tied in lm.all_tied_weights_keys:  # gathered twice; from_pretrained ties them again
+            state.pop(tied, None)
         partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         lm.save_pretrained(partial, state_dict=state)

@@ -3,6 +3,7 @@
 import csv
 import json
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,6 +16,7 @@ import common
 import data
 import toy
 
+datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # no network: it counts each load, of a local file too
 BOS, EOS = 0, 1
 
 
@@ -97,8 +99,17 @@ def test_usual_columns_are_found(tmp_path, row, expected):
         ({"messages": [ASK], "prompt": "P", "answer": "A"}, ("--prompt-column", "prompt"), example("P", "", "A")),
         ({"input": "Q", "output": "A"}, ("--prompt-column", "input"), example("Q", "", "A")),
         ({"prompt": "Q", "context": "A"}, ("--response-column", "context"), example("Q", "", "A")),
+        ({"solution": "Q"}, ("--prompt-column", "solution"), example("Q")),
     ],
-    ids=["both", "prompt", "response", "prompt before messages", "prompt is `input`", "response is `context`"],
+    ids=[
+        "both",
+        "prompt",
+        "response",
+        "prompt before messages",
+        "prompt is `input`",
+        "response is `context`",
+        "prompt is `solution`",
+    ],
 )
 def test_columns_named_by_flag(tmp_path, row, flags, expected):
     """A column that is the prompt or the response is not the prompt's input as well."""

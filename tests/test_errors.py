@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 
+import datasets
 import pytest
 import torch
 from conftest import ROOT, launch, make_model
@@ -25,6 +26,7 @@ import toy
 import warmup_distill
 from common import UserError
 
+datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # no network: it counts each load, of a local file too
 COMMAND_LINE = "on the command line"
 
 

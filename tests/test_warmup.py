@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 
+import datasets
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ import eval
 import pairs
 import warmup_distill
 
+datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # no network: it counts each load, of a local file too
 INF = math.inf
 STUDENT_STAGE, TEACHER_STAGE = warmup_distill.STUDENT_STAGE, warmup_distill.TEACHER_STAGE
 examples = settings(derandomize=True, database=None, deadline=None, max_examples=100)
@@ -433,10 +435,11 @@ def assert_statuses(run, keep):
     return counts
 
 
-def test_identical_and_duplicate_pairs(build):
-    """Responses of one token, all replaced by the teacher's greedy one: many coincide."""
+def test_identical_and_duplicate_pairs(build, tmp_path):
+    """Responses of one token, all replaced by the teacher's greedy one: many coincide. So do those of two prompts with
+    the same text, in one micro-batch; they are other prompts all the same."""
     flags = ("--max-new-tokens", 1, "--teacher-decoding", "greedy", "--eta", -100, "--samples", 32)
-    counts = assert_statuses(build(*flags), lambda *pair: True)
+    counts = assert_statuses(build(*flags, data=write_prompts(tmp_path / "p.jsonl", ["1+2:"] * 2)), lambda *pair: True)
     assert counts["identical"] > 0 and counts["duplicate"] > 0 and counts["kept"] > 0
 
 
