@@ -111,20 +111,17 @@ def greedy(logits, indices, step):
 
 @dataclass
 class Rows:
-    """B sequences in one KV cache of C columns; `response_start` is the first column after the prompts."""
+    """B sequences in one KV cache of C columns."""
 
     cache: DynamicCache
     visible: torch.Tensor  # (B, C) bool: which columns the row's next token may attend to
     next_position: torch.Tensor  # (B,) position id of the row's next token
     hidden: torch.Tensor  # (B, D) hidden state that predicts the row's next token
-    response_start: int
 
     def select(self, indices):
         """Keeps the rows `indices` (int64), in that order; the cache is compacted."""
         self.cache.batch_select_indices(indices)
-        return Rows(
-            self.cache, self.visible[indices], self.next_position[indices], self.hidden[indices], self.response_start
-        )
+        return Rows(self.cache, self.visible[indices], self.next_position[indices], self.hidden[indices])
 
 
 def next_logits(model, hidden, vocab_size):
@@ -160,14 +157,14 @@ def prefill(model, prompts, pad_id, device):
     positions = (columns - (width - lengths[:, None])).clamp(min=0)
     cache = DynamicCache()
     hidden = forward_tokens(model, cache, token_ids, attention, positions)
-    return Rows(cache, visible, lengths, hidden[:, -1], width)
+    return Rows(cache, visible, lengths, hidden[:, -1])
 
 
 def expand(rows, n):
     """n rows for each row, neighbours: row i becomes rows i*n .. i*n + n-1."""
     rows.cache.batch_repeat_interleave(n)
     row = torch.arange(len(rows.hidden), device=rows.hidden.device).repeat_interleave(n)
-    return Rows(rows.cache, rows.visible[row], rows.next_position[row], rows.hidden[row], rows.response_start)
+    return Rows(rows.cache, rows.visible[row], rows.next_position[row], rows.hidden[row])
 
 
 @torch.no_grad()
@@ -214,7 +211,7 @@ def advance(model, rows, token):
     """Feeds one token (b,) a row: the rows one column further."""
     visible = F.pad(rows.visible, (0, 1), value=True)  # (b, C + 1)
     hidden = forward_tokens(model, rows.cache, token[:, None], visible[:, None], rows.next_position[:, None])
-    return Rows(rows.cache, visible, rows.next_position + 1, hidden[:, 0], rows.response_start)
+    return Rows(rows.cache, visible, rows.next_position + 1, hidden[:, 0])
 
 
 @torch.no_grad()
@@ -245,23 +242,22 @@ def score(model, rows, responses, vocab_size):
         hidden[:, :-1][valid], head.weight[:vocab_size], bias, token_ids[valid], head_chunk(vocab_size)
     )
     last = hidden[torch.arange(len(responses), device=device), lengths]
-    scored = Rows(
-        rows.cache, torch.cat([rows.visible, valid], 1), rows.next_position + lengths, last, rows.response_start
-    )
+    scored = Rows(rows.cache, torch.cat([rows.visible, valid], 1), rows.next_position + lengths, last)
     return scored, hidden, logprobs
 
 
 def rewind(rows, keep, hidden):
-    """Scored rows as if only their first `keep` response tokens had been there: the rest is masked, not computed again.
+    """Rows as `score` returns them, as if it had scored only `keep` tokens: the rest is masked, not computed again.
 
     keep: (B,) int64, at most the response's length. hidden: (B, T + 1, D) from `score`.
     Exact: attention and rotary positions depend on which columns are visible and on position ids, not on where in the
     cache a column lies.
     """
-    start, width = rows.response_start, hidden.shape[1] - 1
+    width = hidden.shape[1] - 1
+    start = rows.visible.shape[1] - width  # the scored tokens are the last columns
     columns = torch.arange(width, device=keep.device)
     visible = rows.visible.clone()
     forgotten = visible[:, start:].sum(-1) - keep
     visible[:, start:] &= columns < keep[:, None]
     at_keep = hidden[torch.arange(len(keep), device=keep.device), keep]
-    return Rows(rows.cache, visible, rows.next_position - forgotten, at_keep, start)
+    return Rows(rows.cache, visible, rows.next_position - forgotten, at_keep)

@@ -186,11 +186,7 @@ def needs_shared(args):
 
 def load_policy(path, args, tokenizer, world):
     """A model to train: float32 parameters, sharded. Returns (PairModel, the language model in it)."""
-    lm = common.load_model(path, torch.float32, world.device, args.trust_remote_code)
-    common.check_vocabulary(lm, tokenizer, path)
-    lm.train()
-    if args.activation_checkpointing:
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    lm = training.load_trainable(path, args, tokenizer, world)
     return training.shard(PairModel(lm, len(tokenizer)), lm, common.compute_dtype(args.dtype, world), world), lm
 
 

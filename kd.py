@@ -201,11 +201,11 @@ class KDModel(torch.nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def loss_options(args):
-    """The keyword arguments of LOSSES[--loss]."""
-    skew = {"alpha": args.skew_alpha}
+def divergence_of(args):
+    """LOSSES[--loss] with its options."""
     options = {"jsd": {"beta": args.jsd_beta}, "adaptive_kl": {"tail_mass": args.tail_mass}}
-    return {**options, "skew_forward_kl": skew, "skew_reverse_kl": skew}.get(args.loss, {})
+    options["skew_forward_kl"] = options["skew_reverse_kl"] = {"alpha": args.skew_alpha}
+    return functools.partial(LOSSES[args.loss], **options.get(args.loss, {}))
 
 
 def train(run, examples, teacher):
@@ -215,14 +215,8 @@ def train(run, examples, teacher):
     """
     args, world, out = run.args, run.world, run.out
     accumulation = training.accumulation_steps(args, world)
-    lm = common.load_model(args.student, torch.float32, world.device, args.trust_remote_code)
-    common.check_vocabulary(lm, run.tokenizer, args.student)
-    if args.activation_checkpointing:
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        for block in training.decoder_blocks(lm):
-            block.training = True  # transformers asks for it; all else stays in eval mode: no dropout
-    divergence = functools.partial(LOSSES[args.loss], **loss_options(args))
-    model = KDModel(lm, run.vocab_size, divergence, args.kd_rate, args.temperature)
+    lm = training.load_trainable(args.student, args, run.tokenizer, world)
+    model = KDModel(lm, run.vocab_size, divergence_of(args), args.kd_rate, args.temperature)
     model = training.shard(model, lm, common.compute_dtype(args.dtype, world), world)
     replica = run.load(args.student) if args.mode == "student" else None
     optimizer = torch.optim.AdamW(
@@ -233,10 +227,8 @@ def train(run, examples, teacher):
     metrics_file = training.open_metrics(out / "metrics.jsonl", first_step, world)
     metrics, sampled = None, {}
     if world.rank == 0:
-        print(
-            f"kd: {len(examples)} examples, {total_steps} steps of {args.batch_size}"
-            f" = {world.size} processes x {accumulation} micro-batches"
-        )
+        shares = f"{world.size} processes x {accumulation} micro-batches"
+        print(f"kd: {len(examples)} examples, {total_steps} steps of {args.batch_size} = {shares}")
     bar = tqdm(total=total_steps, initial=first_step, desc="kd", unit="step", disable=world.rank > 0)
     for step in range(first_step, total_steps):
         started = time.perf_counter()
@@ -283,9 +275,8 @@ def closing_table(run):
     """Student before and after on --eval-data, side by side; the same in OUT/summary.json."""
     args, summary = run.args, {}
     data_args = argparse.Namespace(**{**vars(args), "data": args.eval_data, "limit": args.eval_limit})
-    prompts, _ = data.encode_prompts(
-        data.read_examples(data_args), run.tokenizer, args.template, args.max_prompt_tokens
-    )
+    examples = data.read_examples(data_args)
+    prompts, _ = data.encode_prompts(examples, run.tokenizer, args.template, args.max_prompt_tokens)
     with_answers = all(p["gold"] is not None and eval.final_number(p["gold"]) is not None for p in prompts)
     shared = (run.tokenizer, run.eos_ids, args.max_new_tokens, args.prompts_per_batch)
     for name, path in (("student before", args.student), ("student after", run.out / "student")):
@@ -351,9 +342,8 @@ def check_args(args):
     """Raises UserError for values that make no sense."""
     needed = ["student", "data"] + ["teacher"] * (args.kd_rate > 0 or args.mode == "teacher")
     if missing := [name for name in needed if not args.toy and not getattr(args, name)]:
-        raise UserError(
-            f"--{missing[0]} is missing", "on the command line", "give it, or neither teacher nor data for the toy"
-        )
+        what_to_do = "give it, or neither teacher nor data for the toy"
+        raise UserError(f"--{missing[0]} is missing", "on the command line", what_to_do)
     rules = {
         "from 0 to 1": (lambda x: 0 <= x <= 1, ["kd_rate", "on_policy", "tail_mass"]),
         "in (0, 1)": (lambda x: 0 < x < 1, ["jsd_beta", "skew_alpha"]),

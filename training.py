@@ -15,7 +15,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+import common
+import decode
 from common import DTYPES, UserError, check_range, read_jsonl, write_jsonl
+
+ORDER_STAGE = 5  # separates the noise that shuffles an epoch from that of samples
 
 # ---------------------------------------------------------------------------------------------------------------------
 # FSDP2 and the optimizer
@@ -26,6 +30,17 @@ def decoder_blocks(lm):
     """The list of transformer blocks of a Hugging Face causal language model."""
     lists = (m for m in lm.base_model.modules() if isinstance(m, torch.nn.ModuleList))
     return next(m for m in lists if len(m) == lm.config.num_hidden_layers)
+
+
+def load_trainable(path, args, tokenizer, world):
+    """A language model to train: float32 parameters, no dropout, activations checkpointed if so asked."""
+    lm = common.load_model(path, torch.float32, world.device, args.trust_remote_code)
+    common.check_vocabulary(lm, tokenizer, path)
+    if args.activation_checkpointing:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for block in decoder_blocks(lm):
+            block.training = True  # transformers asks for it; all else stays in eval mode: no dropout
+    return lm
 
 
 def shard(root, lm, dtype, world):
@@ -57,8 +72,9 @@ def batch_of_step(step, count, batch_size, seed):
     """Indices of the examples of step `step` (from 0): epochs are seeded permutations, the last batch of each may be short."""
     per_epoch = math.ceil(count / batch_size)
     epoch, position = divmod(step, per_epoch)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
-    return order[position * batch_size : (position + 1) * batch_size]
+    index = torch.arange(count)
+    noise = decode.uniform_noise(seed, ORDER_STAGE, torch.full_like(index, epoch), torch.zeros_like(index), index)
+    return noise.argsort().tolist()[position * batch_size : (position + 1) * batch_size]
 
 
 def micro_batches(indices, lengths, micro_batch_size, world):
@@ -216,6 +232,8 @@ def save_model(folder, root, lm, tokenizer, dtype, world):
         partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         lm.save_pretrained(partial, state_dict=state)
+        lm.config.dtype = dtype  # save_pretrained has written that of the parameters
+        lm.config.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(partial, folder)

@@ -72,7 +72,7 @@ def slow_noise(seed, stage, prompt, sample, position):
 
 
 def slow_probs(logits, temperature, top_p):
-    """Softmax in Python floats; then the loop that defines top-p: take tokens from the top until their mass reaches it."""
+    """Softmax in Python floats; then the loop that defines top-p: tokens from the top until their mass reaches it."""
     top = max(logits)
     weights = [math.exp((x - top) / temperature) for x in logits]
     probs = [w / sum(weights) for w in weights]
@@ -193,7 +193,7 @@ def draws_along(field, count=DRAWS, first=0):
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_noise_is_uniform_along_each_field(field):
-    """Chi-square on 64 bins, Kolmogorov-Smirnov, serial correlation at lags 1 to 3, and chi-square of neighbours' pairs.
+    """Chi-square on 64 bins, Kolmogorov-Smirnov, serial correlation at lags 1 to 3, chi-square of neighbours' pairs.
 
     Limits: p > 0.001; KS distance times sqrt(n) under 1.95 (p = 0.001); |correlation| under 4 / sqrt(n).
     """
@@ -235,7 +235,7 @@ def test_noise_every_bit_is_fair():
 
 
 def test_slow_noise_is_splitmix64():
-    """The twin itself: SplitMix64 from seed 1234567 is published as these numbers; its outputs mix multiples of GOLDEN."""
+    """The twin itself: SplitMix64's published outputs for seed 1234567, which mix successive multiples of GOLDEN."""
     published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
     assert [splitmix_mix((1234567 + k * GOLDEN) & WORD) for k in (1, 2, 3, 4)] == published
 
@@ -300,7 +300,7 @@ def draw(logits, noise, temperature=1.0, top_p=1.0):
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.5])
 def test_sample_token_follows_the_distribution(temperature, top_p):
-    """With hashed noise: chi-square. With an even grid of n noises a token comes up n p times, but for one at each end."""
+    """Hashed noise: chi-square. An even grid of n noises: a token comes up n p times, but for one at each end."""
     probs = torch.tensor(slow_probs(LOGITS, temperature, top_p), dtype=torch.float64)
     tokens = draw(LOGITS, draws_along("position"), temperature, top_p)
     counts = torch.bincount(tokens, minlength=len(LOGITS))
@@ -584,7 +584,7 @@ def test_other_ranks_that_go_on_change_nothing(models, budget, extra):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("responses", [RESPONSES, [[4, 9, 2], [], [2], [], [19, 10]]])
 def test_score_equals_each_sequence_alone(models, family, responses):
-    """Log-probs, 0 beyond a response's end, and hidden[:, t] that predicts token t; a response may be empty beside others."""
+    """Log-probs, 0 beyond a response's end; hidden[:, t] predicts token t. A response may be empty beside others."""
     model = models[family]
     _, hidden, logprobs = decode.score(model, prefill(model, PROMPTS), responses, VOCAB)
     assert logprobs.shape == (5, max(map(len, responses))) and logprobs.dtype == torch.float32

@@ -408,6 +408,7 @@ def test_top_k(k):
         others = p[i, top[i, k:]]
         torch.testing.assert_close(full[i, top[i, k:]], others.mean().expand(10 - k) if k < 10 else others)
         assert rest[i].exp().item() == pytest.approx(others.sum().item(), abs=1e-12)
+    assert kd_data.top_k_logprobs(torch.arange(70_000.0)[None], 1)[0].item() == 69_999  # ids of a real vocabulary
 
 
 def test_top_k_keeps_forward_kl_gradient_of_the_top_k():
@@ -773,11 +774,12 @@ dist.destroy_process_group()
 def test_two_processes(distil, pair_of_models, prompts_file, tmp_path):
     """Two processes against one: the last batch leaves a rank without an example, and a batch is dealt out unevenly.
 
-    Stored responses and samples are the same; losses and weights but for rounding. A sharded teacher is the teacher.
+    Stored responses and samples are the same; losses and weights but for rounding. A sharded teacher is the teacher: its
+    ranks write 11 files of responses of unlike lengths together, and the last one on one rank alone.
     """
     short = ["--limit", "17", "--max-steps", "3", "--max-new-tokens", "40", "--micro-batch-size", "2"]
     jobs = {
-        "teacher": ["--mode", "teacher", "--limit", "33", "--max-new-tokens", "10", "--loss", "jsd"],
+        "teacher": ["--mode", "teacher", "--teacher-decoding", "sample", "--prompts-per-batch", "3", "--limit", "33"],
         "student": ["--mode", "student", "--on-policy", "0.6", "--refresh-every", "2", *short],
         "cache": [*short, "--teacher-top-k", "5", "--prompts-per-batch", "6"],
     }

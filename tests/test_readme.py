@@ -62,7 +62,10 @@ def test_file_tree_is_the_repository():
 
 
 def test_links_inside_the_readme():
-    headings = {re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-") for h in re.findall(r"^#+ (.*)", README, re.M)}
+    headings = {
+        re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-")
+        for h in re.findall(r"^#+ (.*)", README, re.MULTILINE)
+    }
     for target in re.findall(r"\]\(#([\w-]+)\)", README):
         assert target in headings
     for path in re.findall(r"\b(?:runs|tests|bench)/[\w.-]+\.\w+", README):
