@@ -19,8 +19,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError)
+OUR_FILES = ("pairs", "pairs.jsonl", "reference.json", "metrics.jsonl", "checkpoint", "student")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -64,6 +68,10 @@ def run(main):
         os._exit(2)  # not sys.exit: a rank must not wait in a destructor for ranks that are gone
     except KeyboardInterrupt:
         os._exit(130)
+    except Exception:
+        if int(os.environ.get("RANK", "0")) > 0:
+            time.sleep(5)  # a peer that is gone may be the cause: then torchrun ends this rank before it prints
+        raise
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -164,8 +172,10 @@ def load_tokenizer(path, trust_remote_code=False):
     """The tokenizer of a model folder or hub id. Without a pad token, eos stands in: padding is always masked."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except LOAD_ERRORS as error:
         raise UserError(f"no tokenizer can be loaded ({one_line(error)})", f"in {path}", "check the path or hub id")
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a Qwen2 folder without one
+        raise UserError("no tokenizer can be loaded (no vocabulary)", f"in {path}", "check the path or hub id")
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no eos token", f"in {path}", "set eos_token in its tokenizer_config.json")
     if tokenizer.pad_token_id is None:
@@ -176,10 +186,16 @@ def load_tokenizer(path, trust_remote_code=False):
 def load_model(path, dtype, device, trust_remote_code=False):
     """A causal language model in `dtype` on `device`, weights from safetensors alone, attention through sdpa."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, attn_implementation="sdpa", trust_remote_code=trust_remote_code
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            attn_implementation="sdpa",
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        check_no_weight_is_missing(info)
+    except LOAD_ERRORS as error:
         raise UserError(
             f"no model can be loaded ({one_line(error)})", f"in {path}", "a folder or hub id with safetensors is needed"
         )
@@ -193,6 +209,12 @@ def load_model(path, dtype, device, trust_remote_code=False):
     ):
         raise UserError("sliding-window attention is not supported", f"in {path}", "use a model with full attention")
     return model.to(device).eval()
+
+
+def check_no_weight_is_missing(info):
+    """Raises ValueError where transformers would go on with random weights. info: of `from_pretrained`."""
+    if info["missing_keys"]:
+        raise ValueError(f"no weights for {min(info['missing_keys'])}")
 
 
 def model_eos_ids(paths, tokenizer, trust_remote_code=False):
@@ -305,7 +327,10 @@ def start_run(out, args):
     ours = {key: value for key, value in vars(args).items()}
     file = out / "args.json"
     if file.exists():
-        theirs = json.loads(file.read_text(encoding="utf-8"))["args"]
+        try:
+            theirs = dict(read_json(file)["args"])
+        except (ValueError, KeyError, TypeError):
+            raise UserError("args.json is not of a run of this project", f"in {out}", "give another --out")
         different = [
             f"--{key.replace('_', '-')} {theirs.get(key)} there, {ours.get(key)} now"
             for key in sorted(ours.keys() | theirs.keys())
@@ -315,6 +340,8 @@ def start_run(out, args):
             raise UserError(
                 f"OUT holds a run with other arguments ({'; '.join(different)})", f"in {out}", "give another --out"
             )
+    elif found := [name for name in OUR_FILES if (out / name).exists()]:
+        raise UserError(f"OUT has a {found[0]} that no run here made", f"in {out}", "give another --out")
     dist.barrier()  # nobody writes before everybody has compared
     if dist.get_rank() == 0 and not file.exists():
         try:

@@ -5,9 +5,11 @@ by name: question/answer, instruction/input|context/output|response, prompt/resp
 messages; others are named by flag. From here on a prompt is ids: nothing is ever tokenized a second time.
 """
 
+from argparse import Namespace
 from pathlib import Path
 
 import datasets
+import jinja2
 
 from common import UserError, one_line
 
@@ -49,18 +51,23 @@ def add_arguments(parser):
 
 def load_rows(source, config, split):
     """A `datasets.Dataset` from a local file or the hub."""
+    datasets.disable_progress_bars()
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would ask the hub, for a local file, too
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its complaints are in the exception, too
     path = Path(source)
     try:
         if path.is_file():
             if path.suffix not in FILE_FORMATS:
                 raise UserError(
-                    f"unknown file type {path.suffix!r}", f"in --data {source}", f"use one of {', '.join(FILE_FORMATS)}"
+                    f"unknown file type {path.suffix!r}", f"in {source}", f"use one of {', '.join(FILE_FORMATS)}"
                 )
             return datasets.load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split="train")
         return datasets.load_dataset(source, config, split=split)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, StopIteration, datasets.exceptions.DatasetsError) as error:
         raise UserError(
-            f"the data cannot be read ({one_line(error)})", f"in --data {source}", "check the file, hub id and --split"
+            f"the data cannot be read ({one_line(error.__cause__ or error)})",
+            f"in {source}",
+            "check the file, hub id and --split",
         )
 
 
@@ -75,7 +82,7 @@ def read_examples(args):
     names = rows.column_names
     messages = "messages" if "messages" in names and not args.prompt_column else None
     prompt = args.prompt_column or next((c for c in PROMPT_COLUMNS if c in names), None)
-    response = args.response_column or next((c for c in RESPONSE_COLUMNS if c in names), None)
+    response = args.response_column or next((c for c in RESPONSE_COLUMNS if c in names and c != prompt), None)
     context = next((c for c in INPUT_COLUMNS if c in names and c not in (prompt, response)), None)
     for column, flag in ((messages or prompt, "--prompt-column"), (args.response_column, "--response-column")):
         if (column is None and flag == "--prompt-column") or (column is not None and column not in names):
@@ -101,7 +108,8 @@ def read_examples(args):
 
 def from_messages(messages, where):
     """A conversation: the prompt is all up to the last assistant turn, which is the gold response."""
-    if not isinstance(messages, list) or not messages or not all(isinstance(m.get("content"), str) for m in messages):
+    is_turn = lambda m: isinstance(m, dict) and isinstance(m.get("content"), str) and isinstance(m.get("role"), str)
+    if not isinstance(messages, list) or not messages or not all(map(is_turn, messages)):
         raise UserError("messages is not a list of turns with text content", where, "mend the row")
     response = None
     if messages[-1]["role"] == "assistant":
@@ -133,9 +141,15 @@ def messages_of(example):
 def render_chat(tokenizer, messages, add_generation_prompt=False):
     """Messages as text through the chat template. Llama-3's writes today's date unless it is given one: a run that is
     taken up tomorrow would see other prompts."""
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=add_generation_prompt, tokenize=False, date_string="26 Jul 2024"
-    )
+    try:
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=add_generation_prompt, tokenize=False, date_string="26 Jul 2024"
+        )
+    except jinja2.TemplateError as error:
+        what = f"the chat template refuses a conversation ({one_line(error)})"
+        raise UserError(
+            what, f"of roles {', '.join(m['role'] for m in messages)}", "mend the data or --template alpaca"
+        )
 
 
 def with_bos(tokenizer, text):
@@ -160,3 +174,12 @@ def encode_prompts(examples, tokenizer, template, max_tokens):
         what = f"all {len(examples)} prompts are over --max-prompt-tokens {max_tokens}"
         raise UserError(what, "in --data", "raise the limit or give other data")
     return prompts, len(examples) - len(prompts)
+
+
+def load_eval_prompts(args, tokenizer, prompts):
+    """The closing table's prompts: those of --eval-data, or else the first of the given ones."""
+    if args.eval_data is not None and args.eval_limit:
+        data_args = Namespace(**{**vars(args), "data": args.eval_data, "limit": args.eval_limit})
+        examples = read_examples(data_args)
+        prompts, _ = encode_prompts(examples, tokenizer, args.template, args.max_prompt_tokens)
+    return prompts[: args.eval_limit]

@@ -328,16 +328,20 @@ def parse_args(argv=None):
 def check_args(args):
     """Raises UserError for values that make no sense."""
     training.check_training_args(args)
-    common.check_range("--beta", args.beta, args.beta > 0, "above 0")
+    common.check_range("--beta", args.beta, 0 < args.beta < math.inf, "above 0")
     common.check_range("--label-smoothing", args.label_smoothing, 0 <= args.label_smoothing < 0.5, "in [0, 0.5)")
-    common.check_range("--nll-weight", args.nll_weight, args.nll_weight >= 0, "0 or more")
+    common.check_range("--nll-weight", args.nll_weight, 0 <= args.nll_weight < math.inf, "0 or more")
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
     world = common.start_processes(args.device, args.threads)
+    training.accumulation_steps(args, world)  # its error belongs before the work
     tokenizer = common.load_tokenizer(args.model, args.trust_remote_code)
+    if args.reference:
+        other = common.load_tokenizer(args.reference, args.trust_remote_code)
+        common.check_same_tokenizer(tokenizer, other, args.model, args.reference)
     pairs = read_pairs(args.pairs, tokenizer)
     if not pairs:
         raise UserError("no pairs", f"in {args.pairs}", "lower --eta or use more prompts")

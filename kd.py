@@ -12,7 +12,6 @@ Memory. The full-vocabulary logits are what KD costs. Hidden states are computed
 lm_head and the loss over chunks of tokens, each chunk's gradient taken in the forward pass (`ChunkedHeadLoss`).
 """
 
-import argparse
 import functools
 import json
 import math
@@ -271,12 +270,9 @@ def train(run, examples, teacher):
     return metrics
 
 
-def closing_table(run):
-    """Student before and after on --eval-data, side by side; the same in OUT/summary.json."""
+def closing_table(run, prompts):
+    """Student before and after on --eval-data's prompts, side by side; the same in OUT/summary.json."""
     args, summary = run.args, {}
-    data_args = argparse.Namespace(**{**vars(args), "data": args.eval_data, "limit": args.eval_limit})
-    examples = data.read_examples(data_args)
-    prompts, _ = data.encode_prompts(examples, run.tokenizer, args.template, args.max_prompt_tokens)
     with_answers = all(p["gold"] is not None and eval.final_number(p["gold"]) is not None for p in prompts)
     shared = (run.tokenizer, run.eos_ids, args.max_new_tokens, args.prompts_per_batch)
     for name, path in (("student before", args.student), ("student after", run.out / "student")):
@@ -370,7 +366,7 @@ def main(argv=None):
     started = time.perf_counter()
     args = parse_args(argv)
     world = common.start_processes(args.device, args.threads)
-    out = common.start_run(args.out, args)
+    training.accumulation_steps(args, world)  # its error belongs before the work
     if args.toy:
         if world.rank == 0:
             toy.build("out/toy", args.seed)
@@ -382,15 +378,20 @@ def main(argv=None):
         teacher_tokenizer = common.load_tokenizer(args.teacher, args.trust_remote_code)
         common.check_same_tokenizer(tokenizer, teacher_tokenizer, args.student, args.teacher)
     eos_ids = common.model_eos_ids(filter(None, [args.student, args.teacher]), tokenizer)
+    prompts, long_prompts = data.encode_prompts(
+        data.read_examples(args), tokenizer, args.template, args.max_prompt_tokens
+    )
+    eval_prompts = data.load_eval_prompts(args, tokenizer, [])
+    out = common.start_run(args.out, args)  # behind all that can be wrong with the arguments: OUT then is theirs
     run = Run(args, world, tokenizer, eos_ids, out)
     if not (out / "student").exists():
-        examples = read_training_data(run)
+        examples = read_training_data(run, prompts, long_prompts)
         teacher = None
         if args.kd_rate > 0:
             teacher = CachedTeacher(examples, run) if args.teacher_cache else LiveTeacher(run)
         train(run, examples, teacher)
-    if args.eval_data and args.eval_limit:
-        closing_table(run)
+    if eval_prompts:
+        closing_table(run, eval_prompts)
     if world.rank == 0:
         print(f"{time.perf_counter() - started:.0f} seconds in all; the distilled student is {out / 'student'}")
 

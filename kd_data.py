@@ -24,7 +24,6 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import common
-import data
 import decode
 import training
 from common import UserError
@@ -171,12 +170,12 @@ def sample_ahead(replica, lm, examples, steps, run):
     return {key: ids for part in gathered for key, ids in part.items()}
 
 
-def read_training_data(run):
-    """The examples to train on, as --mode says: prompts with "response", which only on-policy data may lack."""
+def read_training_data(run, prompts, long_prompts):
+    """The examples to train on, as --mode says: prompts with "response", which only on-policy data may lack.
+
+    long_prompts: how many were over the limit, to be told with the responses that are.
+    """
     args = run.args
-    prompts, long_prompts = data.encode_prompts(
-        data.read_examples(args), run.tokenizer, args.template, args.max_prompt_tokens
-    )
     long_responses = 0
     if args.mode == "teacher":
         prompts = teacher_responses(prompts, run)

@@ -44,13 +44,16 @@ class KeepByReward:
         self.tokenizer = common.load_tokenizer(path, args.trust_remote_code)
         self.device = world.device
         try:
-            self.model = AutoModelForSequenceClassification.from_pretrained(
+            self.model, info = AutoModelForSequenceClassification.from_pretrained(
                 path,
                 dtype=common.compute_dtype(args.dtype, world),
                 use_safetensors=True,
                 trust_remote_code=args.trust_remote_code,
+                output_loading_info=True,
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            if self.model.config.num_labels == 1:
+                common.check_no_weight_is_missing(info)
+        except common.LOAD_ERRORS as error:
             raise UserError(f"no reward model can be loaded ({common.one_line(error)})", f"in {path}", "check --keep")
         if self.model.config.num_labels != 1:
             what = f"the reward model has {self.model.config.num_labels} labels"
@@ -90,8 +93,8 @@ def merge_pairs(args, context, prompts, skipped, out):
     by_id = {p["prompt_id"]: p for p in prompts}
     fingerprint = common.tokenizer_fingerprint(context.tokenizer)
     counts, pairs = Counter(), []
-    above_tokens, above_samples = torch.zeros(len(ETA_GRID)), torch.zeros(len(ETA_GRID))
-    margin_counts = torch.zeros(len(MARGIN_BINS) + 1)
+    above_tokens, above_samples = torch.zeros(2, len(ETA_GRID), dtype=torch.long)
+    margin_counts = torch.zeros(len(MARGIN_BINS) + 1, dtype=torch.long)
     t_star_counts = Counter()
     etas, bins = torch.tensor(ETA_GRID), torch.tensor(MARGIN_BINS)
     for file in sorted((out / "pairs").glob("*.jsonl")):
@@ -126,7 +129,7 @@ def merge_pairs(args, context, prompts, skipped, out):
             str(eta): {"samples": s / samples, "tokens": t / tokens}
             for eta, s, t in zip(ETA_GRID, above_samples.tolist(), above_tokens.tolist())
         },
-        "margin_histogram": {"edges": MARGIN_BINS, "counts": [int(c) for c in margin_counts]},
+        "margin_histogram": {"edges": MARGIN_BINS, "counts": margin_counts.tolist()},
         "t_star_histogram": {str(t): t_star_counts[t] for t in sorted(t_star_counts)},
     }
     common.write_atomic(out / "mismatch.json", json.dumps(summary, indent=1) + "\n")

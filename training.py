@@ -170,6 +170,7 @@ def check_training_args(args):
     check_range("--lr-warmup-ratio", args.lr_warmup_ratio, 0 <= args.lr_warmup_ratio <= 1, "from 0 to 1")
     check_range("--lr-final-ratio", args.lr_final_ratio, 0 <= args.lr_final_ratio <= 1, "from 0 to 1")
     check_range("--adam-betas", args.adam_betas, all(0 <= b < 1 for b in args.adam_betas), "in [0, 1), twice")
+    check_range("--threads", args.threads, args.threads >= 0, "of 0 or more")
     check_range("--seed", args.seed, 0 <= args.seed < 1 << 62, "from 0 to 2^62 - 1")
 
 

@@ -305,7 +305,7 @@ def check_args(args):
     check_range("--prompts-per-batch", args.prompts_per_batch, args.prompts_per_batch >= 1, "of 1 or more")
     check_range("--limit", args.limit, args.limit >= 0, "of 0 or more")
     check_range("--eval-limit", args.eval_limit, args.eval_limit >= 0, "of 0 or more")
-    known = args.keep in ("all", "teacher", "correct") or args.keep.startswith("reward:")
+    known = args.keep in ("all", "teacher", "correct") or (args.keep.startswith("reward:") and args.keep != "reward:")
     check_range("--keep", args.keep, known, "of all, teacher, correct or reward:MODEL")
     return dpo.check_args(args)
 
@@ -320,13 +320,6 @@ def load_prompts(args, tokenizer):
 
 def closing_table(args, world, context, prompts, out, dpo_metrics):
     """Prints teacher, student before and student after side by side; writes OUT/summary.json."""
-    held_out = args.eval_data is not None
-    if held_out:
-        data_args = argparse.Namespace(**{**vars(args), "data": args.eval_data, "limit": args.eval_limit})
-        prompts, _ = data.encode_prompts(
-            data.read_examples(data_args), context.tokenizer, args.template, args.max_prompt_tokens
-        )
-    prompts = prompts[: args.eval_limit]
     with_answers = all(p["gold"] is not None and eval.final_number(p["gold"]) is not None for p in prompts)
     dtype = common.compute_dtype(args.dtype, world)
     load = lambda path: common.load_model(path, dtype, world.device, args.trust_remote_code)
@@ -346,7 +339,7 @@ def closing_table(args, world, context, prompts, out, dpo_metrics):
     if dpo_metrics:
         summary["stages"]["dpo"] = dpo_metrics["tokens_per_second"]
     common.write_atomic(out / "summary.json", json.dumps(summary, indent=1) + "\n")
-    where = "held-out prompts" if held_out else "training prompts"
+    where = "held-out prompts" if args.eval_data is not None else "training prompts"
     columns = ("accuracy", "replaced_samples", "replaced_tokens", "kl_teacher_student", "kl_student_teacher")
     titles = ("accuracy", "samples > eta", "tokens > eta", "KL(p,q)", "KL(q,p)")
     print(f"\n{len(prompts)} {where}, eta {args.eta}\n{'':16}" + "".join(f"{title:>15}" for title in titles))
@@ -362,7 +355,7 @@ def main(argv=None):
     started = time.perf_counter()
     args = parse_args(argv)
     world = common.start_processes(args.device, args.threads)
-    out = common.start_run(args.out, args)
+    training.accumulation_steps(args, world)  # its error belongs before the work
     if args.toy:
         if world.rank == 0:
             toy.build("out/toy", args.seed)
@@ -374,6 +367,8 @@ def main(argv=None):
     teacher_tokenizer = common.load_tokenizer(args.teacher, args.trust_remote_code)
     common.check_same_tokenizer(tokenizer, teacher_tokenizer, args.student, args.teacher)
     prompts, skipped = load_prompts(args, tokenizer)
+    eval_prompts = data.load_eval_prompts(args, tokenizer, prompts)
+    out = common.start_run(args.out, args)  # behind all that can be wrong with the arguments: OUT then is theirs
     context = Context(args, world, tokenizer, common.model_eos_ids([args.student, args.teacher], tokenizer))
 
     # Steps 1 to 3
@@ -391,7 +386,7 @@ def main(argv=None):
     dpo_metrics = dpo.train(args, world, tokenizer, preferences, args.student, reference, out)
 
     if args.eval_limit:
-        closing_table(args, world, context, prompts, out, dpo_metrics)
+        closing_table(args, world, context, eval_prompts, out, dpo_metrics)
     if world.rank == 0:
         print(f"{time.perf_counter() - started:.0f} seconds in all; the warmed-up student is {out / 'student'}")
 
