@@ -163,7 +163,7 @@ def main(argv=None):
             *_, checking, splicing = way(teacher, batch, seed=seed)
             for stage, value in (("check", checking), ("splice", splicing), ("both", checking + splicing)):
                 seconds[way.__name__][stage].append(value / thousands)
-    summary = {"samples": len(batch["responses"]), "spliced": spliced, "eta": batch["eta"]}
+    summary = {"rows": len(batch["responses"]), "spliced": spliced, "eta": batch["eta"]}
     for stage in ("check", "splice", "both"):
         for way, stages in seconds.items():
             low, middle, high = min(stages[stage]), statistics.median(stages[stage]), max(stages[stage])

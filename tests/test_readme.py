@@ -59,7 +59,7 @@ def test_flags_in_the_text_exist():
 def test_file_tree_is_the_repository():
     tree = re.search(r"## Where things live\n\n```\n(.*?)```", README, re.DOTALL)[1]
     named = {line.split()[0] for line in tree.splitlines()}
-    ours = {p.name for p in ROOT.glob("*.py")} | {"tests/", "runs/"}
+    ours = {p.name for p in ROOT.glob("*.py")} | {"tests/", "runs/", "bench/"}
     assert named == ours
 
 
