@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError)
-OUR_FILES = ("pairs", "pairs.jsonl", "reference.json", "metrics.jsonl", "checkpoint", "student")
+OUR_FILES = ("pairs", "pairs.jsonl", "reference.json", "responses", "metrics.jsonl", "checkpoint", "student")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,6 +109,7 @@ def start_processes(device, threads):
 
     device: "auto" (cuda if there is one), "cpu" or "cuda". threads: CPU threads of this process, 0: torch's choice.
     """
+    check_range("--threads", threads, threads >= 0, "of 0 or more")
     if threads:
         torch.set_num_threads(threads)
     if device == "auto":
@@ -116,7 +117,10 @@ def start_processes(device, threads):
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("no GPU can be used", "--device cuda", "use --device cpu or install a CUDA build of torch")
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local_rank >= count:
+            raise UserError(f"there is no GPU number {local_rank}", f"on a machine of {count}", "start fewer processes")
+        torch.cuda.set_device(local_rank)
         device = f"cuda:{torch.cuda.current_device()}"
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     # Rank 0 alone builds the toy and merges files, the others wait: an hour is a bound for a dead peer, not a guess.
@@ -224,7 +228,10 @@ def model_eos_ids(paths, tokenizer, trust_remote_code=False):
         try:
             eos = GenerationConfig.from_pretrained(path).eos_token_id
         except OSError:  # no generation_config.json
-            eos = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).eos_token_id
+            try:
+                eos = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).eos_token_id
+            except LOAD_ERRORS as error:
+                raise UserError(f"no model can be loaded ({one_line(error)})", f"in {path}", "check the path or hub id")
         ids.update([eos] if isinstance(eos, int) else eos or [])
     return sorted(ids)
 
@@ -318,14 +325,17 @@ def append_jsonl(path, row):
 def start_run(out, args):
     """Makes OUT, or takes it up again. OUT/args.json says which arguments made what is in there.
 
-    args: the namespace of `parse_args`; --out and --device may differ, they are not what made the results.
+    args: the namespace of `parse_args`; --out may differ, and --device, which changes no more than rounding if --dtype
+    is given.
     Raises UserError when OUT holds a run with other arguments, naming those that differ, or is no folder.
     """
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise UserError("OUT is not a folder", f"at {out}", "give another --out")
     ours = {key: value for key, value in vars(args).items()}
-    file = out / "args.json"
+    file, foreign = out / "args.json", [name for name in OUR_FILES if (out / name).exists()]
+    # A run that has made nothing yet, since its student could not be loaded, say, claims nothing
+    claimed = file.exists() and any(path.is_file() and path != file for path in out.rglob("*"))
     if file.exists():
         try:
             theirs = dict(read_json(file)["args"])
@@ -336,14 +346,14 @@ def start_run(out, args):
             for key in sorted(ours.keys() | theirs.keys())
             if key not in ("out", "device") and ours.get(key) != theirs.get(key)
         ]
-        if different:
+        if claimed and different:
             raise UserError(
                 f"OUT holds a run with other arguments ({'; '.join(different)})", f"in {out}", "give another --out"
             )
-    elif found := [name for name in OUR_FILES if (out / name).exists()]:
-        raise UserError(f"OUT has a {found[0]} that no run here made", f"in {out}", "give another --out")
+    elif foreign:
+        raise UserError(f"OUT has a {foreign[0]} that no run here made", f"in {out}", "give another --out")
     dist.barrier()  # nobody writes before everybody has compared
-    if dist.get_rank() == 0 and not file.exists():
+    if dist.get_rank() == 0 and not claimed:
         try:
             out.mkdir(parents=True, exist_ok=True)
             versions = {"python": sys.version.split()[0], "torch": torch.__version__}

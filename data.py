@@ -49,6 +49,12 @@ def add_arguments(parser):
     group.add_argument("--max-prompt-tokens", type=int, default=256, help="a longer prompt is skipped and counted")
 
 
+def add_eval_arguments(group, default):
+    """The flags that name the held-out prompts of a closing table. default: what is done without them, for the help."""
+    group.add_argument("--eval-data", help=f"held-out prompts, read as --data is; without them: {default}")
+    group.add_argument("--eval-split", default="test", help="split of --eval-data, if it is a hub id")
+
+
 def load_rows(source, config, split):
     """A `datasets.Dataset` from a local file or the hub."""
     datasets.disable_progress_bars()
@@ -179,7 +185,9 @@ def encode_prompts(examples, tokenizer, template, max_tokens):
 def load_eval_prompts(args, tokenizer, prompts):
     """The closing table's prompts: those of --eval-data, or else the first of the given ones."""
     if args.eval_data is not None and args.eval_limit:
-        data_args = Namespace(**{**vars(args), "data": args.eval_data, "limit": args.eval_limit})
+        data_args = Namespace(
+            **{**vars(args), "data": args.eval_data, "limit": args.eval_limit, "split": args.eval_split}
+        )
         examples = read_examples(data_args)
         prompts, _ = encode_prompts(examples, tokenizer, args.template, args.max_prompt_tokens)
     return prompts[: args.eval_limit]

@@ -21,6 +21,10 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
+# What each use of `uniform_noise` passes as its stage, so that no two draw the same numbers: the warm-up's student and
+# teacher, evaluation, kd.py's student and teacher, the order of an epoch
+STUDENT_STAGE, TEACHER_STAGE, EVAL_STAGE, KD_STUDENT_STAGE, KD_TEACHER_STAGE, ORDER_STAGE = range(6)
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Noise, tokens, log-probs: pure functions, torch alone
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,11 +128,15 @@ class Rows:
         return Rows(self.cache, self.visible[indices], self.next_position[indices], self.hidden[indices])
 
 
-def next_logits(model, hidden, vocab_size):
-    """lm_head on hidden states (..., D), cut to the tokenizer's vocabulary: (..., V) float32."""
+def lm_head(model, vocab_size):
+    """Weight (V, D) and bias (V,) or None of a model's head, cut to the tokenizer's vocabulary; views, gradients flow."""
     head = model.get_output_embeddings()
-    bias = None if head.bias is None else head.bias[:vocab_size]
-    return F.linear(hidden, head.weight[:vocab_size], bias).float()
+    return head.weight[:vocab_size], None if head.bias is None else head.bias[:vocab_size]
+
+
+def next_logits(model, hidden, vocab_size):
+    """lm_head on hidden states (..., D): (..., V) float32."""
+    return F.linear(hidden, *lm_head(model, vocab_size)).float()
 
 
 def forward_tokens(model, cache, token_ids, attention, positions):
@@ -184,7 +192,7 @@ def decode(model, rows, choose, budget, eos_ids, vocab_size, any_rank=bool):
     token = torch.zeros_like(budget)  # nothing is fed before step 1
     check_every = 1 if device.type == "cpu" else 8  # each check makes the host wait for the device
     for step in itertools.count():
-        if step % check_every == 0:
+        if step % check_every == 0 or (any_rank is bool and step == width):
             running = (~finished).nonzero()[:, 0]
             if not any_rank(len(running) > 0):
                 break
@@ -235,11 +243,9 @@ def score(model, rows, responses, vocab_size):
     positions = rows.next_position[:, None] + columns
     hidden = forward_tokens(model, rows.cache, token_ids, attention, positions)
     hidden = torch.cat([rows.hidden[:, None], hidden], 1)  # (B, T + 1, D)
-    head = model.get_output_embeddings()
-    bias = None if head.bias is None else head.bias[:vocab_size]
     logprobs = torch.zeros(len(responses), width, device=device)
     logprobs[valid] = token_logprobs(
-        hidden[:, :-1][valid], head.weight[:vocab_size], bias, token_ids[valid], head_chunk(vocab_size)
+        hidden[:, :-1][valid], *lm_head(model, vocab_size), token_ids[valid], head_chunk(vocab_size)
     )
     last = hidden[torch.arange(len(responses), device=device), lengths]
     scored = Rows(rows.cache, torch.cat([rows.visible, valid], 1), rows.next_position + lengths, last)

@@ -44,7 +44,7 @@ def dpo_loss(
 ):
     """The DPO loss of each pair, equation 7 of arXiv 2305.18290; label smoothing as in its authors' "conservative DPO".
 
-    All log-probs: (B,) nats, a response's sum (or mean) over its tokens. beta: inverse strength of the KL constraint.
+    All log-probs: (B,) nats, a response's sum (or mean) over its tokens. beta: strength of the KL constraint that holds pi to pi_ref.
     label_smoothing: assumed probability that a preference is the wrong way round, in [0, 0.5).
     Returns losses (B,), chosen rewards (B,), rejected rewards (B,); rewards are beta log(pi / pi_ref), detached.
     """
@@ -119,15 +119,9 @@ class PairModel(torch.nn.Module):
         hidden = self.lm.base_model(
             input_ids=token_ids, attention_mask=attention[:, None], position_ids=positions, use_cache=False
         ).last_hidden_state  # (B, L, D)
-        head = self.lm.get_output_embeddings()
-        bias = None if head.bias is None else head.bias[: self.vocab_size]
-        logprobs = decode.token_logprobs(
-            hidden.flatten(0, 1)[source],
-            head.weight[: self.vocab_size],
-            bias,
-            target,
-            decode.head_chunk(self.vocab_size),
-        )  # (M,)
+        weight, bias = decode.lm_head(self.lm, self.vocab_size)
+        chunk = decode.head_chunk(self.vocab_size)
+        logprobs = decode.token_logprobs(hidden.flatten(0, 1)[source], weight, bias, target, chunk)  # (M,)
         return torch.zeros(len(token_ids), 3, device=logprobs.device).index_put((row, part), logprobs, accumulate=True)
 
 
@@ -252,13 +246,14 @@ def train(args, world, tokenizer, pairs, student_path, reference_path, out):
         metrics = step_metrics(totals, pair_count, chosen_tokens, args)
         metrics = {"stage": "dpo", "step": step + 1, **metrics, "grad_norm": grad_norm, "lr": lr}
         training.check_finite(metrics, [pairs[i].get("prompt_id", i) for i in batch], out)
-        warned = warned or warn_if_chosen_falls(metrics, args.beta, world)
+        if not warned and reference_path == student_path:
+            warned = warn_if_chosen_falls(metrics, args.beta, world)
         metrics.update(training.speed(totals[-1], time.perf_counter() - started, world))
         if world.rank == 0:
             common.append_jsonl(metrics_file, metrics)
         bar.update()
         bar.set_postfix(loss=f"{metrics['loss']:.3f}", accuracy=f"{metrics['accuracy']:.2f}")
-        if (step + 1) % args.save_every == 0 and step + 1 < total_steps:
+        if (step + 1) % args.save_every == 0 or step + 1 == total_steps:
             training.save_checkpoint(out / "checkpoint", model, optimizer, step + 1, world)
     bar.close()
     training.save_model(out / "student", model, lm, tokenizer, common.DTYPES[args.save_dtype], world)

@@ -35,7 +35,6 @@ import scores
 from common import UserError, check_range
 from scores import final_number, is_correct, paired_bootstrap  # noqa: F401 - the names that others call
 
-EVAL_STAGE = 2  # separates the noise of these samples from that of training samples
 # What all response files of one OUT/eval have in common
 SETTINGS = ("temperature", "top_p", "max_new_tokens", "no_repeat_ngram_size", "batch_size", "dtype")
 PRESETS = {"none": {}, "minillm": {"no_repeat_ngram_size": 6, "template": "alpaca"}}
@@ -93,7 +92,7 @@ def sampler(batch, seed, args, device):
     """A `choose` for `decode`: one sample of each prompt in a batch, a pure function of (seed, prompt id)."""
     prompt_ids = torch.tensor([p["prompt_id"] for p in batch], device=device)
     zeros = torch.zeros_like(prompt_ids)
-    choose = decode.sampler(seed, EVAL_STAGE, prompt_ids, zeros, zeros, args.temperature, args.top_p)
+    choose = decode.sampler(seed, decode.EVAL_STAGE, prompt_ids, zeros, zeros, args.temperature, args.top_p)
     size = args.no_repeat_ngram_size
     return no_repeat_ngram(choose, [p["ids"] for p in batch], size) if size else choose
 
@@ -118,7 +117,7 @@ def distance(student, teacher, prompts, tokenizer, eos_ids, max_new_tokens, batc
         ids, device = [p["ids"] for p in batch], world.device
         prompt_ids = torch.tensor([p["prompt_id"] for p in batch], device=device)
         zeros = torch.zeros_like(prompt_ids)
-        choose = decode.sampler(seed, EVAL_STAGE, prompt_ids, zeros, zeros, 1.0, 1.0)
+        choose = decode.sampler(seed, decode.EVAL_STAGE, prompt_ids, zeros, zeros, 1.0, 1.0)
         rows = decode.prefill(student, ids, tokenizer.pad_token_id, device)
         responses, _ = decode.decode(student, rows, choose, zeros + max_new_tokens, eos_ids, len(tokenizer))
         # Both models over the same tokens; position t of a response is predicted by hidden state t
@@ -183,7 +182,7 @@ def evaluate(path, sets, args, world, out, checker, teacher):
     """
     folder = out / model_name(path)
     tokenizer = common.load_tokenizer(path, args.trust_remote_code)
-    eos_ids = common.model_eos_ids([path], tokenizer)
+    eos_ids = common.model_eos_ids([path], tokenizer, args.trust_remote_code)
     config = AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code)
     context = getattr(config, "max_position_embeddings", math.inf)
     if args.distance:
@@ -341,12 +340,17 @@ def main(argv=None):
     folders = [comparand(name, args, out) for name in args.compare or ()]
     settings = {key: getattr(args, key) for key in SETTINGS}
     settings["dtype"] = str(common.compute_dtype(args.dtype, world)).removeprefix("torch.")
-    common.start_run(out, argparse.Namespace(**settings))
+    if args.model:
+        common.start_run(out, argparse.Namespace(**settings))
+    elif world.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
 
     @functools.cache
     def teacher():
         dtype = common.compute_dtype(args.dtype, world)
-        return common.load_model(args.distance, dtype, world.device, args.trust_remote_code)
+        model = common.load_model(args.distance, dtype, world.device, args.trust_remote_code)
+        common.check_vocabulary(model, common.load_tokenizer(args.distance, args.trust_remote_code), args.distance)
+        return model
 
     checker = scores.AnswerChecker()
     table = {"models": {}}
@@ -365,7 +369,7 @@ def main(argv=None):
         a, b = (read_folder(f, args.seeds if n in args.model else None) for f, n in zip(folders, args.compare))
         table["compare"] = {"a": args.compare[0], "b": args.compare[1], "resamples": args.resamples}
         table["compare"]["sets"] = scores.compare(a, b, args.resamples, args.seed)
-    common.write_atomic(out / "table.json", json.dumps(table, indent=1) + "\n")
+    common.write_atomic(out / ("table.json" if args.model else "compare.json"), json.dumps(table, indent=1) + "\n")
     scores.print_table(table)
 
 

@@ -188,11 +188,10 @@ class KDModel(torch.nn.Module):
         def token_losses(logits, part):
             return total_loss(logits, teacher_logits and teacher_logits(part), target[part], *self.options)
 
-        head = self.lm.get_output_embeddings()
-        bias = None if head.bias is None else head.bias[: self.vocab_size]
+        weight, bias = decode.lm_head(self.lm, self.vocab_size)
         hidden = response_hidden(self.lm, token_ids, source)
         chunk = decode.head_chunk(self.vocab_size)
-        return ChunkedHeadLoss.apply(hidden, head.weight[: self.vocab_size], bias, token_losses, chunk)
+        return ChunkedHeadLoss.apply(hidden, weight, bias, token_losses, chunk)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -263,7 +262,7 @@ def train(run, examples, teacher):
             common.append_jsonl(metrics_file, metrics)
         bar.update()
         bar.set_postfix(loss=f"{metrics['loss']:.3f}", ce=f"{metrics['ce']:.3f}", kd=f"{metrics['kd']:.3f}")
-        if (step + 1) % args.save_every == 0 and step + 1 < total_steps:
+        if (step + 1) % args.save_every == 0 or step + 1 == total_steps:
             training.save_checkpoint(out / "checkpoint", model, optimizer, step + 1, world)
     bar.close()
     training.save_model(out / "student", model, lm, run.tokenizer, common.DTYPES[args.save_dtype], world)
@@ -279,7 +278,7 @@ def closing_table(run, prompts):
         model, summary[name] = run.load(path), {}
         if with_answers:
             summary[name]["accuracy"] = eval.greedy_accuracy(model, prompts, *shared, run.world)
-        if args.teacher and not args.shard_teacher:
+        if args.kd_rate > 0 and not (args.shard_teacher or args.teacher_cache):  # else there is no whole teacher here
             eta = 4.0  # the warm-up's default: shares of tokens and samples that it would replace
             summary[name].update(eval.distance(model, run.teacher, prompts, *shared, eta, args.seed, run.world))
     if run.world.rank == 0:
@@ -324,7 +323,7 @@ def parse_args(argv=None):
     group.add_argument("--teacher-top-k", type=int, default=64, help="log-probs a token in --teacher-cache")
     training.add_training_arguments(parser, lr=1e-5)
     group = parser.add_argument_group("closing table")
-    group.add_argument("--eval-data", help="held-out prompts; without them no table, but for the toy's own")
+    data.add_eval_arguments(group, "no table, but for the toy's own")
     group.add_argument("--eval-limit", type=int, default=500, help="prompts in the table; 0: no table")
     args = parser.parse_args(argv)
     args.toy = args.teacher is None and args.data is None
@@ -377,7 +376,7 @@ def main(argv=None):
     if args.teacher:
         teacher_tokenizer = common.load_tokenizer(args.teacher, args.trust_remote_code)
         common.check_same_tokenizer(tokenizer, teacher_tokenizer, args.student, args.teacher)
-    eos_ids = common.model_eos_ids(filter(None, [args.student, args.teacher]), tokenizer)
+    eos_ids = common.model_eos_ids(filter(None, [args.student, args.teacher]), tokenizer, args.trust_remote_code)
     prompts, long_prompts = data.encode_prompts(
         data.read_examples(args), tokenizer, args.template, args.max_prompt_tokens
     )
@@ -393,7 +392,7 @@ def main(argv=None):
     if eval_prompts:
         closing_table(run, eval_prompts)
     if world.rank == 0:
-        print(f"{time.perf_counter() - started:.0f} seconds in all; the distilled student is {out / 'student'}")
+        print(f"{time.perf_counter() - started:.0f} seconds after start-up; the distilled student is {out / 'student'}")
 
 
 if __name__ == "__main__":

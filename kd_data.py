@@ -28,8 +28,6 @@ import decode
 import training
 from common import UserError
 
-STUDENT_STAGE, TEACHER_STAGE = 3, 4  # separate the noise of these samples from that of the warm-up's and of eval's
-
 
 class Run:
     """What every stage needs; `teacher` is loaded when it is first asked for."""
@@ -128,7 +126,7 @@ def write_responses(model, prompts, sample_ids, stage, greedy, run):
     start = torch.zeros_like(names[0])
     choose = decode.greedy if greedy else decode.sampler(run.args.seed, stage, *names, start, 1.0, 1.0)
     rows = decode.prefill(model, [p["ids"] for p in prompts], run.tokenizer.pad_token_id, run.world.device)
-    any_rank = run.world.any if run.args.shard_teacher and stage == TEACHER_STAGE else bool
+    any_rank = run.world.any if run.args.shard_teacher and stage == decode.KD_TEACHER_STAGE else bool
     return decode.decode(model, rows, choose, start + run.args.max_new_tokens, run.eos_ids, run.vocab_size, any_rank)[0]
 
 
@@ -137,7 +135,9 @@ def teacher_responses(prompts, run):
     folder, batches = run.out / "responses", cut(prompts, run.args.prompts_per_batch)
     for k, file, mine in unmade(folder, len(batches), "jsonl", run):
         greedy = run.args.teacher_decoding == "greedy"
-        responses = write_responses(run.teacher, batches[k], [0] * len(batches[k]), TEACHER_STAGE, greedy, run)
+        responses = write_responses(
+            run.teacher, batches[k], [0] * len(batches[k]), decode.KD_TEACHER_STAGE, greedy, run
+        )
         texts = run.tokenizer.batch_decode(responses, skip_special_tokens=True)
         if mine:
             rows = [(p["prompt_id"], p["text"], *written) for p, *written in zip(batches[k], responses, texts)]
@@ -164,7 +164,7 @@ def sample_ahead(replica, lm, examples, steps, run):
     mine = {}
     for batch in cut(work, run.args.prompts_per_batch)[run.world.rank :: run.world.size]:
         prompts, step_ids = [examples[i] for _, i in batch], [step for step, _ in batch]
-        mine.update(zip(batch, write_responses(replica, prompts, step_ids, STUDENT_STAGE, False, run)))
+        mine.update(zip(batch, write_responses(replica, prompts, step_ids, decode.KD_STUDENT_STAGE, False, run)))
     gathered = [None] * run.world.size
     dist.all_gather_object(gathered, mine)
     return {key: ids for part in gathered for key, ids in part.items()}

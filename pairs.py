@@ -65,7 +65,7 @@ class KeepByReward:
         """The reward of one response (text), a float."""
         if self.tokenizer.chat_template:
             turns = [*prompt["messages"], {"role": "assistant", "content": response}]
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False)
+            text = data.render_chat(self.tokenizer, turns)
             ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
         else:
             ids = self.tokenizer(prompt["text"] + response, return_tensors="pt").input_ids
@@ -108,6 +108,7 @@ def merge_pairs(args, context, prompts, skipped, out):
             counts[record["status"]] += 1
             counts["samples"] += 1
             counts["at_length_limit"] += not record["ended"]
+            counts["chosen_at_length_limit"] += record["status"] == "kept" and not record["chosen_ended"]
             if record["t_star"] >= 0:
                 t_star_counts[record["t_star"]] += 1
             if record["status"] == "kept":
@@ -125,6 +126,7 @@ def merge_pairs(args, context, prompts, skipped, out):
         "pairs": counts["kept"],
         "dropped": {reason: counts[reason] for reason in ("identical", "duplicate", "filtered")},
         "at_length_limit": counts["at_length_limit"],
+        "chosen_at_length_limit": counts["chosen_at_length_limit"],
         "replacement_rate": {
             str(eta): {"samples": s / samples, "tokens": t / tokens}
             for eta, s, t in zip(ETA_GRID, above_samples.tolist(), above_tokens.tolist())

@@ -6,6 +6,7 @@ rouge_score and math_verify are imported where they are used: training takes `is
 import functools
 import importlib.util
 import logging
+import math
 import multiprocessing
 import re
 import resource
@@ -67,9 +68,10 @@ def final_number(text):
     if re.search(r"([\^_{]|\\[A-Za-z]+)$", before) or re.match(r"\^|\s*\\(pi|sqrt|frac|cdot|times)", after):
         return None
     top, _, bottom = found[-1][0].replace(",", "").partition("/")
-    if bottom and (not int(bottom) or re.search(r"\d\s+$", before)):
+    top, bottom = float(top), float(bottom or 1)  # a looping model's thousand digits are inf here, never an exception
+    if not (math.isfinite(top) and 0 < bottom < math.inf) or ("/" in found[-1][0] and re.search(r"\d\s+$", before)):
         return None
-    return float(top) / int(bottom or 1)
+    return top / bottom
 
 
 def is_correct(response, gold):
@@ -119,6 +121,8 @@ class AnswerChecker:
         self.process = context.Process(target=serve_answers, args=(theirs, self.compare, self.memory), daemon=True)
         self.process.start()
         theirs.close()
+        if not self.connection.poll(60):
+            raise EOFError("the checker does not start")
         self.connection.recv()
 
     def close(self):
@@ -130,9 +134,9 @@ class AnswerChecker:
 
     def __call__(self, response, gold):
         """True or False, or None if no answer came within `seconds` or the process died."""
-        if not self.process:
-            self.start()
         try:
+            if not self.process:
+                self.start()
             self.connection.send((response, gold))
             if self.connection.poll(self.seconds):
                 return self.connection.recv()

@@ -3,6 +3,7 @@
 The loops themselves are written out in dpo.py and kd.py.
 """
 
+import json
 import math
 import os
 import resource
@@ -17,9 +18,7 @@ from torch.distributed.tensor import DTensor
 
 import common
 import decode
-from common import DTYPES, UserError, check_range, read_jsonl, write_jsonl
-
-ORDER_STAGE = 5  # separates the noise that shuffles an epoch from that of samples
+from common import DTYPES, UserError, check_range, write_jsonl
 
 # ---------------------------------------------------------------------------------------------------------------------
 # FSDP2 and the optimizer
@@ -34,7 +33,7 @@ def decoder_blocks(lm):
 
 def load_trainable(path, args, tokenizer, world):
     """A language model to train: float32 parameters, no dropout, activations checkpointed if so asked."""
-    lm = common.load_model(path, torch.float32, world.device, args.trust_remote_code)
+    lm = common.load_model(path, torch.float32, "cpu", args.trust_remote_code)  # fully_shard moves its shard to the GPU
     common.check_vocabulary(lm, tokenizer, path)
     if args.activation_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -73,7 +72,9 @@ def batch_of_step(step, count, batch_size, seed):
     per_epoch = math.ceil(count / batch_size)
     epoch, position = divmod(step, per_epoch)
     index = torch.arange(count)
-    noise = decode.uniform_noise(seed, ORDER_STAGE, torch.full_like(index, epoch), torch.zeros_like(index), index)
+    noise = decode.uniform_noise(
+        seed, decode.ORDER_STAGE, torch.full_like(index, epoch), torch.zeros_like(index), index
+    )
     return noise.argsort().tolist()[position * batch_size : (position + 1) * batch_size]
 
 
@@ -170,7 +171,6 @@ def check_training_args(args):
     check_range("--lr-warmup-ratio", args.lr_warmup_ratio, 0 <= args.lr_warmup_ratio <= 1, "from 0 to 1")
     check_range("--lr-final-ratio", args.lr_final_ratio, 0 <= args.lr_final_ratio <= 1, "from 0 to 1")
     check_range("--adam-betas", args.adam_betas, all(0 <= b < 1 for b in args.adam_betas), "in [0, 1), twice")
-    check_range("--threads", args.threads, args.threads >= 0, "of 0 or more")
     check_range("--seed", args.seed, 0 <= args.seed < 1 << 62, "from 0 to 2^62 - 1")
 
 
@@ -244,5 +244,7 @@ def save_model(folder, root, lm, tokenizer, dtype, world):
 def open_metrics(path, step, world):
     """Cuts metrics.jsonl back to `step`: a killed run may have logged steps after its last checkpoint. Returns path."""
     if world.rank == 0 and path.exists():
-        write_jsonl(path, [row for row in read_jsonl(path) if row["step"] <= step])
+        whole = path.read_text(encoding="utf-8").rpartition("\n")[0]  # a line that a kill cut short goes, too
+        rows = [json.loads(line) for line in whole.splitlines()]
+        write_jsonl(path, [row for row in rows if row["step"] <= step])
     return path

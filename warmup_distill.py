@@ -37,8 +37,6 @@ import toy
 import training
 from common import UserError, check_range
 
-STUDENT_STAGE, TEACHER_STAGE = 0, 1  # separate the noise of the student's samples from that of the teacher's
-
 
 class Context:
     """What steps 1 to 3 need beside models and prompts."""
@@ -80,7 +78,9 @@ def sample_responses(student, prompts, context):
     rows = decode.expand(rows, n)
     prompt_ids, sample_ids = sample_names(prompts, n, device)
     start = torch.zeros_like(prompt_ids)
-    choose = decode.sampler(args.seed, STUDENT_STAGE, prompt_ids, sample_ids, start, args.temperature, args.top_p)
+    choose = decode.sampler(
+        args.seed, decode.STUDENT_STAGE, prompt_ids, sample_ids, start, args.temperature, args.top_p
+    )
     budget = torch.full_like(prompt_ids, args.max_new_tokens)
     return decode.decode(student, rows, choose, budget, context.eos_ids, context.vocab_size)
 
@@ -130,7 +130,9 @@ def continue_by_teacher(teacher, rows, hidden, positions, lengths, prompts, cont
     rows = decode.rewind(rows.select(chosen), start, hidden[chosen])
     choose = decode.greedy
     if args.teacher_decoding == "sample":
-        choose = decode.sampler(args.seed, TEACHER_STAGE, prompt_ids, sample_ids, start, args.temperature, args.top_p)
+        choose = decode.sampler(
+            args.seed, decode.TEACHER_STAGE, prompt_ids, sample_ids, start, args.temperature, args.top_p
+        )
     any_rank = context.world.any if args.shard_teacher else bool
     written = decode.decode(teacher, rows, choose, budget, context.eos_ids, context.vocab_size, any_rank)
     for row, ids, values in zip(chosen.tolist(), *written):
@@ -183,6 +185,7 @@ def build_samples(student, teacher, prompts, context, keep):
             "chosen_ids": splice(response, position, continuations[i]),
             "chosen_teacher_logprobs": rounded(teacher_values[:position] + continuation_logprobs[i]),
         }
+        record["chosen_ended"] = record["chosen_ids"][-1] in context.eos_ids
         if t >= 0:
             record["status"] = pair_status(record, seen, prompt, context, keep)
         records.append(record)
@@ -193,7 +196,7 @@ def pair_status(record, seen, prompt, context, keep):
     """Whether a spliced sample becomes a pair, or why not; `seen` collects the pairs of the micro-batch."""
     key = (record["prompt_id"], tuple(record["chosen_ids"]), tuple(record["response_ids"]))
     if record["chosen_ids"] == record["response_ids"]:
-        return "identical"  # the teacher drew what the student had written
+        return "identical"  # the teacher drew what the student had written, or (--replace after) had nothing to add
     if key in seen:
         return "duplicate"
     seen.add(key)
@@ -282,7 +285,7 @@ def parse_args(argv=None):
     dpo.add_arguments(parser)
     training.add_training_arguments(parser, lr=5e-7)
     group = parser.add_argument_group("closing table")
-    group.add_argument("--eval-data", help="held-out prompts; default: the training prompts, and the table says so")
+    data.add_eval_arguments(group, "the training prompts, and the table says so")
     group.add_argument("--eval-limit", type=int, default=64, help="prompts in the table; 0: no table")
     args = parser.parse_args(argv)
     args.toy = args.teacher is None and args.student is None and args.data is None
@@ -318,26 +321,28 @@ def load_prompts(args, tokenizer):
     return data.encode_prompts(examples, tokenizer, args.template, args.max_prompt_tokens)
 
 
-def closing_table(args, world, context, prompts, out, dpo_metrics):
+def closing_table(args, world, context, prompts, out):
     """Prints teacher, student before and student after side by side; writes OUT/summary.json."""
     with_answers = all(p["gold"] is not None and eval.final_number(p["gold"]) is not None for p in prompts)
     dtype = common.compute_dtype(args.dtype, world)
     load = lambda path: common.load_model(path, dtype, world.device, args.trust_remote_code)
     shared = (context.tokenizer, context.eos_ids, args.max_new_tokens, args.prompts_per_batch * args.samples)
-    teacher, summary = load(args.teacher), {}
+    # A sharded teacher is one that fits on no single device: the table does without it
+    teacher, summary = None if args.shard_teacher else load(args.teacher), {}
     for name, path in (("teacher", None), ("student before", args.student), ("student after", out / "student")):
         model, row = teacher if path is None else load(path), {}
-        if with_answers:
+        if with_answers and model is not None:
             row["accuracy"] = eval.greedy_accuracy(model, prompts, *shared, world)
-        if path is not None:
+        if path is not None and teacher is not None:
             row.update(eval.distance(model, teacher, prompts, *shared, args.eta, args.seed, world))
         summary[name] = row
     if world.rank > 0:
         return
     mismatch = common.read_json(out / "mismatch.json")
     summary["stages"] = {stage: tokens / seconds for stage, (tokens, seconds) in context.clocks.items() if tokens}
-    if dpo_metrics:
-        summary["stages"]["dpo"] = dpo_metrics["tokens_per_second"]
+    steps = common.read_jsonl(out / "metrics.jsonl") if (out / "metrics.jsonl").exists() else []
+    if steps:
+        summary["stages"]["dpo"] = sum(s["tokens"] for s in steps) / sum(s["seconds"] for s in steps)
     common.write_atomic(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     where = "held-out prompts" if args.eval_data is not None else "training prompts"
     columns = ("accuracy", "replaced_samples", "replaced_tokens", "kl_teacher_student", "kl_student_teacher")
@@ -366,10 +371,11 @@ def main(argv=None):
     tokenizer = common.load_tokenizer(args.student, args.trust_remote_code)
     teacher_tokenizer = common.load_tokenizer(args.teacher, args.trust_remote_code)
     common.check_same_tokenizer(tokenizer, teacher_tokenizer, args.student, args.teacher)
+    eos_ids = common.model_eos_ids([args.student, args.teacher], tokenizer, args.trust_remote_code)
     prompts, skipped = load_prompts(args, tokenizer)
     eval_prompts = data.load_eval_prompts(args, tokenizer, prompts)
     out = common.start_run(args.out, args)  # behind all that can be wrong with the arguments: OUT then is theirs
-    context = Context(args, world, tokenizer, common.model_eos_ids([args.student, args.teacher], tokenizer))
+    context = Context(args, world, tokenizer, eos_ids)
 
     # Steps 1 to 3
     build_pairs(args, world, context, prompts, out)
@@ -383,12 +389,12 @@ def main(argv=None):
     reference = args.student if args.reference == "student" else args.teacher
     if not preferences and world.rank == 0:
         print("warning: no pair came out, so there is nothing to learn: OUT/student is the student unchanged")
-    dpo_metrics = dpo.train(args, world, tokenizer, preferences, args.student, reference, out)
+    dpo.train(args, world, tokenizer, preferences, args.student, reference, out)
 
     if args.eval_limit:
-        closing_table(args, world, context, eval_prompts, out, dpo_metrics)
+        closing_table(args, world, context, eval_prompts, out)
     if world.rank == 0:
-        print(f"{time.perf_counter() - started:.0f} seconds in all; the warmed-up student is {out / 'student'}")
+        print(f"{time.perf_counter() - started:.0f} seconds after start-up; the warmed-up student is {out / 'student'}")
 
 
 if __name__ == "__main__":

@@ -25,16 +25,21 @@ def collect():
 
 def table(results):
     """Markdown: points of accuracy, mean and standard deviation over seeds, and the paired difference to the default."""
-    lines = ["| variant | pairs | accuracy after, % | minus default, points |", "|---|---|---|---|"]
+    lines = [
+        "| variant | pairs | accuracy after, % | minus no warm-up, points | minus default, points |",
+        "|---|---|---|---|---|",
+    ]
     mean_sd = lambda values: f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
     base = results["default"]
-    lines.append(f"| no warm-up | | {mean_sd([100 * r['before'] for r in base.values()])} | |")
+    assert all(runs.keys() == base.keys() for runs in results.values()), "not every variant has all seeds"
+    lines.append(f"| no warm-up | | {mean_sd([100 * r['before'] for r in base.values()])} | | |")
     for name in sorted(results, key=lambda n: (n != "default", n)):
         runs = results[name]
+        gain = mean_sd([100 * (r["after"] - r["before"]) for r in runs.values()])
         difference = [100 * (runs[s]["after"] - base[s]["after"]) for s in runs]
         pairs = round(statistics.mean(r["pairs"] for r in runs.values()))
         after = mean_sd([100 * r["after"] for r in runs.values()])
-        lines.append(f"| {name} | {pairs} | {after} | {'' if name == 'default' else mean_sd(difference)} |")
+        lines.append(f"| {name} | {pairs} | {after} | {gain} | {'' if name == 'default' else mean_sd(difference)} |")
     return "\n".join(lines)
 
 

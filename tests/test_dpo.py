@@ -333,6 +333,14 @@ def test_batch_of_step_is_seeded():
     assert order(0, 1) != order(1, 1) and order(0, 1) != order(0, 5)
 
 
+def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
+    """Steps behind the last checkpoint go, and so does a line that a kill cut short."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    training.open_metrics(path, 2, world_of(0, 1))
+    assert common.read_jsonl(path) == [{"step": 1}, {"step": 2}]
+
+
 def world_of(rank, size):
     return common.World(rank, size, CPU)
 

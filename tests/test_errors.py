@@ -574,6 +574,14 @@ def test_bad_input_does_not_claim_out(warmup, tmp_path, changed):
     warmup_distill.main([str(word) for word in warmup()])
 
 
+def test_a_run_that_made_nothing_does_not_claim_out(warmup, tmp_path):
+    """The reward model is loaded after OUT/args.json is written; nothing else is there when it fails."""
+    error_of(warmup_distill.main, warmup(keep=f"reward:{tmp_path / 'nowhere'}"))
+    assert (tmp_path / "out" / "args.json").exists()
+    warmup_distill.main([str(word) for word in warmup()])
+    assert common.read_json(tmp_path / "out" / "args.json")["args"]["keep"] == "all"
+
+
 def test_dpo_bad_batch_does_not_claim_out(align, tmp_path):
     error_of(dpo.main, align(batch_size=4, micro_batch_size=3))
     assert not (tmp_path / "out").exists()

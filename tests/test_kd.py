@@ -646,7 +646,7 @@ def test_student_mode(distil, pair_of_models, prompts_file, tokenizer, monkeypat
                 ids = list(rows[i][0])
                 while len(ids) - len(rows[i][0]) < 40 and ids[-1] != EOS:
                     name = [torch.tensor([x]) for x in (i, step, len(ids) - len(rows[i][0]))]
-                    noise = decode.uniform_noise(0, kd_data.STUDENT_STAGE, *name)
+                    noise = decode.uniform_noise(0, decode.KD_STUDENT_STAGE, *name)
                     with torch.no_grad():
                         ids.append(
                             decode.sample_token(lm(torch.tensor([ids])).logits[:, -1, :VOCAB], noise, 1.0, 1.0).item()

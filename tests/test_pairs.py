@@ -70,7 +70,7 @@ def test_filter_of_each_name():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def record(prompt_id, sample_id, status, t_star, margins, chosen_ids=(9, 9, 2), ended=True):
+def record(prompt_id, sample_id, status, t_star, margins, chosen_ids=(9, 9, 2), ended=True, chosen_ended=True):
     """A sample whose tokens have these margins; the ids are of no importance."""
     return {
         "prompt_id": prompt_id,
@@ -85,6 +85,7 @@ def record(prompt_id, sample_id, status, t_star, margins, chosen_ids=(9, 9, 2), 
         "teacher_logprobs": [-1.0 - m for m in margins],
         "chosen_ids": list(chosen_ids),
         "chosen_teacher_logprobs": [-1.0] * len(chosen_ids),
+        "chosen_ended": chosen_ended,
     }
 
 
@@ -94,7 +95,7 @@ def test_merge_pairs_by_hand(tmp_path):
     shards = {
         "00000": [
             record(3, 0, "untouched", -1, [0.0, 0.5, 4.0]),
-            record(3, 1, "kept", 1, [0.0, 5.0, 6.0], ended=False),
+            record(3, 1, "kept", 1, [0.0, 5.0, 6.0], ended=False, chosen_ended=False),
             record(3, 2, "duplicate", 1, [0.0, 5.0, 6.0], ended=False),
         ],
         "00001": [
@@ -124,6 +125,7 @@ def test_merge_pairs_by_hand(tmp_path):
         "pairs": 2,
         "dropped": {"identical": 1, "duplicate": 1, "filtered": 1},
         "at_length_limit": 2,
+        "chosen_at_length_limit": 1,
         "t_star_histogram": {"0": 2, "1": 2, "2": 1},
     }
     # All margins: 0 0.5 4 | 0 5 6 | 0 5 6 | 4.5 | 25 | -30 -9.75 9

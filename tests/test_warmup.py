@@ -23,6 +23,7 @@ from transformers import (
 )
 
 import common
+import data
 import decode
 import eval
 import pairs
@@ -30,7 +31,7 @@ import warmup_distill
 
 datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # no network: it counts each load, of a local file too
 INF = math.inf
-STUDENT_STAGE, TEACHER_STAGE = warmup_distill.STUDENT_STAGE, warmup_distill.TEACHER_STAGE
+STUDENT_STAGE, TEACHER_STAGE = decode.STUDENT_STAGE, decode.TEACHER_STAGE
 examples = settings(derandomize=True, database=None, deadline=None, max_examples=100)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -576,6 +577,22 @@ def argv(tmp_path, pair_of_models, prompts_file):
              "out": tmp_path / "out", "limit": 4, "samples": 3, "max-new-tokens": 8, "eta": 1, "device": "cpu",
              "threads": 1, "batch-size": 4, "micro-batch-size": 2, "lr": 0.01, "save-every": 1, "eval-limit": 3}  # fmt: skip
     return [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
+
+
+def test_sharded_teacher_is_left_out_of_the_table(argv, tmp_path, capsys):
+    """It fits on no single device, so the table has neither its row nor distances; accuracies are there."""
+    warmup_distill.main([*argv, "--shard-teacher"])
+    summary = common.read_json(tmp_path / "out" / "summary.json")
+    assert summary["teacher"] == {} and set(summary["student after"]) == {"accuracy"}
+    assert "student after" in capsys.readouterr().out
+
+
+def test_eval_data_has_a_split_of_its_own(argv, tmp_path, monkeypatch, prompts_file):
+    """--eval-data HUB_ID is read from its test split, whatever --split says of the training data."""
+    asked, load_rows = [], data.load_rows
+    monkeypatch.setattr(data, "load_rows", lambda *a: asked.append(a) or load_rows(*a))
+    warmup_distill.main([*argv, "--eval-data", prompts_file, "--data-config", "main"])
+    assert asked == [(prompts_file, "main", "train"), (prompts_file, "main", "test")]
 
 
 def weights(folder):
