@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
 
 # What each use of `uniform_noise` passes as its stage, so that no two draw the same numbers: the warm-up's student and
 # teacher, evaluation, kd.py's student and teacher, the order of an epoch
@@ -113,11 +113,36 @@ def greedy(logits, indices, step):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class PreallocatedLayer(DynamicLayer):
+    """One layer's keys and values (B, heads, columns, D), with spare columns behind the `length` that are in use.
+
+    A decoded token is written into the next spare column. DynamicLayer would copy the whole cache, for every token.
+    """
+
+    length, spare = 0, 64
+
+    def get_seq_length(self):
+        return self.length
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        start, self.length = self.length, self.length + key_states.shape[2]
+        missing = self.length - self.keys.shape[2]
+        if missing > 0:
+            room = (0, 0, 0, missing + self.spare)
+            self.keys, self.values = F.pad(self.keys, room), F.pad(self.values, room)
+        self.keys[:, :, start : self.length] = key_states
+        self.values[:, :, start : self.length] = value_states
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+
 @dataclass
 class Rows:
     """B sequences in one KV cache of C columns."""
 
-    cache: DynamicCache
+    cache: Cache
     visible: torch.Tensor  # (B, C) bool: which columns the row's next token may attend to
     next_position: torch.Tensor  # (B,) position id of the row's next token
     hidden: torch.Tensor  # (B, D) hidden state that predicts the row's next token
@@ -163,7 +188,7 @@ def prefill(model, prompts, pad_id, device):
     # A padding column sees itself: a row of softmax over nothing would be NaN, and NaN times 0 is NaN for all that follow
     attention = (causal & visible[:, None]) | torch.eye(width, dtype=torch.bool, device=device)
     positions = (columns - (width - lengths[:, None])).clamp(min=0)
-    cache = DynamicCache()
+    cache = Cache(layer_class_to_replicate=PreallocatedLayer)
     hidden = forward_tokens(model, cache, token_ids, attention, positions)
     return Rows(cache, visible, lengths, hidden[:, -1])
 

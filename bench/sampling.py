@@ -31,7 +31,7 @@ def parse_args(argv=None):
     parser.add_argument("--model", help="folder or hub id; default: random, SmolLM2-135M's shape")
     parser.add_argument("--layers", type=int, default=30, help="of the random model")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--prompt-length", type=int, default=100, help="the longest; lengths are drawn from half of it")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=64, help="in `equal`; four times as many in `unequal`")
