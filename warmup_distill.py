@@ -365,9 +365,8 @@ def main(argv=None):
         if world.rank == 0:
             toy.build("out/toy", args.seed)
         world.barrier()
-        args.teacher, args.student, args.data, args.eval_data = (
-            f"out/toy/{name}" for name in ("teacher", "student", "train.jsonl", "dev.jsonl")
-        )
+        args.teacher, args.student, args.data = (f"out/toy/{name}" for name in ("teacher", "student", "train.jsonl"))
+        args.eval_data = args.eval_data or "out/toy/dev.jsonl"
     tokenizer = common.load_tokenizer(args.student, args.trust_remote_code)
     teacher_tokenizer = common.load_tokenizer(args.teacher, args.trust_remote_code)
     common.check_same_tokenizer(tokenizer, teacher_tokenizer, args.student, args.teacher)
