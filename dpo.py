@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import common
 import decode
+import models
 import training
 from common import UserError
 from pairs import read_pairs, shared_length
@@ -181,7 +182,7 @@ def needs_shared(args):
 def load_policy(path, args, tokenizer, world):
     """A model to train: float32 parameters, sharded. Returns (PairModel, the language model in it)."""
     lm = training.load_trainable(path, args, tokenizer, world)
-    return training.shard(PairModel(lm, len(tokenizer)), lm, common.compute_dtype(args.dtype, world), world), lm
+    return training.shard(PairModel(lm, len(tokenizer)), lm, models.compute_dtype(args.dtype, world), world), lm
 
 
 def train(args, world, tokenizer, pairs, student_path, reference_path, out):
@@ -333,10 +334,10 @@ def main(argv=None):
     args = parse_args(argv)
     world = common.start_processes(args.device, args.threads)
     training.accumulation_steps(args, world)  # its error belongs before the work
-    tokenizer = common.load_tokenizer(args.model, args.trust_remote_code)
+    tokenizer = models.load_tokenizer(args.model, args.trust_remote_code)
     if args.reference:
-        other = common.load_tokenizer(args.reference, args.trust_remote_code)
-        common.check_same_tokenizer(tokenizer, other, args.model, args.reference)
+        other = models.load_tokenizer(args.reference, args.trust_remote_code)
+        models.check_same_tokenizer(tokenizer, other, args.model, args.reference)
     pairs = read_pairs(args.pairs, tokenizer)
     if not pairs:
         raise UserError("no pairs", f"in {args.pairs}", "lower --eta or use more prompts")

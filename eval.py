@@ -31,6 +31,7 @@ from transformers import AutoConfig
 import benchmarks
 import common
 import decode
+import models
 import scores
 from common import UserError, check_range
 from scores import final_number, is_correct, paired_bootstrap  # noqa: F401 - the names that others call
@@ -181,13 +182,13 @@ def evaluate(path, sets, args, world, out, checker, teacher):
     sets: list of (Benchmark, examples). teacher: () -> the model of --distance, loaded once.
     """
     folder = out / model_name(path)
-    tokenizer = common.load_tokenizer(path, args.trust_remote_code)
-    eos_ids = common.model_eos_ids([path], tokenizer, args.trust_remote_code)
+    tokenizer = models.load_tokenizer(path, args.trust_remote_code)
+    eos_ids = models.model_eos_ids([path], tokenizer, args.trust_remote_code)
     config = AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code)
     context = getattr(config, "max_position_embeddings", math.inf)
     if args.distance:
-        theirs = common.load_tokenizer(args.distance, args.trust_remote_code)
-        common.check_same_tokenizer(tokenizer, theirs, path, args.distance)
+        theirs = models.load_tokenizer(args.distance, args.trust_remote_code)
+        models.check_same_tokenizer(tokenizer, theirs, path, args.distance)
     jobs, table = [], {}
     for benchmark, examples in sets:
         new_tokens = args.max_new_tokens or benchmark.max_new_tokens
@@ -217,8 +218,8 @@ def evaluate(path, sets, args, world, out, checker, teacher):
     if not jobs:
         return table
     folder.mkdir(parents=True, exist_ok=True)
-    model = common.load_model(path, common.compute_dtype(args.dtype, world), world.device, args.trust_remote_code)
-    common.check_vocabulary(model, tokenizer, path)
+    model = models.load_model(path, models.compute_dtype(args.dtype, world), world.device, args.trust_remote_code)
+    models.check_vocabulary(model, tokenizer, path)
     for file, task, benchmark, settings in jobs:
         if file.suffix == ".json":
             result = task | distance(model, teacher(), *settings, args.eta, task["seed"], world)
@@ -339,7 +340,7 @@ def main(argv=None):
     sets = [(benchmark, benchmarks.load(benchmark, args.limit)) for benchmark in found]
     folders = [comparand(name, args, out) for name in args.compare or ()]
     settings = {key: getattr(args, key) for key in SETTINGS}
-    settings["dtype"] = str(common.compute_dtype(args.dtype, world)).removeprefix("torch.")
+    settings["dtype"] = str(models.compute_dtype(args.dtype, world)).removeprefix("torch.")
     if args.model:
         common.start_run(out, argparse.Namespace(**settings))
     elif world.rank == 0:
@@ -347,9 +348,9 @@ def main(argv=None):
 
     @functools.cache
     def teacher():
-        dtype = common.compute_dtype(args.dtype, world)
-        model = common.load_model(args.distance, dtype, world.device, args.trust_remote_code)
-        common.check_vocabulary(model, common.load_tokenizer(args.distance, args.trust_remote_code), args.distance)
+        dtype = models.compute_dtype(args.dtype, world)
+        model = models.load_model(args.distance, dtype, world.device, args.trust_remote_code)
+        models.check_vocabulary(model, models.load_tokenizer(args.distance, args.trust_remote_code), args.distance)
         return model
 
     checker = scores.AnswerChecker()

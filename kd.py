@@ -25,6 +25,7 @@ import common
 import data
 import decode
 import eval
+import models
 import toy
 import training
 from common import UserError, check_range
@@ -215,7 +216,7 @@ def train(run, examples, teacher):
     accumulation = training.accumulation_steps(args, world)
     lm = training.load_trainable(args.student, args, run.tokenizer, world)
     model = KDModel(lm, run.vocab_size, divergence_of(args), args.kd_rate, args.temperature)
-    model = training.shard(model, lm, common.compute_dtype(args.dtype, world), world)
+    model = training.shard(model, lm, models.compute_dtype(args.dtype, world), world)
     replica = run.load(args.student) if args.mode == "student" else None
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, betas=tuple(args.adam_betas), weight_decay=args.weight_decay
@@ -372,11 +373,11 @@ def main(argv=None):
         world.barrier()
         args.teacher, args.data = "out/toy/teacher", "out/toy/train.jsonl"
         args.student, args.eval_data = args.student or "out/toy/student", args.eval_data or "out/toy/dev.jsonl"
-    tokenizer = common.load_tokenizer(args.student, args.trust_remote_code)
+    tokenizer = models.load_tokenizer(args.student, args.trust_remote_code)
     if args.teacher:
-        teacher_tokenizer = common.load_tokenizer(args.teacher, args.trust_remote_code)
-        common.check_same_tokenizer(tokenizer, teacher_tokenizer, args.student, args.teacher)
-    eos_ids = common.model_eos_ids(filter(None, [args.student, args.teacher]), tokenizer, args.trust_remote_code)
+        teacher_tokenizer = models.load_tokenizer(args.teacher, args.trust_remote_code)
+        models.check_same_tokenizer(tokenizer, teacher_tokenizer, args.student, args.teacher)
+    eos_ids = models.model_eos_ids(filter(None, [args.student, args.teacher]), tokenizer, args.trust_remote_code)
     prompts, long_prompts = data.encode_prompts(
         data.read_examples(args), tokenizer, args.template, args.max_prompt_tokens
     )

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import common
 import decode
+import models
 import training
 from common import UserError
 
@@ -38,9 +39,9 @@ class Run:
 
     def load(self, path, device=None):
         """A frozen model in the compute dtype, a plain replica."""
-        dtype = common.compute_dtype(self.args.dtype, self.world)
-        lm = common.load_model(path, dtype, device or self.world.device, self.args.trust_remote_code)
-        common.check_vocabulary(lm, self.tokenizer, path)
+        dtype = models.compute_dtype(self.args.dtype, self.world)
+        lm = models.load_model(path, dtype, device or self.world.device, self.args.trust_remote_code)
+        models.check_vocabulary(lm, self.tokenizer, path)
         return lm.requires_grad_(False)
 
     @functools.cached_property
@@ -249,7 +250,7 @@ class CachedTeacher:
         """Raises UserError if the cache was made of something else; a new cache is signed."""
         args, file = self.run.args, self.folder / "cache.json"
         text = json.dumps([[e["ids"], e["response"]] for e in examples])
-        ours = {"teacher": args.teacher, "dtype": str(common.compute_dtype(args.dtype, self.run.world))}
+        ours = {"teacher": args.teacher, "dtype": str(models.compute_dtype(args.dtype, self.run.world))}
         ours.update(
             teacher_top_k=self.top_k(), prompts_per_batch=args.prompts_per_batch, vocabulary=self.run.vocab_size
         )

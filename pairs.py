@@ -10,6 +10,7 @@ from transformers import AutoModelForSequenceClassification
 import common
 import data
 import eval
+import models
 from common import UserError
 
 ETA_GRID = [0.5 * k for k in range(1, 21)]  # mismatch.json gives the replacement rate for these
@@ -41,19 +42,19 @@ class KeepByReward:
     """--keep reward:MODEL: a sequence-classification reward model scores y+ higher than y-."""
 
     def __init__(self, path, args, world):
-        self.tokenizer = common.load_tokenizer(path, args.trust_remote_code)
+        self.tokenizer = models.load_tokenizer(path, args.trust_remote_code)
         self.device = world.device
         try:
             self.model, info = AutoModelForSequenceClassification.from_pretrained(
                 path,
-                dtype=common.compute_dtype(args.dtype, world),
+                dtype=models.compute_dtype(args.dtype, world),
                 use_safetensors=True,
                 trust_remote_code=args.trust_remote_code,
                 output_loading_info=True,
             )
             if self.model.config.num_labels == 1:
-                common.check_no_weight_is_missing(info)
-        except common.LOAD_ERRORS as error:
+                models.check_no_weight_is_missing(info)
+        except models.LOAD_ERRORS as error:
             raise UserError(f"no reward model can be loaded ({common.one_line(error)})", f"in {path}", "check --keep")
         if self.model.config.num_labels != 1:
             what = f"the reward model has {self.model.config.num_labels} labels"
@@ -91,7 +92,7 @@ def pair_filter(args, world):
 def merge_pairs(args, context, prompts, skipped, out):
     """OUT/pairs/*.jsonl -> OUT/pairs.jsonl and OUT/mismatch.json, both described in the README. Rank 0 only."""
     by_id = {p["prompt_id"]: p for p in prompts}
-    fingerprint = common.tokenizer_fingerprint(context.tokenizer)
+    fingerprint = models.tokenizer_fingerprint(context.tokenizer)
     counts, pairs = Counter(), []
     above_tokens, above_samples = torch.zeros(2, len(ETA_GRID), dtype=torch.long)
     margin_counts = torch.zeros(len(MARGIN_BINS) + 1, dtype=torch.long)
@@ -168,7 +169,7 @@ def read_pairs(path, tokenizer):
     """
     if not Path(path).is_file():
         raise UserError("no pairs file", f"at {path}", "run warmup_distill.py first or check --pairs")
-    fingerprint, pairs = common.tokenizer_fingerprint(tokenizer), []
+    fingerprint, pairs = models.tokenizer_fingerprint(tokenizer), []
     for number, row in enumerate(common.read_jsonl(path), 1):
         where = f"in {path} line {number}"
         if not isinstance(row, dict) or not (

@@ -16,8 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-import common
 import decode
+import models
 from common import DTYPES, UserError, check_range, write_jsonl
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -33,8 +33,8 @@ def decoder_blocks(lm):
 
 def load_trainable(path, args, tokenizer, world):
     """A language model to train: float32 parameters, no dropout, activations checkpointed if so asked."""
-    lm = common.load_model(path, torch.float32, "cpu", args.trust_remote_code)  # fully_shard moves its shard to the GPU
-    common.check_vocabulary(lm, tokenizer, path)
+    lm = models.load_model(path, torch.float32, "cpu", args.trust_remote_code)  # fully_shard moves its shard to the GPU
+    models.check_vocabulary(lm, tokenizer, path)
     if args.activation_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for block in decoder_blocks(lm):

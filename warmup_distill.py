@@ -32,6 +32,7 @@ import data
 import decode
 import dpo
 import eval
+import models
 import pairs
 import toy
 import training
@@ -227,13 +228,13 @@ def build_pairs(args, world, context, prompts, out):
     world.barrier()  # every rank has looked before the first one writes
     if not missing:
         return
-    dtype = common.compute_dtype(args.dtype, world)
+    dtype = models.compute_dtype(args.dtype, world)
     keep = pairs.pair_filter(args, world)
-    student = common.load_model(args.student, dtype, world.device, args.trust_remote_code)
+    student = models.load_model(args.student, dtype, world.device, args.trust_remote_code)
     teacher_device = "cpu" if args.shard_teacher else world.device
-    teacher = common.load_model(args.teacher, dtype, teacher_device, args.trust_remote_code)
-    common.check_vocabulary(student, context.tokenizer, args.student)
-    common.check_vocabulary(teacher, context.tokenizer, args.teacher)
+    teacher = models.load_model(args.teacher, dtype, teacher_device, args.trust_remote_code)
+    models.check_vocabulary(student, context.tokenizer, args.student)
+    models.check_vocabulary(teacher, context.tokenizer, args.teacher)
     if args.shard_teacher:
         teacher = training.shard_blocks(teacher, world)
     bar = tqdm(total=len(missing) * args.prompts_per_batch, desc="pairs", unit="prompt", disable=world.rank > 0)
@@ -324,8 +325,8 @@ def load_prompts(args, tokenizer):
 def closing_table(args, world, context, prompts, out):
     """Prints teacher, student before and student after side by side; writes OUT/summary.json."""
     with_answers = all(p["gold"] is not None and eval.final_number(p["gold"]) is not None for p in prompts)
-    dtype = common.compute_dtype(args.dtype, world)
-    load = lambda path: common.load_model(path, dtype, world.device, args.trust_remote_code)
+    dtype = models.compute_dtype(args.dtype, world)
+    load = lambda path: models.load_model(path, dtype, world.device, args.trust_remote_code)
     shared = (context.tokenizer, context.eos_ids, args.max_new_tokens, args.prompts_per_batch * args.samples)
     # A sharded teacher is one that fits on no single device: the table does without it
     teacher, summary = None if args.shard_teacher else load(args.teacher), {}
@@ -367,10 +368,10 @@ def main(argv=None):
         world.barrier()
         args.teacher, args.student, args.data = (f"out/toy/{name}" for name in ("teacher", "student", "train.jsonl"))
         args.eval_data = args.eval_data or "out/toy/dev.jsonl"
-    tokenizer = common.load_tokenizer(args.student, args.trust_remote_code)
-    teacher_tokenizer = common.load_tokenizer(args.teacher, args.trust_remote_code)
-    common.check_same_tokenizer(tokenizer, teacher_tokenizer, args.student, args.teacher)
-    eos_ids = common.model_eos_ids([args.student, args.teacher], tokenizer, args.trust_remote_code)
+    tokenizer = models.load_tokenizer(args.student, args.trust_remote_code)
+    teacher_tokenizer = models.load_tokenizer(args.teacher, args.trust_remote_code)
+    models.check_same_tokenizer(tokenizer, teacher_tokenizer, args.student, args.teacher)
+    eos_ids = models.model_eos_ids([args.student, args.teacher], tokenizer, args.trust_remote_code)
     prompts, skipped = load_prompts(args, tokenizer)
     eval_prompts = data.load_eval_prompts(args, tokenizer, prompts)
     out = common.start_run(args.out, args)  # behind all that can be wrong with the arguments: OUT then is theirs

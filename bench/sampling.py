@@ -22,8 +22,8 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, StoppingCriteria
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import common
 import decode
+import models
 
 
 def parse_args(argv=None):
@@ -44,7 +44,7 @@ def parse_args(argv=None):
 def load(path, dtype, layers=30, seed=0):
     """The model in `path`, or a random one, with nothing in its generation settings that would change the comparison."""
     if path:
-        model = common.load_model(path, dtype, "cpu")
+        model = models.load_model(path, dtype, "cpu")
     else:
         torch.manual_seed(seed)
         config = LlamaConfig(

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import common
 import dpo
+import models
 import training
 from pairs import read_pairs
 
@@ -644,7 +645,7 @@ def test_command(world, tokenizer, pair_of_models, tmp_path, capsys, form):
     assert f"4 pairs -> {out / 'student'} (loss {steps[-1]['loss']:.4f} accuracy" in capsys.readouterr().out
     assert common.read_json(out / "args.json")["args"]["max_steps"] == 6
     AutoModelForCausalLM.from_pretrained(out / "student")
-    assert common.load_tokenizer(str(out / "student")).get_vocab() == tokenizer.get_vocab()
+    assert models.load_tokenizer(str(out / "student")).get_vocab() == tokenizer.get_vocab()
     dpo.main(argv)
     assert "it was finished before" in capsys.readouterr().out
     assert len(common.read_jsonl(out / "metrics.jsonl")) == 6
@@ -670,7 +671,7 @@ def test_command_reference(world, pair_of_models, tmp_path):
         "1",
     ]
     dpo.main([*argv, "--batch-size", "4", "--reference", teacher, "--beta", "1"])
-    texts = read_pairs(pairs, common.load_tokenizer(student))
+    texts = read_pairs(pairs, models.load_tokenizer(student))
     with torch.no_grad():
         loss = two_row_loss(*(AutoModelForCausalLM.from_pretrained(p) for p in (student, teacher)), texts, beta=1.0)
     assert common.read_jsonl(tmp_path / "out" / "metrics.jsonl")[0]["loss"] == pytest.approx(loss.item(), rel=2e-4)

@@ -22,6 +22,7 @@ from transformers import (
 
 import common
 import dpo
+import models
 import toy
 import warmup_distill
 from common import UserError
@@ -392,7 +393,7 @@ def test_reference_of_dpo_with_another_tokenizer(align, tmp_path):
 
 def edit_tokenizer(edit):
     def how(folder):
-        tokenizer = common.load_tokenizer(folder)
+        tokenizer = models.load_tokenizer(folder)
         edit(tokenizer).save_pretrained(folder)
 
     return how
@@ -466,14 +467,14 @@ def test_architectures_that_would_be_computed_wrongly(tmp_path, config, settings
              "num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
     AutoModelForCausalLM.from_config(config(**small, **settings)).save_pretrained(tmp_path)
     with pytest.raises(UserError) as caught:
-        common.load_model(tmp_path, torch.float32, "cpu")
+        models.load_model(tmp_path, torch.float32, "cpu")
     assert str(caught.value) == expected.format(tmp_path)
 
 
 def test_sliding_window_that_is_off_is_fine(tmp_path):
     """Qwen2's config carries a window that its layers do not use; Mistral's may be null."""
     make_model("qwen2", 1, sliding_window=8, use_sliding_window=False).save_pretrained(tmp_path)
-    common.load_model(tmp_path, torch.float32, "cpu")
+    models.load_model(tmp_path, torch.float32, "cpu")
 
 
 @pytest.mark.parametrize(

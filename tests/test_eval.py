@@ -19,6 +19,7 @@ import common
 import data
 import decode
 import eval
+import models
 import scores
 from common import UserError
 
@@ -637,7 +638,7 @@ def test_a_killed_run_goes_on(one_process, english, monkeypatch, capsys):
     eval.main(command(english, one_process, *flags))
     assert made == ["sni-seed20"]
     assert files_of(one_process) == before
-    monkeypatch.setattr(common, "load_model", None)  # nothing to do: no model is loaded
+    monkeypatch.setattr(models, "load_model", None)  # nothing to do: no model is loaded
     eval.main(command(english, one_process, *flags))
     assert files_of(one_process) == before
 

@@ -21,6 +21,7 @@ import common
 import decode
 import kd
 import kd_data
+import models
 import training
 
 VOCAB, PAD, EOS = 22, 0, 2
@@ -703,8 +704,8 @@ def test_resume_bit_for_bit(distil, monkeypatch, flags):
 
 def no_teacher(monkeypatch, path):
     """From here on it is an error to load the teacher's weights."""
-    original = common.load_model
-    monkeypatch.setattr(common, "load_model", lambda p, *args: (_ for _ in ()).throw(AssertionError) if p == path else original(p, *args))  # fmt: skip
+    original = models.load_model
+    monkeypatch.setattr(models, "load_model", lambda p, *args: (_ for _ in ()).throw(AssertionError) if p == path else original(p, *args))  # fmt: skip
 
 
 @pytest.mark.parametrize("loss", ["forward_kl", "reverse_kl"])

@@ -7,6 +7,7 @@ import pytest
 from test_data import BOS, CHAT, EOS, byte_tokenizer, turn
 
 import common
+import models
 import pairs
 import toy
 from common import UserError
@@ -155,7 +156,7 @@ def test_own_format_is_taken_as_it_is(tmp_path):
     """Ids are used untouched, whatever the text beside them says, and further columns stay."""
     tokenizer = byte_tokenizer()
     row = {"prompt_id": 4, "prompt_ids": [BOS, 9], "chosen_ids": [10, EOS], "rejected_ids": [10, 11], "prefix_len": 1}
-    row |= {"prompt": "x", "chosen": "y", "rejected": "y", "tokenizer": common.tokenizer_fingerprint(tokenizer)}
+    row |= {"prompt": "x", "chosen": "y", "rejected": "y", "tokenizer": models.tokenizer_fingerprint(tokenizer)}
     assert pairs.read_pairs(write(tmp_path, row), tokenizer) == [row]
     del row["tokenizer"]
     assert pairs.read_pairs(write(tmp_path, row), tokenizer) == [row], "a fingerprint is not obligatory"
@@ -248,8 +249,8 @@ def test_date_in_a_chat_template_is_pinned(tmp_path):
 
 def test_vocabulary_is_hashed_once(tmp_path, monkeypatch):
     """A fingerprint sorts and hashes the vocabulary: 0.2 s for 152k tokens. Once a file, not once a line."""
-    tokenizer, hashed, fingerprint = byte_tokenizer(), [], common.tokenizer_fingerprint
-    monkeypatch.setattr(common, "tokenizer_fingerprint", lambda t: hashed.append(t) or fingerprint(t))
+    tokenizer, hashed, fingerprint = byte_tokenizer(), [], models.tokenizer_fingerprint
+    monkeypatch.setattr(models, "tokenizer_fingerprint", lambda t: hashed.append(t) or fingerprint(t))
     row = {"prompt_ids": [9], "chosen_ids": [10], "rejected_ids": [11], "tokenizer": fingerprint(tokenizer)}
     assert len(pairs.read_pairs(write(tmp_path, *[row] * 20), tokenizer)) == 20
     assert len(hashed) <= 1
@@ -279,7 +280,7 @@ def test_highest_id_is_allowed(tmp_path):
 
 
 def test_ids_of_another_tokenizer_are_refused(tmp_path):
-    ours, other = common.tokenizer_fingerprint(byte_tokenizer()), common.tokenizer_fingerprint(toy.make_tokenizer())
+    ours, other = models.tokenizer_fingerprint(byte_tokenizer()), models.tokenizer_fingerprint(toy.make_tokenizer())
     path = write(tmp_path, {**IDS, "tokenizer": ours}, {**IDS, "tokenizer": other})
     with pytest.raises(UserError) as error:
         pairs.read_pairs(path, byte_tokenizer())
@@ -293,12 +294,12 @@ def test_fingerprint_is_of_the_vocabulary():
     """Equal for equal vocabularies, whatever the template; different when two tokens are swapped or one is added."""
     one, same, more = byte_tokenizer(), byte_tokenizer(add_bos=False, chat_template=CHAT), byte_tokenizer()
     more.add_tokens(["<new>"])
-    assert common.tokenizer_fingerprint(one) == common.tokenizer_fingerprint(same)
-    assert len({common.tokenizer_fingerprint(t) for t in (one, more, toy.make_tokenizer())}) == 3
+    assert models.tokenizer_fingerprint(one) == models.tokenizer_fingerprint(same)
+    assert len({models.tokenizer_fingerprint(t) for t in (one, more, toy.make_tokenizer())}) == 3
     swapped = SimpleNamespace(get_vocab=lambda: {"a": 1, "b": 0})
     plain = SimpleNamespace(get_vocab=lambda: {"b": 1, "a": 0})
-    assert common.tokenizer_fingerprint(swapped) != common.tokenizer_fingerprint(plain)
-    assert len(common.tokenizer_fingerprint(one)) == 16
+    assert models.tokenizer_fingerprint(swapped) != models.tokenizer_fingerprint(plain)
+    assert len(models.tokenizer_fingerprint(one)) == 16
 
 
 COLUMNS = "no columns chosen and rejected, in {}, see the README for the format"

@@ -26,6 +26,7 @@ import common
 import data
 import decode
 import eval
+import models
 import pairs
 import warmup_distill
 
@@ -161,9 +162,9 @@ class Run:
         argv += ["--samples", "3", "--max-new-tokens", "8", "--eta", "1", "--prompts-per-batch", "2", *map(str, flags)]
         self.out, self.args = out, warmup_distill.parse_args(argv)
         self.world = common.start_processes("cpu", 1)
-        self.tokenizer = common.load_tokenizer(student)
+        self.tokenizer = models.load_tokenizer(student)
         self.prompts, self.skipped = warmup_distill.load_prompts(self.args, self.tokenizer)
-        eos_ids = common.model_eos_ids([student, teacher], self.tokenizer)
+        eos_ids = models.model_eos_ids([student, teacher], self.tokenizer)
         self.context = warmup_distill.Context(self.args, self.world, self.tokenizer, eos_ids)
         out.mkdir(parents=True, exist_ok=True)
         self.build()
@@ -541,7 +542,7 @@ def test_pairs_jsonl_fields(build, tokenizer):
             "prompt": prompt,
             "chosen": tokenizer.decode(record["chosen_ids"], skip_special_tokens=True),
             "rejected": tokenizer.decode(record["response_ids"], skip_special_tokens=True),
-            "tokenizer": common.tokenizer_fingerprint(tokenizer),
+            "tokenizer": models.tokenizer_fingerprint(tokenizer),
         }
         assert pair["chosen_ids"][: pair["prefix_len"]] == pair["rejected_ids"][: pair["prefix_len"]]
         assert pair["margin"] > run.args.eta and "<eos>" not in pair["chosen"] + pair["rejected"]
@@ -561,7 +562,7 @@ def test_missing_micro_batch_is_made_again_and_no_other(build):
 
 def test_finished_micro_batches_load_no_model(build, monkeypatch):
     run = build()
-    monkeypatch.setattr(common, "load_model", lambda *args: pytest.fail("a model was loaded for nothing"))
+    monkeypatch.setattr(models, "load_model", lambda *args: pytest.fail("a model was loaded for nothing"))
     run.build()
 
 
@@ -635,7 +636,7 @@ def test_main_writes_what_it_promises(argv, tmp_path, pair_of_models, capsys):
 
     # OUT/student loads as it is, has moved, and brings the tokenizer; every step is logged
     assert not same_weights(out / "student", pair_of_models["student"])
-    assert AutoTokenizer.from_pretrained(out / "student").get_vocab() == common.load_tokenizer(argv[3]).get_vocab()
+    assert AutoTokenizer.from_pretrained(out / "student").get_vocab() == models.load_tokenizer(argv[3]).get_vocab()
     steps = [row["step"] for row in read_lines(out / "metrics.jsonl")]
     assert steps == list(range(1, math.ceil(mismatch["pairs"] / 4) + 1)) and len(steps) >= 2
 
