@@ -4,10 +4,11 @@ Nothing in this file comes from a paper. What a paper says is in the file that b
 """
 
 import argparse
-import functools
+import contextlib
+import errno
 import json
 import os
-import subprocess
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers
+from safetensors import SafetensorError
 
-OUR_FILES = ("pairs", "pairs.jsonl", "reference.json", "responses", "metrics.jsonl", "checkpoint", "student")
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -45,30 +47,97 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(message.replace("\n", " "), "on the command line", f"see {self.prog} --help")
 
 
-def run(main):
-    """Call `main`; turn a UserError into one line on stderr and exit status 2, from one process of the job.
+class Stopped(Exception):
+    """SIGTERM or Ctrl-C has come; what is done so far is on the disk, and the same command goes on from there."""
 
-    An error that all ranks meet is printed by rank 0. The others wait: torchrun ends them as soon as rank 0 has exited.
-    If they are still there after 5 seconds, the error is theirs alone and they print it themselves.
+
+@dataclass
+class Status:
+    """What this process is doing, for its last words, and whether it has been told to stop."""
+
+    stage: str = "start-up"
+    signal: int = 0  # SIGTERM or SIGINT, once one has come
+    finishes_step: bool = (
+        False  # true in a training loop: a first signal then waits for `World.stops`, a second does not
+    )
+    leaving: bool = False
+
+    def enter(self, stage, finishes_step=False):
+        """Names what comes now."""
+        self.stage, self.finishes_step = stage, finishes_step
+
+    def on_signal(self, number, frame):
+        """The handler of SIGTERM and SIGINT."""
+        first, self.signal = not self.signal, number
+        if not self.leaving and not (first and self.finishes_step):
+            raise Stopped(f"stopped by {signal.Signals(number).name}")
+
+
+STATUS = Status()
+
+
+def run(main):
+    """Call `main`; turn what ends it into one line on stderr, from one process of the job, and an exit status.
+
+    2: a UserError. 1: another rank is gone, or the disk refuses. 128 + signal: told to stop. Anything else is a defect
+    of ours and keeps its traceback. os._exit, not sys.exit: a rank must not wait in a destructor for ranks that are gone.
     """
+    signal.signal(signal.SIGTERM, STATUS.on_signal)
+    signal.signal(signal.SIGINT, STATUS.on_signal)
+    go_on = "the same command goes on from what is done"
     try:
         main()
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+        return
     except UserError as error:
-        rank = int(os.environ.get("RANK", "0"))
-        if rank > 0:
-            time.sleep(5)
-        line = f"error: {error}" + (f" (rank {rank})" if rank > 0 else "")
+        line, status = f"error: {error}", 2
+    except Stopped as error:
+        line, status = f"error: {error}, in stage {STATUS.stage}, {go_on}", 128 + STATUS.signal
+    except Exception as error:
+        if (what := cause_outside(error)) is None:
+            raise
+        line, status = f"error: {what}, in stage {STATUS.stage}, {go_on}", 1
+    leave(line, status)
+
+
+def cause_outside(error):
+    """What the machine, not this program, has done: one line for a lost rank or a disk that refuses, else None."""
+    if hasattr(error, "failures"):  # torch.distributed.checkpoint wraps what its ranks met
+        return cause_outside(next(iter(error.failures.values()))[0]) if error.failures else None
+    text = one_line(error)
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return (
+            f"the disk refuses ({error.strerror or text}) at {error.filename or 'OUT'}: make room or give another --out"
+        )
+    if isinstance(error, SafetensorError) and "os error" in text:
+        return f"the disk refuses ({text}): make room or give another --out"
+    if isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "NCCL", "onnection reset")):
+        return f"another rank is gone ({text[:160]})"
+    return None
+
+
+def leave(line, status):
+    """Ends this process with `line` on stderr, unless another rank of this machine has said its own.
+
+    Most errors are met by all ranks: the others give rank 0 five seconds to speak, or half a second once torchrun ends
+    them. What is in torchrun's error file it prints at the very end of its own report.
+    """
+    STATUS.leaving = True
+    rank, file = int(os.environ.get("RANK", "0")), os.environ.get("TORCHELASTIC_ERROR_FILE")
+    # .../attempt_0/RANK/error.json
+    spoken = lambda: bool(file) and any(Path(file).parent.parent.glob("*/error.json"))
+    for tenths in range(50 * (rank > 0)):
+        if spoken() or (STATUS.signal and tenths >= 5):
+            break
+        time.sleep(0.1)
+    if not spoken():
+        line += f" (rank {rank})" if rank > 0 else ""
         print(line, file=sys.stderr, flush=True)
-        os._exit(2)  # not sys.exit: a rank must not wait in a destructor for ranks that are gone
-    except KeyboardInterrupt:
-        os._exit(130)
-    except Exception:
-        if int(os.environ.get("RANK", "0")) > 0:
-            time.sleep(5)  # a peer that is gone may be the cause: then torchrun ends this rank before it prints
-        raise
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+        if file:
+            write_json(file, {"message": line, "timestamp": int(time.time())})
+    os._exit(status)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,6 +155,10 @@ class World:
 
     def barrier(self):
         dist.barrier()
+
+    def stops(self, boundary=True):
+        """At the end of an optimizer step: whether any rank has been told to stop; `boundary`: if it may stop here."""
+        return boundary and self.any(STATUS.signal)
 
     def any(self, flag):
         """True on every rank if `flag` is true on at least one."""
@@ -164,15 +237,26 @@ def one_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-def write_atomic(path, content):
-    """Writes `content`, text or bytes, to `path` so that a reader or a killed run sees the whole file or none."""
+@contextlib.contextmanager
+def atomic_file(path):
+    """A binary file to write to, which becomes `path` when the block ends: a reader or a killed run sees all or nothing."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with open(partial, "wb") as file:
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_atomic(path, content):
+    """Writes `content`, text or bytes, to `path`, whole or not at all."""
+    with atomic_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def write_jsonl(path, rows):
@@ -206,57 +290,3 @@ def append_jsonl(path, row):
     """Adds one JSON object as a line."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
-
-
-def start_run(out, args):
-    """Makes OUT, or takes it up again. OUT/args.json says which arguments made what is in there.
-
-    args: the namespace of `parse_args`; --out may differ, and --device, which changes no more than rounding if --dtype
-    is given.
-    Raises UserError when OUT holds a run with other arguments, naming those that differ, or is no folder.
-    """
-    out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise UserError("OUT is not a folder", f"at {out}", "give another --out")
-    ours = {key: value for key, value in vars(args).items()}
-    file, foreign = out / "args.json", [name for name in OUR_FILES if (out / name).exists()]
-    # A run that has made nothing yet, since its student could not be loaded, say, claims nothing
-    claimed = file.exists() and any(path.is_file() and path != file for path in out.rglob("*"))
-    if file.exists():
-        try:
-            theirs = dict(read_json(file)["args"])
-        except (ValueError, KeyError, TypeError):
-            raise UserError("args.json is not of a run of this project", f"in {out}", "give another --out")
-        different = [
-            f"--{key.replace('_', '-')} {theirs.get(key)} there, {ours.get(key)} now"
-            for key in sorted(ours.keys() | theirs.keys())
-            if key not in ("out", "device") and ours.get(key) != theirs.get(key)
-        ]
-        if claimed and different:
-            raise UserError(
-                f"OUT holds a run with other arguments ({'; '.join(different)})", f"in {out}", "give another --out"
-            )
-    elif foreign:
-        raise UserError(f"OUT has a {foreign[0]} that no run here made", f"in {out}", "give another --out")
-    dist.barrier()  # nobody writes before everybody has compared
-    if dist.get_rank() == 0 and not claimed:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-            versions["transformers"] = transformers.__version__
-            record = {"args": ours, "versions": versions, "commit": git_commit()}
-            write_atomic(file, json.dumps(record, indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"OUT cannot be written ({one_line(error)})", f"at {out}", "give another --out")
-    dist.barrier()
-    return out
-
-
-@functools.cache
-def git_commit():
-    """The commit of the checkout that this file is in, or None."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -5,6 +5,7 @@ by name: question/answer, instruction/input|context/output|response, prompt/resp
 messages; others are named by flag. From here on a prompt is ids: nothing is ever tokenized a second time.
 """
 
+import math
 from argparse import Namespace
 from pathlib import Path
 
@@ -77,11 +78,52 @@ def load_rows(source, config, split):
         )
 
 
-def read_examples(args):
-    """Rows of `--data` as a list of {"instruction": str, "input": str, "response": str or None, "messages": list or None}.
+class Examples:
+    """Rows of --data as {"instruction": str, "input": str, "response": str or None, "messages": list or None}.
 
-    Raises UserError if the columns are not found, a row has no usable prompt, or there are no rows.
+    A sequence whose items are read from the disk when they are asked for: its memory does not grow with their number.
     """
+
+    def __init__(self, rows, source, columns):
+        """columns: names of the columns for "prompt", "input", "response" and "messages"; None where there is none."""
+        self.rows, self.source, self.columns = rows, source, columns
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, number):
+        if not 0 <= number < len(self):
+            raise IndexError(number)  # ends a `for`, too
+        return self.example(self.rows[number], number)
+
+    def __iter__(self):
+        for number, row in enumerate(row for batch in self.rows.iter(1000) for row in self.rows_of(batch)):
+            yield self.example(row, number)
+
+    def rows_of(self, batch):
+        """{column: values} of neighbouring rows -> one dict a row."""
+        return (dict(zip(batch, values)) for values in zip(*batch.values()))
+
+    def example(self, row, number):
+        """One row, checked. Raises UserError if it has no usable prompt."""
+        where = f"in {self.source} row {number}"
+        if self.columns["messages"]:
+            return from_messages(row[self.columns["messages"]], where)
+        prompt, context, response = (
+            row[column] if column else None
+            for column in (self.columns[name] for name in ("prompt", "input", "response"))
+        )
+        for name, value in (("prompt", prompt), ("input", context), ("response", response)):
+            if not isinstance(value, str | None):
+                what = f"column {self.columns[name]} is {type(value).__name__}, not text"
+                raise UserError(what, where, "mend the row")
+        if not (prompt or "").strip():
+            raise UserError(f"column {self.columns['prompt']} is empty", where, "mend or delete the row")
+        return {"instruction": prompt, "input": context or "", "response": response, "messages": None}
+
+
+def read_examples(args):
+    """The `Examples` of --data. Raises UserError if columns are not found, a row is unusable, or there are no rows."""
     rows = load_rows(args.data, args.data_config, args.split)
     if args.limit:
         rows = rows.select(range(min(args.limit, len(rows))))
@@ -94,21 +136,12 @@ def read_examples(args):
         if (column is None and flag == "--prompt-column") or (column is not None and column not in names):
             what = f"no column {column}" if column else "no prompt column"
             raise UserError(what, f"in {args.data} with columns {', '.join(names)}", f"name it with {flag}")
-    examples = []
-    for number, row in enumerate(rows):
-        where = f"in {args.data} row {number}"
-        if messages:
-            examples.append(from_messages(row["messages"], where))
-            continue
-        for column in (prompt, context, response):
-            if column in names and not isinstance(row[column], str | None):
-                raise UserError(f"column {column} is {type(row[column]).__name__}, not text", where, "mend the row")
-        if not (row[prompt] or "").strip():
-            raise UserError(f"column {prompt} is empty", where, "mend or delete the row")
-        example = {"instruction": row[prompt], "input": row[context] or "" if context else ""}
-        examples.append({**example, "response": row[response] if response else None, "messages": None})
+    columns = {"prompt": prompt, "input": context, "response": response, "messages": messages}
+    examples = Examples(rows, args.data, columns)
     if not examples:
         raise UserError("no rows", f"in {args.data}", "give data with at least one row")
+    for _ in examples:  # a bad row is an error now, not after hours
+        pass
     return examples
 
 
@@ -164,30 +197,66 @@ def with_bos(tokenizer, text):
     return tokenizer.bos_token + text if adds_bos and not text.startswith(tokenizer.bos_token) else text
 
 
-def encode_prompts(examples, tokenizer, template, max_tokens):
-    """Returns (prompts, skipped): prompts are {"prompt_id", "messages", "text", "ids", "gold"}; `skipped` were too long.
+def encode_prompt(example, prompt_id, tokenizer, template):
+    """{"prompt_id", "messages", "text", "ids", "gold"} of an example; "text" and "ids" are what the model sees."""
+    text = prompt_text(example, tokenizer, template)
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    prompt = {"prompt_id": prompt_id, "messages": messages_of(example), "text": text, "ids": ids}
+    return {**prompt, "gold": example["response"]}
+
+
+def encode_prompts(examples, tokenizer, template, max_tokens, most=math.inf):
+    """Returns (prompts, skipped): the first `most` prompts as `encode_prompt` makes them; `skipped` were too long.
 
     prompt_id is the row's number in the data, so skipping one prompt changes no other's noise.
     """
-    prompts = []
+    prompts, skipped = [], 0
     for prompt_id, example in enumerate(examples):
-        text = prompt_text(example, tokenizer, template)
-        ids = tokenizer(text, add_special_tokens=False).input_ids
-        if len(ids) <= max_tokens:
-            prompt = {"prompt_id": prompt_id, "messages": messages_of(example), "text": text, "ids": ids}
-            prompts.append({**prompt, "gold": example["response"]})
+        prompt = encode_prompt(example, prompt_id, tokenizer, template)
+        if len(prompt["ids"]) > max_tokens:
+            skipped += 1
+        else:
+            prompts.append(prompt)
+            if len(prompts) >= most:
+                break
     if not prompts:
-        what = f"all {len(examples)} prompts are over --max-prompt-tokens {max_tokens}"
+        what = f"all {skipped} prompts are over --max-prompt-tokens {max_tokens}"
         raise UserError(what, "in --data", "raise the limit or give other data")
-    return prompts, len(examples) - len(prompts)
+    return prompts, skipped
 
 
-def load_eval_prompts(args, tokenizer, prompts):
-    """The closing table's prompts: those of --eval-data, or else the first of the given ones."""
-    if args.eval_data is not None and args.eval_limit:
-        data_args = Namespace(
-            **{**vars(args), "data": args.eval_data, "limit": args.eval_limit, "split": args.eval_split}
-        )
-        examples = read_examples(data_args)
-        prompts, _ = encode_prompts(examples, tokenizer, args.template, args.max_prompt_tokens)
-    return prompts[: args.eval_limit]
+class PromptBatches:
+    """Micro-batches of prompts: number k holds rows k * size and following, encoded when it is asked for.
+
+    They are cut from the order of the rows, never from the number of ranks. A prompt over the limit is in its batch, to
+    be counted; `fits` tells.
+    """
+
+    def __init__(self, examples, tokenizer, args):
+        self.examples, self.tokenizer, self.args = examples, tokenizer, args
+        encode_prompts(examples, tokenizer, args.template, args.max_prompt_tokens, 1)  # raises if all are too long
+
+    def __len__(self):
+        return math.ceil(len(self.examples) / self.args.prompts_per_batch)
+
+    def __getitem__(self, k):
+        return [encode_prompt(self.examples[i], i, self.tokenizer, self.args.template) for i in self.ids(k)]
+
+    def ids(self, k):
+        """The prompt ids of batch k."""
+        size = self.args.prompts_per_batch
+        return range(k * size, min((k + 1) * size, len(self.examples)))
+
+    def fits(self, prompt):
+        """Whether a prompt is sampled from."""
+        return len(prompt["ids"]) <= self.args.max_prompt_tokens
+
+
+def load_eval_prompts(args, tokenizer, examples):
+    """The closing table's prompts: the first --eval-limit that fit, of --eval-data, or else of the given examples."""
+    if args.eval_data is not None:
+        changes = {"data": args.eval_data, "limit": args.eval_limit, "split": args.eval_split}
+        examples = read_examples(Namespace(**{**vars(args), **changes}))
+    if not args.eval_limit or not examples:
+        return []
+    return encode_prompts(examples, tokenizer, args.template, args.max_prompt_tokens, args.eval_limit)[0]

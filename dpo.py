@@ -25,6 +25,7 @@ from tqdm import tqdm
 import common
 import decode
 import models
+import run_folder
 import training
 from common import UserError
 from pairs import read_pairs, shared_length
@@ -162,8 +163,10 @@ def load_reference(args, world, tokenizer, pairs, lengths, policy, policy_path, 
     Where the reference is the policy before its first step, no second model is loaded.
     """
     file = out / "reference.json"
-    if file.exists():
-        return torch.tensor(common.read_json(file)).view(-1, 3)
+    try:
+        return torch.tensor(common.read_json(file)).view(len(pairs), 3)
+    except (OSError, ValueError, TypeError, RuntimeError):
+        pass  # not there, or damaged
     if reference_path != policy_path:
         policy = load_policy(reference_path, args, tokenizer, world)[0]
     with_shared, pad_id = needs_shared(args), tokenizer.pad_token_id
@@ -210,6 +213,7 @@ def train(args, world, tokenizer, pairs, student_path, reference_path, out):
             f"dpo: {len(pairs)} pairs, {total_steps} steps of {args.batch_size} pairs"
             f" = {world.size} processes x {accumulation} micro-batches"
         )
+    common.STATUS.enter("dpo", finishes_step=True)
     bar = tqdm(total=total_steps, initial=first_step, desc="dpo", unit="step", disable=world.rank > 0)
     for step in range(first_step, total_steps):
         started = time.perf_counter()
@@ -254,9 +258,13 @@ def train(args, world, tokenizer, pairs, student_path, reference_path, out):
             common.append_jsonl(metrics_file, metrics)
         bar.update()
         bar.set_postfix(loss=f"{metrics['loss']:.3f}", accuracy=f"{metrics['accuracy']:.2f}")
-        if (step + 1) % args.save_every == 0 or step + 1 == total_steps:
+        stops = world.stops()
+        if stops or (step + 1) % args.save_every == 0 or step + 1 == total_steps:
             training.save_checkpoint(out / "checkpoint", model, optimizer, step + 1, world)
+        if stops:
+            raise common.Stopped(f"stopped after step {step + 1}, whose checkpoint is written")
     bar.close()
+    common.STATUS.enter("dpo, saving the model")
     training.save_model(out / "student", model, lm, tokenizer, common.DTYPES[args.save_dtype], world)
     return metrics
 
@@ -334,14 +342,11 @@ def main(argv=None):
     args = parse_args(argv)
     world = common.start_processes(args.device, args.threads)
     training.accumulation_steps(args, world)  # its error belongs before the work
-    tokenizer = models.load_tokenizer(args.model, args.trust_remote_code)
-    if args.reference:
-        other = models.load_tokenizer(args.reference, args.trust_remote_code)
-        models.check_same_tokenizer(tokenizer, other, args.model, args.reference)
+    tokenizer, _ = models.shared_tokenizer(args.model, args.reference, args.trust_remote_code)
     pairs = read_pairs(args.pairs, tokenizer)
     if not pairs:
         raise UserError("no pairs", f"in {args.pairs}", "lower --eta or use more prompts")
-    out = common.start_run(args.out, args)
+    out = run_folder.start_run(args.out, args, filter(None, [args.model, args.reference, args.pairs]))
     metrics = train(args, world, tokenizer, pairs, args.model, args.reference or args.model, out)
     if world.rank == 0:
         last = (

@@ -32,6 +32,7 @@ import benchmarks
 import common
 import decode
 import models
+import run_folder
 import scores
 from common import UserError, check_range
 from scores import final_number, is_correct, paired_bootstrap  # noqa: F401 - the names that others call
@@ -110,7 +111,8 @@ def distance(student, teacher, prompts, tokenizer, eos_ids, max_new_tokens, batc
     """How far apart two models are on one sampled response of the student to each prompt.
 
     Returns a dict: kl_teacher_student = KL(p, q) and kl_student_teacher = KL(q, p), nats a token, means over all sampled
-    tokens of exact sums over the vocabulary; replaced_samples and replaced_tokens, shares with log q - log p > eta.
+    tokens of exact sums over the vocabulary; replaced_samples and replaced_tokens, shares with log q - log p > eta;
+    response_tokens, the mean length.
     """
     totals = torch.zeros(6, dtype=torch.float64)
     batches = batches_of_rank(prompts, batch_size, world)
@@ -141,6 +143,7 @@ def distance(student, teacher, prompts, tokenizer, eos_ids, max_new_tokens, batc
         "kl_student_teacher": reverse / tokens,
         "replaced_samples": samples_above / samples,
         "replaced_tokens": tokens_above / tokens,
+        "response_tokens": tokens / samples,
     }
 
 
@@ -208,6 +211,7 @@ def evaluate(path, sets, args, world, out, checker, teacher):
                 jobs.append((file, seed, benchmark, settings))
         if args.distance:
             question = {"teacher": args.distance, "eta": args.eta, "seed": args.seeds[0], "prompts": len(prompts)}
+            question["content"] = [run_folder.fingerprint(p) for p in (path, args.distance)]  # as trained by now
             file = folder / f"{benchmark.name}-distance-{model_name(args.distance)}.json"
             answer = common.read_json(file) if file.exists() else {}
             if question.items() <= answer.items():
@@ -342,7 +346,7 @@ def main(argv=None):
     settings = {key: getattr(args, key) for key in SETTINGS}
     settings["dtype"] = str(models.compute_dtype(args.dtype, world)).removeprefix("torch.")
     if args.model:
-        common.start_run(out, argparse.Namespace(**settings))
+        run_folder.start_run(out, argparse.Namespace(**settings))
     elif world.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
 

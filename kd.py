@@ -13,7 +13,6 @@ lm_head and the loss over chunks of tokens, each chunk's gradient taken in the f
 """
 
 import functools
-import json
 import math
 import time
 
@@ -24,12 +23,14 @@ from tqdm import tqdm
 import common
 import data
 import decode
-import eval
 import models
+import run_folder
 import toy
 import training
 from common import UserError, check_range
-from kd_data import CachedTeacher, LiveTeacher, Run, collate, read_training_data, response_hidden, sample_ahead
+from kd_data import CachedTeacher, LiveTeacher, collate, read_training_data, response_hidden, sample_ahead
+from run_folder import Run
+from summary import closing_table
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The losses: p the teacher, q the student. Logits (..., V), finite -> nats a token (...), in float32 (float64 stays)
@@ -228,6 +229,7 @@ def train(run, examples, teacher):
     if world.rank == 0:
         shares = f"{world.size} processes x {accumulation} micro-batches"
         print(f"kd: {len(examples)} examples, {total_steps} steps of {args.batch_size} = {shares}")
+    common.STATUS.enter("kd", finishes_step=True)
     bar = tqdm(total=total_steps, initial=first_step, desc="kd", unit="step", disable=world.rank > 0)
     for step in range(first_step, total_steps):
         started = time.perf_counter()
@@ -263,31 +265,16 @@ def train(run, examples, teacher):
             common.append_jsonl(metrics_file, metrics)
         bar.update()
         bar.set_postfix(loss=f"{metrics['loss']:.3f}", ce=f"{metrics['ce']:.3f}", kd=f"{metrics['kd']:.3f}")
-        if (step + 1) % args.save_every == 0 or step + 1 == total_steps:
+        # On-policy samples are in no checkpoint: it must lie where new ones are drawn
+        stops = world.stops(args.mode != "student" or (step + 1) % args.refresh_every == 0)
+        if stops or (step + 1) % args.save_every == 0 or step + 1 == total_steps:
             training.save_checkpoint(out / "checkpoint", model, optimizer, step + 1, world)
+        if stops:
+            raise common.Stopped(f"stopped after step {step + 1}, whose checkpoint is written")
     bar.close()
+    common.STATUS.enter("kd, saving the model")
     training.save_model(out / "student", model, lm, run.tokenizer, common.DTYPES[args.save_dtype], world)
     return metrics
-
-
-def closing_table(run, prompts):
-    """Student before and after on --eval-data's prompts, side by side; the same in OUT/summary.json."""
-    args, summary = run.args, {}
-    with_answers = all(p["gold"] is not None and eval.final_number(p["gold"]) is not None for p in prompts)
-    shared = (run.tokenizer, run.eos_ids, args.max_new_tokens, args.prompts_per_batch)
-    for name, path in (("student before", args.student), ("student after", run.out / "student")):
-        model, summary[name] = run.load(path), {}
-        if with_answers:
-            summary[name]["accuracy"] = eval.greedy_accuracy(model, prompts, *shared, run.world)
-        if args.kd_rate > 0 and not (args.shard_teacher or args.teacher_cache):  # else there is no whole teacher here
-            eta = 4.0  # the warm-up's default: shares of tokens and samples that it would replace
-            summary[name].update(eval.distance(model, run.teacher, prompts, *shared, eta, args.seed, run.world))
-    if run.world.rank == 0:
-        common.write_atomic(run.out / "summary.json", json.dumps(summary, indent=1) + "\n")
-        before, after = summary.values()
-        print(f"\n{len(prompts)} held-out prompts{'before':>16}{'after':>10}")
-        for key in before:
-            print(f"{key:25}{before[key]:10.4f}{after[key]:10.4f}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -368,30 +355,27 @@ def main(argv=None):
     world = common.start_processes(args.device, args.threads)
     training.accumulation_steps(args, world)  # its error belongs before the work
     if args.toy:
-        if world.rank == 0:
-            toy.build("out/toy", args.seed)
-        world.barrier()
-        args.teacher, args.data = "out/toy/teacher", "out/toy/train.jsonl"
-        args.student, args.eval_data = args.student or "out/toy/student", args.eval_data or "out/toy/dev.jsonl"
-    tokenizer = models.load_tokenizer(args.student, args.trust_remote_code)
-    if args.teacher:
-        teacher_tokenizer = models.load_tokenizer(args.teacher, args.trust_remote_code)
-        models.check_same_tokenizer(tokenizer, teacher_tokenizer, args.student, args.teacher)
-    eos_ids = models.model_eos_ids(filter(None, [args.student, args.teacher]), tokenizer, args.trust_remote_code)
-    prompts, long_prompts = data.encode_prompts(
-        data.read_examples(args), tokenizer, args.template, args.max_prompt_tokens
-    )
+        toy.fill_in(args, world)
+    tokenizer, eos_ids = models.shared_tokenizer(args.student, args.teacher, args.trust_remote_code)
+    examples = data.read_examples(args)
+    prompts, long_prompts = data.encode_prompts(examples, tokenizer, args.template, args.max_prompt_tokens)
     eval_prompts = data.load_eval_prompts(args, tokenizer, [])
-    out = common.start_run(args.out, args)  # behind all that can be wrong with the arguments: OUT then is theirs
+    inputs = filter(None, [args.student, args.teacher, args.data])
+    out = run_folder.start_run(args.out, args, inputs)  # behind all that can be wrong with the arguments
     run = Run(args, world, tokenizer, eos_ids, out)
     if not (out / "student").exists():
+        common.STATUS.enter("reading or making the responses")
         examples = read_training_data(run, prompts, long_prompts)
         teacher = None
         if args.kd_rate > 0:
             teacher = CachedTeacher(examples, run) if args.teacher_cache else LiveTeacher(run)
         train(run, examples, teacher)
     if eval_prompts:
-        closing_table(run, eval_prompts)
+        common.STATUS.enter("closing table")
+        students = {"student before": args.student, "student after": out / "student"}
+        # Without KD, sharded or cached there is no whole teacher here. eta: the warm-up's default
+        teacher = None if args.kd_rate == 0 or args.shard_teacher or args.teacher_cache else lambda: run.teacher
+        closing_table(run, students, teacher, eval_prompts, args.prompts_per_batch, eta=4.0)
     if world.rank == 0:
         print(f"{time.perf_counter() - started:.0f} seconds after start-up; the distilled student is {out / 'student'}")
 

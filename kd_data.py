@@ -10,7 +10,6 @@ its p, and their total mass; reverse KL sees one probability for every other tok
 The cut is made at temperature 1, before --temperature.
 """
 
-import functools
 import hashlib
 import json
 import math
@@ -21,34 +20,13 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
 import common
 import decode
 import models
 import training
 from common import UserError
-
-
-class Run:
-    """What every stage needs; `teacher` is loaded when it is first asked for."""
-
-    def __init__(self, args, world, tokenizer, eos_ids, out):
-        self.args, self.world, self.tokenizer, self.eos_ids, self.out = args, world, tokenizer, eos_ids, out
-        self.vocab_size = len(tokenizer)
-
-    def load(self, path, device=None):
-        """A frozen model in the compute dtype, a plain replica."""
-        dtype = models.compute_dtype(self.args.dtype, self.world)
-        lm = models.load_model(path, dtype, device or self.world.device, self.args.trust_remote_code)
-        models.check_vocabulary(lm, self.tokenizer, path)
-        return lm.requires_grad_(False)
-
-    @functools.cached_property
-    def teacher(self):
-        if self.args.shard_teacher:
-            return training.shard_blocks(self.load(self.args.teacher, "cpu"), self.world)
-        return self.load(self.args.teacher)
+from run_folder import fingerprint, turns
 
 
 def response_hidden(lm, token_ids, source):
@@ -102,25 +80,6 @@ def gold_responses(prompts, tokenizer, args):
     return examples, len(prompts) - len(examples)
 
 
-def unmade(folder, count, suffix, run):
-    """This rank's turns at the files NNNNN.suffix of `folder` that are not there: yields (number, file, write it?).
-
-    A sharded teacher's forwards need every rank, so an idle rank then goes along on another's turn and writes nothing.
-    """
-    rank, size = run.world.rank, run.world.size
-    if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-    run.world.barrier()
-    names = {k: folder / f"{k:05d}.{suffix}" for k in range(count)}
-    missing = [k for k, file in names.items() if not file.exists()]
-    run.world.barrier()  # every rank has looked before the first one writes
-    for turn in tqdm(cut(missing, size), desc=folder.name, disable=rank > 0 or not missing):
-        if rank < len(turn) or run.args.shard_teacher:
-            k = turn[min(rank, len(turn) - 1)]
-            yield k, names[k], rank < len(turn)
-    run.world.barrier()
-
-
 def write_responses(model, prompts, sample_ids, stage, greedy, run):
     """A response of up to --max-new-tokens to each prompt, greedy or sampled at temperature 1: a list of lists of ids."""
     names = [torch.tensor(ids, device=run.world.device) for ids in ([p["prompt_id"] for p in prompts], sample_ids)]
@@ -134,7 +93,7 @@ def write_responses(model, prompts, sample_ids, stage, greedy, run):
 def teacher_responses(prompts, run):
     """SeqKD (Kim and Rush, arXiv 1606.07947): the teacher's response to each prompt, kept in OUT/responses/NNNNN.jsonl."""
     folder, batches = run.out / "responses", cut(prompts, run.args.prompts_per_batch)
-    for k, file, mine in unmade(folder, len(batches), "jsonl", run):
+    for k, file, mine in turns(folder, len(batches), "jsonl", run.world, run.args.shard_teacher, "batch"):
         greedy = run.args.teacher_decoding == "greedy"
         responses = write_responses(
             run.teacher, batches[k], [0] * len(batches[k]), decode.KD_TEACHER_STAGE, greedy, run
@@ -143,7 +102,13 @@ def teacher_responses(prompts, run):
         if mine:
             rows = [(p["prompt_id"], p["text"], *written) for p, *written in zip(batches[k], responses, texts)]
             common.write_jsonl(file, [dict(zip(("prompt_id", "prompt", "response_ids", "response"), r)) for r in rows])
-    rows = [row for k in range(len(batches)) for row in common.read_jsonl(folder / f"{k:05d}.jsonl")]
+    run.world.barrier()
+    rows = []
+    for k, batch in enumerate(batches):
+        file = folder / f"{k:05d}.jsonl"
+        rows += common.read_jsonl(file)
+        if [row["prompt_id"] for row in rows[-len(batch) :]] != [p["prompt_id"] for p in batch]:
+            raise UserError("the file is cut, or of other prompts", f"in {file}", "delete it: it is then made again")
     return [{**prompt, "response": row["response_ids"]} for prompt, row in zip(prompts, rows)]
 
 
@@ -228,7 +193,9 @@ class CachedTeacher:
         self.folder, self.run, self.where = Path(run.args.teacher_cache), run, []
         batches = cut(examples, run.args.prompts_per_batch)
         self.check(examples)
-        for k, file, mine in unmade(self.folder, len(batches), "safetensors", run):
+        for k, file, mine in turns(
+            self.folder, len(batches), "safetensors", run.world, run.args.shard_teacher, "batch"
+        ):
             rows = [(e["ids"], e["response"], True) for e in batches[k]]
             rows = collate(rows, run.tokenizer.pad_token_id, run.world.device)
             logits = LiveTeacher(run)(rows, None)
@@ -238,7 +205,8 @@ class CachedTeacher:
             tensors = {name: torch.cat(t).cpu() for name, t in zip(("ids", "logprobs", "rest"), tensors)}
             if mine:
                 common.write_atomic(file, safetensors.torch.save(tensors))
-        run.__dict__.pop("teacher", None)  # trained without the teacher in memory
+        run.world.barrier()
+        run.drop_teacher()
         for k, batch in enumerate(batches):
             ends = torch.tensor([len(e["response"]) for e in batch]).cumsum(0).tolist()
             self.where += [(k, start, end) for start, end in zip([0, *ends], ends)]
@@ -250,7 +218,8 @@ class CachedTeacher:
         """Raises UserError if the cache was made of something else; a new cache is signed."""
         args, file = self.run.args, self.folder / "cache.json"
         text = json.dumps([[e["ids"], e["response"]] for e in examples])
-        ours = {"teacher": args.teacher, "dtype": str(models.compute_dtype(args.dtype, self.run.world))}
+        ours = {"teacher": args.teacher, "teacher_content": fingerprint(args.teacher)}
+        ours |= {"dtype": str(models.compute_dtype(args.dtype, self.run.world))}
         ours.update(
             teacher_top_k=self.top_k(), prompts_per_batch=args.prompts_per_batch, vocabulary=self.run.vocab_size
         )

@@ -114,3 +114,11 @@ def check_vocabulary(model, tokenizer, path):
     if rows < len(tokenizer):
         what = f"the model has {rows} vocabulary rows for {len(tokenizer)} tokens"
         raise UserError(what, f"in {path}", "resize its embeddings or use its own tokenizer")
+
+
+def shared_tokenizer(student, teacher, trust_remote_code=False):
+    """(tokenizer, eos ids) of a student and, unless it is None, a teacher; raises UserError where the two differ."""
+    tokenizer = load_tokenizer(student, trust_remote_code)
+    if teacher:
+        check_same_tokenizer(tokenizer, load_tokenizer(teacher, trust_remote_code), student, teacher)
+    return tokenizer, model_eos_ids(filter(None, [student, teacher]), tokenizer, trust_remote_code)

@@ -1,5 +1,6 @@
 """Preference pairs: which are kept, the files they are written to, and reading them or any preference file back."""
 
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -89,69 +90,132 @@ def pair_filter(args, world):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def merge_pairs(args, context, prompts, skipped, out):
-    """OUT/pairs/*.jsonl -> OUT/pairs.jsonl and OUT/mismatch.json, both described in the README. Rank 0 only."""
-    by_id = {p["prompt_id"]: p for p in prompts}
-    fingerprint = models.tokenizer_fingerprint(context.tokenizer)
-    counts, pairs = Counter(), []
-    above_tokens, above_samples = torch.zeros(2, len(ETA_GRID), dtype=torch.long)
-    margin_counts = torch.zeros(len(MARGIN_BINS) + 1, dtype=torch.long)
-    t_star_counts = Counter()
-    etas, bins = torch.tensor(ETA_GRID), torch.tensor(MARGIN_BINS)
-    for file in sorted((out / "pairs").glob("*.jsonl")):
-        for record in common.read_jsonl(file):
-            margins = torch.tensor(record["student_logprobs"]) - torch.tensor(record["teacher_logprobs"])
-            above = margins[:, None] > etas  # (T, E)
-            above_tokens += above.sum(0)
-            above_samples += above.any(0)
-            margin_counts += torch.bincount(torch.bucketize(margins, bins), minlength=len(MARGIN_BINS) + 1)
-            counts["tokens"] += len(margins)
+class Mismatch:
+    """OUT/mismatch.json: what the check and the splice found, counted over all samples."""
+
+    def __init__(self):
+        self.counts = Counter()
+        self.above_tokens, self.above_samples = torch.zeros(2, len(ETA_GRID), dtype=torch.long)
+        self.margin_counts = torch.zeros(len(MARGIN_BINS) + 1, dtype=torch.long)
+        self.t_star_counts = Counter()
+        self.etas, self.bins = torch.tensor(ETA_GRID), torch.tensor(MARGIN_BINS)
+
+    def add(self, records):
+        """The records of one prompt."""
+        counts = self.counts
+        counts["prompts_with_pairs"] += any(record["status"] == "kept" for record in records)
+        for record in records:
             counts[record["status"]] += 1
+            if record["status"] == "too_long":
+                continue
+            margins = torch.tensor(record["student_logprobs"]) - torch.tensor(record["teacher_logprobs"])
+            above = margins[:, None] > self.etas  # (T, E)
+            self.above_tokens += above.sum(0)
+            self.above_samples += above.any(0)
+            self.margin_counts += torch.bincount(torch.bucketize(margins, self.bins), minlength=len(MARGIN_BINS) + 1)
+            counts["tokens"] += len(margins)
             counts["samples"] += 1
+            counts["prompts"] += record["sample_id"] == 0
             counts["at_length_limit"] += not record["ended"]
             counts["chosen_at_length_limit"] += record["status"] == "kept" and not record["chosen_ended"]
             if record["t_star"] >= 0:
-                t_star_counts[record["t_star"]] += 1
-            if record["status"] == "kept":
-                pairs.append(to_pair(record, by_id[record["prompt_id"]], fingerprint, context))
-    common.write_jsonl(out / "pairs.jsonl", pairs)
-    samples, tokens = counts["samples"], counts["tokens"]
-    summary = {
-        "eta": args.eta,
-        "prompts": len(prompts),
-        "prompts_over_length": skipped,
-        "tokens": tokens,
-        "samples": samples,
-        "untouched": counts["untouched"],
-        "replaced": samples - counts["untouched"],
-        "pairs": counts["kept"],
-        "dropped": {reason: counts[reason] for reason in ("identical", "duplicate", "filtered")},
-        "at_length_limit": counts["at_length_limit"],
-        "chosen_at_length_limit": counts["chosen_at_length_limit"],
-        "replacement_rate": {
-            str(eta): {"samples": s / samples, "tokens": t / tokens}
-            for eta, s, t in zip(ETA_GRID, above_samples.tolist(), above_tokens.tolist())
-        },
-        "margin_histogram": {"edges": MARGIN_BINS, "counts": margin_counts.tolist()},
-        "t_star_histogram": {str(t): t_star_counts[t] for t in sorted(t_star_counts)},
-    }
+                self.t_star_counts[record["t_star"]] += 1
+
+    def summary(self, eta):
+        """What is written to the file; each entry is described in the README."""
+        counts, samples, tokens = self.counts, self.counts["samples"], self.counts["tokens"]
+        return {
+            "eta": eta,
+            "prompts": counts["prompts"],
+            "prompts_over_length": counts["too_long"],
+            "prompts_with_pairs": counts["prompts_with_pairs"],
+            "tokens": tokens,
+            "samples": samples,
+            "untouched": counts["untouched"],
+            "replaced": samples - counts["untouched"],
+            "pairs": counts["kept"],
+            "dropped": {reason: counts[reason] for reason in ("identical", "duplicate", "filtered")},
+            "at_length_limit": counts["at_length_limit"],
+            "chosen_at_length_limit": counts["chosen_at_length_limit"],
+            "replacement_rate": {
+                str(eta): {"samples": s / samples, "tokens": t / tokens}
+                for eta, s, t in zip(ETA_GRID, self.above_samples.tolist(), self.above_tokens.tolist())
+            },
+            "margin_histogram": {"edges": MARGIN_BINS, "counts": self.margin_counts.tolist()},
+            "t_star_histogram": {str(t): self.t_star_counts[t] for t in sorted(self.t_star_counts)},
+        }
+
+
+def merge_pairs(run, batches, out):
+    """OUT/pairs/*.jsonl -> OUT/pairs.jsonl and OUT/mismatch.json, both described in the README. Rank 0 only.
+
+    One shard is in memory at a time. Raises UserError if one is cut. Returns the summary.
+    """
+    fingerprint, mismatch = models.tokenizer_fingerprint(run.tokenizer), Mismatch()
+    with common.atomic_file(out / "pairs.jsonl") as file:
+        for k in range(len(batches)):
+            records = read_shard(out / "pairs" / f"{k:05d}.jsonl", batches.ids(k), run.args.samples)
+            for _, group in itertools.groupby(records, key=lambda record: record["prompt_id"]):
+                mismatch.add(group := list(group))
+                for record in group:
+                    if record["status"] == "kept":
+                        line = json.dumps(to_pair(record, fingerprint, run), ensure_ascii=False)
+                        file.write(f"{line}\n".encode())
+    summary = mismatch.summary(run.args.eta)
+    summary["warnings"] = warnings_of(summary)
     common.write_atomic(out / "mismatch.json", json.dumps(summary, indent=1) + "\n")
+    return summary
 
 
-def to_pair(record, prompt, fingerprint, context):
+def read_shard(file, prompt_ids, n):
+    """The records of one micro-batch: for each prompt its N samples, or one record of status too_long."""
+    try:
+        records = common.read_jsonl(file)
+        found = [record["prompt_id"] for record in records]
+        long = {record["prompt_id"] for record in records if record["status"] == "too_long"}
+    except (UserError, KeyError, TypeError):
+        found, long = [], set()
+    if found != [i for i in prompt_ids for _ in range(1 if i in long else n)]:
+        raise UserError("the file is cut or damaged", f"in {file}", "delete it and run again: it is then made again")
+    return records
+
+
+def warnings_of(summary):
+    """Lines about what commonly goes wrong with the pairs, with the numbers behind them."""
+    rate, lines = summary["replaced"] / summary["samples"], []
+    replaced = f"the teacher corrects {rate:.1%} of the samples at eta {summary['eta']}"
+    if rate < 0.01:
+        lines.append(
+            f"{replaced}: eta is too high, or there is little to correct; see replacement_rate in mismatch.json"
+        )
+    if rate > 0.99:
+        lines.append(f"{replaced}: eta may be too low; see replacement_rate in mismatch.json")
+    few, prompts = summary["prompts_with_pairs"], summary["prompts"]
+    if summary["pairs"] and prompts >= 10 and few < prompts / 10:
+        lines.append(f"all {summary['pairs']} pairs come from {few} of {prompts} prompts")
+    for key, of, what in (
+        ("at_length_limit", "samples", "samples"),
+        ("chosen_at_length_limit", "pairs", "chosen responses"),
+    ):
+        if summary[of] and summary[key] > summary[of] / 2:
+            lines.append(f"{summary[key]} of {summary[of]} {what} have no end within --max-new-tokens")
+    return lines
+
+
+def to_pair(record, fingerprint, run):
     """One line of pairs.jsonl. The text columns are what TRL and the hub call a preference data set."""
     t = record["t_star"]
     return {
         "prompt_id": record["prompt_id"],
         "sample_id": record["sample_id"],
-        "prompt_ids": prompt["ids"],
+        "prompt_ids": record["prompt_ids"],
         "prefix_len": record["prefix_len"],
         "chosen_ids": record["chosen_ids"],
         "rejected_ids": record["response_ids"],
         "margin": round(record["student_logprobs"][t] - record["teacher_logprobs"][t], 4),
-        "prompt": prompt["text"],
-        "chosen": context.decode_text(record["chosen_ids"]),
-        "rejected": context.decode_text(record["response_ids"]),
+        "prompt": record["prompt"],
+        "chosen": run.decode_text(record["chosen_ids"]),
+        "rejected": run.decode_text(record["response_ids"]),
         "tokenizer": fingerprint,
     }
 

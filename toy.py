@@ -264,6 +264,16 @@ def build(root, seed=0, settings=Settings()):
     return paths
 
 
+def fill_in(args, world):
+    """What a script does where no models and data are named: builds the toy in out/toy and names what is in there."""
+    if world.rank == 0:
+        build("out/toy", args.seed)
+    world.barrier()
+    paths = paths_in("out/toy")
+    args.teacher, args.student, args.data = paths["teacher"], args.student or paths["student"], paths["train"]
+    args.eval_data = args.eval_data or paths["dev"]
+
+
 def clear(root, names):
     """Makes the folder `root` and removes `names`, settings.json and what a killed build left half-written from it."""
     try:

@@ -11,14 +11,16 @@ import shutil
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+import common
 import decode
 import models
-from common import DTYPES, UserError, check_range, write_jsonl
+from common import DTYPES, UserError, check_range, one_line, write_jsonl
 
 # ---------------------------------------------------------------------------------------------------------------------
 # FSDP2 and the optimizer
@@ -192,16 +194,34 @@ def accumulation_steps(args, world):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def training_state(model, optimizer):
+    """The tensors of a checkpoint by name: weights, sharded, and what AdamW keeps of each. Its settings come from the flags."""
+    tensors = {}
+    for name, weight in model.named_parameters():  # tied ones once
+        kept = optimizer.state[weight]
+        if not kept:  # before the first step
+            kept.update(step=torch.zeros(()), exp_avg=torch.zeros_like(weight), exp_avg_sq=torch.zeros_like(weight))
+        tensors.update({name: weight.detach(), **{f"{name}.{key}": value for key, value in kept.items()}})
+    return tensors
+
+
 def save_checkpoint(folder, model, optimizer, step, world):
-    """Writes folder/step-000123 (sharded, torch.distributed.checkpoint), whole or not at all; older ones then go."""
+    """Writes folder/step-000123, whole or not at all; older ones then go.
+
+    Each rank writes its shards as safetensors (torch.distributed.checkpoint): nothing in it is a pickle. files.json,
+    written last, has every file's size, since a missing shard would otherwise go unnoticed.
+    """
     final, partial = folder / f"step-{step:06d}", folder / f".step-{step:06d}.partial"
     if world.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
+        shutil.rmtree(partial, ignore_errors=True)  # of an attempt that failed
+        partial.mkdir(parents=True)
     world.barrier()
-    model_state, optimizer_state = dcp_state.get_state_dict(model, optimizer)
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial)
+    writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+    dcp.save(training_state(model, optimizer), storage_writer=writer)
     world.barrier()
     if world.rank == 0:
+        sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
+        common.write_json(partial / "files.json", sizes)
         os.rename(partial, final)
         for old in folder.glob("step-*"):
             if old != final:
@@ -210,15 +230,24 @@ def save_checkpoint(folder, model, optimizer, step, world):
 
 
 def load_checkpoint(folder, model, optimizer):
-    """Loads the newest checkpoint under `folder`, for any number of processes. Returns its step, 0 without one."""
+    """Loads the newest checkpoint under `folder`, for any number of processes. Returns its step, 0 without one.
+
+    Raises UserError if a file of it is missing or cut.
+    """
     found = sorted(folder.glob("step-*"))
     if not found:
         return 0
-    model_state, optimizer_state = dcp_state.get_state_dict(model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(state, checkpoint_id=found[-1])
-    dcp_state.set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    return int(found[-1].name.removeprefix("step-"))
+    newest, damaged = found[-1], "delete it, and training starts again from the initial student"
+    try:
+        sizes = common.read_json(newest / "files.json")
+        bad = [name for name, size in sizes.items() if (newest / name).stat().st_size != size]
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"the checkpoint is damaged ({one_line(error)})", f"in {newest}", damaged)
+    if bad:
+        raise UserError(f"the checkpoint is damaged ({bad[0]} is cut)", f"in {newest}", damaged)
+    reader = HuggingFaceStorageReader(str(newest))
+    dcp.load(training_state(model, optimizer), storage_reader=reader)  # copied into the tensors
+    return int(newest.name.removeprefix("step-"))
 
 
 def save_model(folder, root, lm, tokenizer, dtype, world):

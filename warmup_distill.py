@@ -20,46 +20,40 @@ teacher's splice goes on from the cache of its check (`decode.rewind`), and no s
 
 import argparse
 import contextlib
-import json
 import math
 import time
 
 import torch
-from tqdm import tqdm
 
 import common
 import data
 import decode
 import dpo
-import eval
 import models
 import pairs
+import run_folder
 import toy
 import training
 from common import UserError, check_range
+from run_folder import Run, turns
+from summary import closing_table
 
 
-class Context:
-    """What steps 1 to 3 need beside models and prompts."""
+class Context(Run):
+    """A run that takes the time of its stages."""
 
-    def __init__(self, args, world, tokenizer, eos_ids):
-        self.args, self.world, self.tokenizer, self.eos_ids = args, world, tokenizer, eos_ids
-        self.vocab_size, self.pad_id = len(tokenizer), tokenizer.pad_token_id
-        self.clocks = {}  # stage -> tokens and seconds on this rank
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.clocks = {}  # stage -> tokens and seconds of a micro-batch on this rank
 
     @contextlib.contextmanager
     def clock(self, stage):
-        """Adds the time inside, and the `tokens` that are set on the yielded object, to `clocks[stage]`."""
+        """Puts the time inside, and the `tokens` that are set on the yielded object, into `clocks[stage]`."""
         lap, started = argparse.Namespace(tokens=0), time.perf_counter()
         yield lap
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()
-        tokens, seconds = self.clocks.get(stage, (0, 0.0))
-        self.clocks[stage] = (tokens + lap.tokens, seconds + time.perf_counter() - started)
-
-    def decode_text(self, ids):
-        """Ids of a response -> text for readers and answer checkers, special tokens left out."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        self.clocks[stage] = (lap.tokens, time.perf_counter() - started)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,6 +171,8 @@ def build_samples(student, teacher, prompts, context, keep):
             "prompt_id": prompt["prompt_id"],
             "sample_id": i % args.samples,
             "status": "untouched",
+            "prompt": prompt["text"],
+            "prompt_ids": prompt["ids"],
             "ended": response[-1] in context.eos_ids,
             "t_star": t,
             "prefix_len": position,
@@ -214,41 +210,26 @@ def rounded(values):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def build_pairs(args, world, context, prompts, out):
-    """Runs steps 1 to 3 over all prompts; a micro-batch whose file is there is done.
-
-    Micro-batches are formed from the order of the prompts, never from the number of ranks.
-    """
-    folder = out / "pairs"
-    if world.rank == 0:
-        folder.mkdir(exist_ok=True)
-    world.barrier()
-    batches = [prompts[k : k + args.prompts_per_batch] for k in range(0, len(prompts), args.prompts_per_batch)]
-    missing = [k for k in range(len(batches)) if not (folder / f"{k:05d}.jsonl").exists()]
-    world.barrier()  # every rank has looked before the first one writes
-    if not missing:
-        return
-    dtype = models.compute_dtype(args.dtype, world)
-    keep = pairs.pair_filter(args, world)
-    student = models.load_model(args.student, dtype, world.device, args.trust_remote_code)
-    teacher_device = "cpu" if args.shard_teacher else world.device
-    teacher = models.load_model(args.teacher, dtype, teacher_device, args.trust_remote_code)
-    models.check_vocabulary(student, context.tokenizer, args.student)
-    models.check_vocabulary(teacher, context.tokenizer, args.teacher)
-    if args.shard_teacher:
-        teacher = training.shard_blocks(teacher, world)
-    bar = tqdm(total=len(missing) * args.prompts_per_batch, desc="pairs", unit="prompt", disable=world.rank > 0)
-    for first in range(0, len(missing), world.size):
-        turn = missing[first : first + world.size]
-        idle = world.rank >= len(turn)
-        if idle and not args.shard_teacher:
-            break
-        k = turn[0] if idle else turn[world.rank]  # a sharded teacher needs an idle rank along; its work is dropped
-        records = build_samples(student, teacher, batches[k], context, keep)
-        if not idle:
-            common.write_jsonl(folder / f"{k:05d}.jsonl", records)
-        bar.update(len(turn) * args.prompts_per_batch)
-    bar.close()
+def build_pairs(run, batches):
+    """Runs steps 1 to 3 over all prompts, a `data.PromptBatches`; a micro-batch whose file is there is done."""
+    args, world, models_loaded = run.args, run.world, None
+    for k, file, mine in turns(run.out / "pairs", len(batches), "jsonl", world, args.shard_teacher, "batch"):
+        if models_loaded is None:
+            models_loaded = run.load(args.student), run.teacher, pairs.pair_filter(args, world)
+        student, teacher, keep = models_loaded
+        prompts = batches[k]
+        fitting = [prompt for prompt in prompts if batches.fits(prompt)]
+        records = build_samples(student, teacher, fitting, run, keep) if fitting else []
+        for prompt in prompts:
+            if not batches.fits(prompt):
+                length = {"prompt": prompt["text"], "prompt_tokens": len(prompt["ids"])}
+                records.append({"prompt_id": prompt["prompt_id"], "status": "too_long", **length})
+        records.sort(key=lambda record: record["prompt_id"])  # stable: a prompt's samples stay in order
+        if mine:
+            common.write_jsonl(file, records)
+        if world.rank == 0:
+            common.append_jsonl(run.out / "speed.jsonl", run.clocks)
+    run.drop_teacher()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -315,46 +296,22 @@ def check_args(args):
 
 
 def load_prompts(args, tokenizer):
-    """(prompts, how many were too long) of --data."""
+    """(micro-batches of --data's prompts, the closing table's prompts)."""
     examples = data.read_examples(args)
     if args.keep == "correct" and any(e["response"] is None for e in examples):
         raise UserError("--keep correct needs gold responses", f"in {args.data}", "name them with --response-column")
-    return data.encode_prompts(examples, tokenizer, args.template, args.max_prompt_tokens)
+    return data.PromptBatches(examples, tokenizer, args), data.load_eval_prompts(args, tokenizer, examples)
 
 
-def closing_table(args, world, context, prompts, out):
-    """Prints teacher, student before and student after side by side; writes OUT/summary.json."""
-    with_answers = all(p["gold"] is not None and eval.final_number(p["gold"]) is not None for p in prompts)
-    dtype = models.compute_dtype(args.dtype, world)
-    load = lambda path: models.load_model(path, dtype, world.device, args.trust_remote_code)
-    shared = (context.tokenizer, context.eos_ids, args.max_new_tokens, args.prompts_per_batch * args.samples)
-    # A sharded teacher is one that fits on no single device: the table does without it
-    teacher, summary = None if args.shard_teacher else load(args.teacher), {}
-    for name, path in (("teacher", None), ("student before", args.student), ("student after", out / "student")):
-        model, row = teacher if path is None else load(path), {}
-        if with_answers and model is not None:
-            row["accuracy"] = eval.greedy_accuracy(model, prompts, *shared, world)
-        if path is not None and teacher is not None:
-            row.update(eval.distance(model, teacher, prompts, *shared, args.eta, args.seed, world))
-        summary[name] = row
-    if world.rank > 0:
-        return
-    mismatch = common.read_json(out / "mismatch.json")
-    summary["stages"] = {stage: tokens / seconds for stage, (tokens, seconds) in context.clocks.items() if tokens}
-    steps = common.read_jsonl(out / "metrics.jsonl") if (out / "metrics.jsonl").exists() else []
-    if steps:
-        summary["stages"]["dpo"] = sum(s["tokens"] for s in steps) / sum(s["seconds"] for s in steps)
-    common.write_atomic(out / "summary.json", json.dumps(summary, indent=1) + "\n")
-    where = "held-out prompts" if args.eval_data is not None else "training prompts"
-    columns = ("accuracy", "replaced_samples", "replaced_tokens", "kl_teacher_student", "kl_student_teacher")
-    titles = ("accuracy", "samples > eta", "tokens > eta", "KL(p,q)", "KL(q,p)")
-    print(f"\n{len(prompts)} {where}, eta {args.eta}\n{'':16}" + "".join(f"{title:>15}" for title in titles))
-    for name in ("teacher", "student before", "student after"):
-        cells = (f"{summary[name][c]:.4f}" if c in summary[name] else "-" for c in columns)
-        print(f"{name:16}" + "".join(f"{cell:>15}" for cell in cells))
-    print(f"\n{mismatch['pairs']} pairs of {mismatch['samples']} samples, {mismatch['untouched']} untouched")
-    for stage, rate in summary["stages"].items():
-        print(f"{stage:8} {rate:10.0f} tokens/s")
+def print_speed(run):
+    """Tokens a second of each stage; of sample, check and splice rank 0's."""
+    laps = common.read_jsonl(run.out / "speed.jsonl")
+    steps = common.read_jsonl(run.out / "metrics.jsonl") if (run.out / "metrics.jsonl").exists() else []
+    laps += [{"dpo": (step["tokens"], step["seconds"])} for step in steps]
+    for stage in ("sample", "check", "splice", "dpo"):
+        tokens, seconds = (sum(lap[stage][i] for lap in laps if stage in lap) for i in range(2))
+        if tokens:
+            print(f"{stage:8} {tokens / seconds:10.0f} tokens/s")
 
 
 def main(argv=None):
@@ -363,28 +320,25 @@ def main(argv=None):
     world = common.start_processes(args.device, args.threads)
     training.accumulation_steps(args, world)  # its error belongs before the work
     if args.toy:
-        if world.rank == 0:
-            toy.build("out/toy", args.seed)
-        world.barrier()
-        args.teacher, args.student, args.data = (f"out/toy/{name}" for name in ("teacher", "student", "train.jsonl"))
-        args.eval_data = args.eval_data or "out/toy/dev.jsonl"
-    tokenizer = models.load_tokenizer(args.student, args.trust_remote_code)
-    teacher_tokenizer = models.load_tokenizer(args.teacher, args.trust_remote_code)
-    models.check_same_tokenizer(tokenizer, teacher_tokenizer, args.student, args.teacher)
-    eos_ids = models.model_eos_ids([args.student, args.teacher], tokenizer, args.trust_remote_code)
-    prompts, skipped = load_prompts(args, tokenizer)
-    eval_prompts = data.load_eval_prompts(args, tokenizer, prompts)
-    out = common.start_run(args.out, args)  # behind all that can be wrong with the arguments: OUT then is theirs
-    context = Context(args, world, tokenizer, eos_ids)
+        toy.fill_in(args, world)
+    tokenizer, eos_ids = models.shared_tokenizer(args.student, args.teacher, args.trust_remote_code)
+    batches, eval_prompts = load_prompts(args, tokenizer)
+    # Behind all that can be wrong with the arguments: OUT then is theirs
+    out = run_folder.start_run(args.out, args, [args.student, args.teacher, args.data])
+    run = Context(args, world, tokenizer, eos_ids, out)
 
     # Steps 1 to 3
-    build_pairs(args, world, context, prompts, out)
+    common.STATUS.enter("pairs")
+    build_pairs(run, batches)
     world.barrier()
     if world.rank == 0:
-        pairs.merge_pairs(args, context, prompts, skipped, out)
+        found = pairs.merge_pairs(run, batches, out)
+        print(f"{found['pairs']} pairs of {found['samples']} samples, {found['untouched']} untouched")
+        print("".join(f"warning: {line}\n" for line in found["warnings"]), end="")
     world.barrier()
 
     # Step 4
+    common.STATUS.enter("dpo, reference")
     preferences = pairs.read_pairs(out / "pairs.jsonl", tokenizer)
     reference = args.student if args.reference == "student" else args.teacher
     if not preferences and world.rank == 0:
@@ -392,8 +346,14 @@ def main(argv=None):
     dpo.train(args, world, tokenizer, preferences, args.student, reference, out)
 
     if args.eval_limit:
-        closing_table(args, world, context, eval_prompts, out)
+        common.STATUS.enter("closing table")
+        students = {"student before": args.student, "student after": out / "student"}
+        # A sharded teacher is one that fits on no single device: the table does without it
+        teacher = None if args.shard_teacher else lambda: run.teacher
+        size = args.prompts_per_batch * args.samples
+        closing_table(run, students, teacher, eval_prompts, size, args.eta)
     if world.rank == 0:
+        print_speed(run)
         print(f"{time.perf_counter() - started:.0f} seconds after start-up; the warmed-up student is {out / 'student'}")
 
 

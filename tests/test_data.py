@@ -37,7 +37,7 @@ def read(path, *flags):
     """The rows of `path` as `data.read_examples` returns them, given the flags that a user types."""
     parser = common.ArgumentParser("test")
     data.add_arguments(parser)
-    return data.read_examples(parser.parse_args(["--data", str(path), *map(str, flags)]))
+    return list(data.read_examples(parser.parse_args(["--data", str(path), *map(str, flags)])))
 
 
 def write(tmp_path, *rows, name="data.jsonl"):

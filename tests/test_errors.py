@@ -10,6 +10,8 @@ import datasets
 import pytest
 import torch
 from conftest import ROOT, launch, make_model
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -655,15 +657,23 @@ def test_loss_that_is_no_number(align, tmp_path):
 
 @pytest.fixture
 def exits(monkeypatch):
-    """os._exit and sleeps of `common.run`, recorded instead of done."""
+    """os._exit and sleeps of `common.run`, recorded instead of done; pytest keeps its own signal handlers."""
     seen = []
 
     def leave(status):
         seen.append(("exit", status))
         raise SystemExit(status)
 
+    def sleep(seconds):
+        slept = seen.pop()[1] if seen and seen[-1][0] == "sleep" else 0
+        seen.append(("sleep", round(slept + seconds, 3)))
+
     monkeypatch.setattr(common.os, "_exit", leave)
-    monkeypatch.setattr(common.time, "sleep", lambda seconds: seen.append(("sleep", seconds)))
+    monkeypatch.setattr(common.time, "sleep", sleep)
+    monkeypatch.setattr(common.signal, "signal", lambda *handler: None)
+    monkeypatch.setattr(common, "STATUS", common.Status())
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
     return seen
 
 
@@ -681,7 +691,6 @@ def fail():
 )
 def test_rank_0_speaks_first(monkeypatch, capsys, exits, rank, line, expected):
     """Others wait for torchrun to end them; those still there after five seconds have an error of their own."""
-    monkeypatch.delenv("RANK", raising=False)
     if rank:
         monkeypatch.setenv("RANK", rank)
     with pytest.raises(SystemExit):
@@ -689,13 +698,66 @@ def test_rank_0_speaks_first(monkeypatch, capsys, exits, rank, line, expected):
     assert capsys.readouterr().err == line and exits == expected
 
 
-def test_interrupt_has_no_traceback(capsys, exits):
+def test_a_rank_is_silent_once_another_has_spoken(monkeypatch, capsys, exits, tmp_path):
+    """Each rank's error.json is where torchrun looks for it: .../attempt_0/RANK/error.json."""
+    for rank in ("1", "0"):
+        (tmp_path / rank).mkdir()
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / rank / "error.json"))
+        with pytest.raises(SystemExit):
+            common.run(fail)
+        line = "error: what, where, what to do (rank 1)\n" if rank == "1" else ""
+        assert capsys.readouterr().err == line
+    assert common.read_json(tmp_path / "1" / "error.json")["message"] == "error: what, where, what to do (rank 1)"
+    assert exits == [("sleep", 5), ("exit", 2), ("exit", 2)]
+
+
+@pytest.mark.parametrize("number", [common.signal.SIGTERM, common.signal.SIGINT])
+def test_a_signal_has_no_traceback(capsys, exits, number):
     def interrupted():
-        raise KeyboardInterrupt
+        common.STATUS.enter("pairs")
+        common.STATUS.on_signal(number, None)
 
     with pytest.raises(SystemExit):
         common.run(interrupted)
-    assert exits == [("exit", 130)] and capsys.readouterr().err == ""
+    assert exits == [("exit", 128 + number)]
+    assert capsys.readouterr().err == (
+        f"error: stopped by {number.name}, in stage pairs, the same command goes on from what is done\n"
+    )
+
+
+def test_a_second_signal_does_not_wait_for_the_step(exits):
+    common.STATUS.enter("dpo", finishes_step=True)
+    common.STATUS.on_signal(common.signal.SIGTERM, None)  # no exception: the loop looks at it behind its step
+    with pytest.raises(common.Stopped):
+        common.STATUS.on_signal(common.signal.SIGTERM, None)
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (
+            OSError(28, "No space left on device", "out/x"),
+            "the disk refuses (No space left on device) at out/x: make room",
+        ),
+        (OSError(30, "Read-only file system"), "the disk refuses (Read-only file system) at OUT: make room"),
+        (
+            SafetensorError("I/O error: No space left (os error 28)"),
+            "the disk refuses (I/O error: No space left (os error",
+        ),
+        (CheckpointException("save", {1: (OSError(28, "No space"), None)}), "the disk refuses (No space)"),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"), "another rank is gone ("),
+    ],
+)
+def test_what_the_machine_does_is_one_line(capsys, exits, error, words):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit):
+        common.run(main)
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {words}") and ", in stage start-up, the same command goes on" in printed
+    assert exits == [("exit", 1)] and printed.count("\n") == 1
 
 
 def test_other_exceptions_keep_their_traceback(exits):

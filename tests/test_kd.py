@@ -809,9 +809,9 @@ def test_closing_table(distil, prompts_file, capsys):
     flags = ["--eval-data", prompts_file, "--eval-limit", "4", "--max-steps", "2", "--max-new-tokens", "40"]
     out, _ = distil("run", *flags)
     summary, printed = common.read_json(out / "summary.json"), capsys.readouterr().out
-    assert list(summary) == ["student before", "student after"] and "4 held-out prompts" in printed
+    assert list(summary) == ["teacher", "student before", "student after"] and "4 held-out prompts" in printed
     assert {"accuracy", "kl_teacher_student", "kl_student_teacher"} <= summary["student after"].keys()
-    assert f"{summary['student before']['kl_teacher_student']:10.4f}" in printed
+    assert f"{summary['student before']['kl_teacher_student']:15.4f}" in printed
     assert summary["student before"] != summary["student after"]
     out, _ = distil("sft", *flags, "--kd-rate", "0", teacher=False)
     assert common.read_json(out / "summary.json")["student after"].keys() == {"accuracy"}

@@ -11,6 +11,7 @@ import models
 import pairs
 import toy
 from common import UserError
+from run_folder import Run
 
 
 def write(tmp_path, *rows):
@@ -77,6 +78,8 @@ def record(prompt_id, sample_id, status, t_star, margins, chosen_ids=(9, 9, 2), 
         "prompt_id": prompt_id,
         "sample_id": sample_id,
         "status": status,
+        "prompt": f"{prompt_id}:",
+        "prompt_ids": [5, prompt_id],
         "ended": ended,
         "t_star": t_star,
         "prefix_len": t_star if t_star >= 0 else len(margins),
@@ -90,28 +93,86 @@ def record(prompt_id, sample_id, status, t_star, margins, chosen_ids=(9, 9, 2), 
     }
 
 
+class Batches:
+    """As much of data.PromptBatches as `merge_pairs` reads: prompt ids from 2 on."""
+
+    def __init__(self, count, size):
+        self.count, self.size = count, size
+
+    def __len__(self):
+        return self.count
+
+    def ids(self, k):
+        return range(2 + k * self.size, 2 + (k + 1) * self.size)
+
+
+@pytest.mark.parametrize("damage", ["a sample is missing", "cut in a line", "another prompt", "not records", "gone"])
+def test_damaged_shard_is_named(tmp_path, damage):
+    (tmp_path / "pairs").mkdir()
+    file, rows = tmp_path / "pairs" / "00000.jsonl", [record(2, i, "untouched", -1, [0.0]) for i in range(3)]
+    common.write_jsonl(file, rows)
+    run = Run(SimpleNamespace(eta=4.0, samples=3), None, toy.make_tokenizer(), [2], tmp_path)
+    pairs.merge_pairs(run, Batches(1, 1), tmp_path)
+    whole = file.read_text()
+    if damage == "a sample is missing":
+        common.write_jsonl(file, rows[:2])
+    elif damage == "cut in a line":
+        file.write_text(whole[:-20])
+    elif damage == "another prompt":
+        file.write_text(whole.replace('"prompt_id": 2', '"prompt_id": 9'))
+    elif damage == "not records":
+        file.write_text("[1]\n" * 3)
+    else:
+        file.write_text("")
+    with pytest.raises(UserError, match=f"^the file is cut or damaged, in {file}, delete it and run again"):
+        pairs.merge_pairs(run, Batches(1, 1), tmp_path)
+    assert not list(tmp_path.glob(".*partial"))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({}, []),
+        ({"replaced": 9, "samples": 1000}, ["corrects 0.9% of the samples at eta 4.0: eta is too high"]),
+        ({"replaced": 10, "samples": 1000}, []),
+        ({"replaced": 100}, ["corrects 100.0% of the samples at eta 4.0: eta may be too low"]),
+        ({"replaced": 99}, []),
+        ({"prompts_with_pairs": 1, "prompts": 20}, ["all 40 pairs come from 1 of 20 prompts"]),
+        ({"prompts_with_pairs": 2, "prompts": 20}, []),
+        ({"at_length_limit": 51}, ["51 of 100 samples have no end"]),
+        ({"chosen_at_length_limit": 21}, ["21 of 40 chosen responses have no end"]),
+        ({"chosen_at_length_limit": 20, "at_length_limit": 50}, []),
+    ],
+)
+def test_warnings(changes, words):
+    summary = {"eta": 4.0, "samples": 100, "replaced": 50, "pairs": 40, "prompts": 20, "prompts_with_pairs": 10}
+    lines = pairs.warnings_of(summary | {"at_length_limit": 0, "chosen_at_length_limit": 0} | changes)
+    assert len(lines) == len(words) and all(word in line for word, line in zip(words, lines))
+
+
 def test_merge_pairs_by_hand(tmp_path):
-    """Two shards, six samples, eta 4. A margin of exactly 4 is no mismatch, one of exactly 0.5 is in the bin (0, 0.5]."""
+    """Two shards, two prompts over the limit, six samples, eta 4. A margin of exactly 4 is no mismatch, one of exactly 0.5 is in the bin (0, 0.5]."""
     tokenizer = toy.make_tokenizer()
     shards = {
         "00000": [
+            {"prompt_id": 2, "status": "too_long"},
             record(3, 0, "untouched", -1, [0.0, 0.5, 4.0]),
             record(3, 1, "kept", 1, [0.0, 5.0, 6.0], ended=False, chosen_ended=False),
             record(3, 2, "duplicate", 1, [0.0, 5.0, 6.0], ended=False),
         ],
         "00001": [
-            record(7, 0, "kept", 0, [4.5]),
-            record(7, 1, "identical", 0, [25.0]),
-            record(7, 2, "filtered", 2, [-30.0, -9.75, 9.0]),
+            record(4, 0, "kept", 0, [4.5]),
+            record(4, 1, "identical", 0, [25.0]),
+            record(4, 2, "filtered", 2, [-30.0, -9.75, 9.0]),
+            {"prompt_id": 5, "status": "too_long"},
         ],
     }
     (tmp_path / "pairs").mkdir()
     for name, rows in shards.items():
         common.write_jsonl(tmp_path / "pairs" / f"{name}.jsonl", rows)
     (tmp_path / "pairs" / ".00002.jsonl.1.partial").write_text('{"left by a killed')
-    prompts = [{"prompt_id": i, "text": f"{i}:", "ids": [5, i], "gold": None} for i in (3, 7)]
-    context = SimpleNamespace(tokenizer=tokenizer, decode_text=lambda ids: tokenizer.decode(ids, True))
-    pairs.merge_pairs(SimpleNamespace(eta=4.0), context, prompts, 2, tmp_path)
+    run = Run(SimpleNamespace(eta=4.0, samples=3), None, tokenizer, [2], tmp_path)
+    pairs.merge_pairs(run, Batches(2, 2), tmp_path)
 
     found = common.read_json(tmp_path / "mismatch.json")
     rates, histogram = found.pop("replacement_rate"), found.pop("margin_histogram")
@@ -119,6 +180,7 @@ def test_merge_pairs_by_hand(tmp_path):
         "eta": 4.0,
         "prompts": 2,
         "prompts_over_length": 2,
+        "prompts_with_pairs": 2,
         "tokens": 14,
         "samples": 6,
         "untouched": 1,
@@ -128,6 +190,7 @@ def test_merge_pairs_by_hand(tmp_path):
         "at_length_limit": 2,
         "chosen_at_length_limit": 1,
         "t_star_histogram": {"0": 2, "1": 2, "2": 1},
+        "warnings": [],
     }
     # All margins: 0 0.5 4 | 0 5 6 | 0 5 6 | 4.5 | 25 | -30 -9.75 9
     expected = {"0.5": (8, 6), "3.5": (8, 6), "4.0": (7, 5), "4.5": (6, 4), "5.0": (4, 4), "6.0": (2, 2), "9.0": (1, 1)}
@@ -141,7 +204,7 @@ def test_merge_pairs_by_hand(tmp_path):
     merged = common.read_jsonl(tmp_path / "pairs.jsonl")
     assert [(p["prompt_id"], p["sample_id"], p["prefix_len"], p["margin"]) for p in merged] == [
         (3, 1, 1, 5.0),
-        (7, 0, 0, 4.5),
+        (4, 0, 0, 4.5),
     ]
     assert merged[0]["prompt_ids"] == [5, 3] and merged[0]["prompt"] == "3:"
     assert (merged[0]["chosen"], merged[0]["rejected"]) == ("55", "123")

@@ -163,16 +163,18 @@ class Run:
         self.out, self.args = out, warmup_distill.parse_args(argv)
         self.world = common.start_processes("cpu", 1)
         self.tokenizer = models.load_tokenizer(student)
-        self.prompts, self.skipped = warmup_distill.load_prompts(self.args, self.tokenizer)
+        self.batches, _ = warmup_distill.load_prompts(self.args, self.tokenizer)
+        self.prompts = [p for k in range(len(self.batches)) for p in self.batches[k] if self.batches.fits(p)]
         eos_ids = models.model_eos_ids([student, teacher], self.tokenizer)
-        self.context = warmup_distill.Context(self.args, self.world, self.tokenizer, eos_ids)
+        self.context = warmup_distill.Context(self.args, self.world, self.tokenizer, eos_ids, out)
         out.mkdir(parents=True, exist_ok=True)
         self.build()
 
     def build(self):
-        warmup_distill.build_pairs(self.args, self.world, self.context, self.prompts, self.out)
-        pairs.merge_pairs(self.args, self.context, self.prompts, self.skipped, self.out)
-        self.records = [r for file in sorted(self.out.glob("pairs/*")) for r in read_lines(file)]
+        warmup_distill.build_pairs(self.context, self.batches)
+        pairs.merge_pairs(self.context, self.batches, self.out)
+        records = [r for file in sorted(self.out.glob("pairs/*")) for r in read_lines(file)]
+        self.records = [r for r in records if r["status"] != "too_long"]
         self.pairs = read_lines(self.out / "pairs.jsonl")
         self.mismatch = json.loads((self.out / "mismatch.json").read_text())
 
@@ -552,7 +554,10 @@ def test_missing_micro_batch_is_made_again_and_no_other(build):
     run = build("--prompts-per-batch", 2)
     files = sorted(run.out.glob("pairs/*"))
     assert [file.name for file in files] == ["00000.jsonl", "00001.jsonl", "00002.jsonl"]
-    before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in [*files, *run.out.glob("*.json*")]}
+    before = {
+        file: (file.read_bytes(), file.stat().st_mtime_ns)
+        for file in [*files, run.out / "pairs.jsonl", run.out / "mismatch.json"]
+    }
     files[1].unlink()
     run.build()
     assert sorted(run.out.glob("pairs/*")) == files
@@ -584,7 +589,7 @@ def test_sharded_teacher_is_left_out_of_the_table(argv, tmp_path, capsys):
     """It fits on no single device, so the table has neither its row nor distances; accuracies are there."""
     warmup_distill.main([*argv, "--shard-teacher"])
     summary = common.read_json(tmp_path / "out" / "summary.json")
-    assert summary["teacher"] == {} and set(summary["student after"]) == {"accuracy"}
+    assert "teacher" not in summary and set(summary["student after"]) == {"accuracy"}
     assert "student after" in capsys.readouterr().out
 
 
@@ -612,7 +617,7 @@ def test_main_writes_what_it_promises(argv, tmp_path, pair_of_models, capsys):
     printed = capsys.readouterr().out
     written = {path.name for path in out.iterdir()} - {"reference.json"}
     assert written == {"args.json", "pairs", "pairs.jsonl", "mismatch.json", "metrics.jsonl", "checkpoint", "student",
-                       "summary.json"}  # fmt: skip
+                       "summary.json", "speed.jsonl", ".lock"}  # fmt: skip
     run = json.loads((out / "args.json").read_text())
     assert run["args"] == vars(warmup_distill.parse_args(argv))
     assert run["versions"]["torch"] == torch.__version__
@@ -620,13 +625,20 @@ def test_main_writes_what_it_promises(argv, tmp_path, pair_of_models, capsys):
     # The closing table says what summary.json and mismatch.json say
     summary, mismatch = (json.loads((out / f"{name}.json").read_text()) for name in ("summary", "mismatch"))
     assert "3 training prompts, eta 1.0" in printed
-    titles = ["accuracy", "samples > eta", "tokens > eta", "KL(p,q)", "KL(q,p)"]
-    columns = ["accuracy", "replaced_samples", "replaced_tokens", "kl_teacher_student", "kl_student_teacher"]
+    titles = ["accuracy", "samples > eta", "tokens > eta", "KL(p,q)", "KL(q,p)", "tokens"]
+    columns = [
+        "accuracy",
+        "replaced_samples",
+        "replaced_tokens",
+        "kl_teacher_student",
+        "kl_student_teacher",
+        "response_tokens",
+    ]
     assert re.search(r"^\s+" + r"\s+".join(map(re.escape, titles)) + "$", printed, re.MULTILINE)
     for name in ("teacher", "student before", "student after"):
         cells = [f"{summary[name][c]:.4f}" if c in summary[name] else "-" for c in columns]
         assert re.search(rf"^{name}\s+" + r"\s+".join(map(re.escape, cells)) + "$", printed, re.MULTILINE), name
-    assert "-" in cells or len(cells) == 5 and summary["teacher"].keys() == {"accuracy"}
+    assert "-" in cells or len(cells) == 6 and summary["teacher"].keys() == {"accuracy"}
     count = f"{mismatch['pairs']} pairs of {mismatch['samples']} samples, {mismatch['untouched']} untouched"
     assert count in printed and mismatch["samples"] == 12
     assert all(
@@ -686,7 +698,7 @@ def test_main_with_held_out_prompts_and_teacher_as_reference(argv, tmp_path, mix
 
 def test_main_without_table(argv, tmp_path, capsys):
     warmup_distill.main([*argv, "--eval-limit", "0"])
-    assert "eta" not in capsys.readouterr().out and not (tmp_path / "out" / "summary.json").exists()
+    assert "KL(p,q)" not in capsys.readouterr().out and not (tmp_path / "out" / "summary.json").exists()
 
 
 def test_no_pair_leaves_the_student_as_it_was(argv, tmp_path, pair_of_models, capsys):

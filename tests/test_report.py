@@ -1,0 +1,457 @@
+"""report.py: what the page embeds is what the files say, nothing in it is markup, and bad input is one line.
+
+The page's script is tested in a browser by tests/optional/test_report_browser.py; here the page is parsed, not drawn.
+"""
+
+import json
+import re
+import time
+from html.parser import HTMLParser
+
+import pytest
+from conftest import launch
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+import common
+import models
+import report
+from common import UserError
+
+HOSTILE = [
+    "<script>document.title='owned'</script>",
+    "</script><img src=x onerror=alert(1)><!--",
+    "<!--<script>",
+    "\"quotes' and `ticks` & &lt;entities&gt; \\u003c {{DATA}} {{TITLE}}",
+    "emoji 👩‍👩‍👧 🦜, Arabic مرحبا بالعالم, override \u202eabc\u202c, zero\u200bwidth",
+    "line \u2028 and paragraph \u2029 separators, NUL \x00, bell \x07, lone \ud800 surrogates \udfff",
+]
+
+
+def sample(prompt_id=0, sample_id=0, status="kept", t=2, **more):
+    """A record as build_samples writes it: five tokens, the third is replaced."""
+    record = {
+        "prompt_id": prompt_id,
+        "sample_id": sample_id,
+        "status": status,
+        "ended": True,
+        "t_star": t,
+        "prefix_len": t if t >= 0 else 5,
+        "response_ids": [5, 6, 7, 8, 2],
+        "student_logprobs": [-0.1, -0.2, -0.3, -0.4, 0.0],
+        "teacher_logprobs": [-0.15, -0.1, -6.0, -0.5, -0.0001],
+        "chosen_ids": [5, 6, 9, 2] if t >= 0 else [5, 6, 7, 8, 2],
+        "chosen_teacher_logprobs": [-0.15, -0.1, -0.25, -0.01] if t >= 0 else [-0.15, -0.1, -6.0, -0.5, -0.0001],
+        "chosen_ended": True,
+        "prompt": f"prompt {prompt_id}",
+        "prompt_ids": [1, 5],
+    }
+    return {**record, **more}
+
+
+MISMATCH = {
+    "eta": 4.0,
+    "prompts": 3,
+    "prompts_over_length": 1,
+    "tokens": 20,
+    "samples": 4,
+    "untouched": 1,
+    "replaced": 3,
+    "pairs": 2,
+    "dropped": {"identical": 1, "duplicate": 0, "filtered": 0},
+    "at_length_limit": 0,
+    "chosen_at_length_limit": 0,
+    "replacement_rate": {"10.0": {"samples": 0.0, "tokens": 0.0}, "4.0": {"samples": 0.75, "tokens": 0.15}},
+    "margin_histogram": {"edges": [-1.0, 0.0, 1.0], "counts": [0, 7, 10, 3]},
+    "t_star_histogram": {"10": 1, "2": 2},
+}
+STEPS = [
+    {"stage": "dpo", "step": k, "loss": 0.7 / k, "dpo_loss": 0.7 / k, "margin": float(k), "accuracy": 1.0, "lr": 1e-6}
+    for k in (1, 2, 3)
+]
+
+
+@pytest.fixture
+def make_run(tmp_path, tokenizer):
+    """(name, records, files) -> the folder of a run with a tokenizer; files: name -> JSON value, a list for .jsonl."""
+
+    def make(name="run", records=(), files=None, with_tokenizer=True):
+        out = tmp_path / name
+        (out / "pairs").mkdir(parents=True)
+        args = {"teacher": "T", "student": "missing/student", "data": "D", "eta": 4.0, "seed": 0}
+        common.write_json(out / "args.json", {"args": args, "versions": {"torch": "2"}, "commit": "abc"})
+        if with_tokenizer:
+            tokenizer.save_pretrained(out / "student")
+        for first in range(0, len(records), 1000):
+            path = out / "pairs" / f"{first // 1000:05d}.jsonl"
+            # ASCII: a lone surrogate can be in a JSON file, but not in UTF-8
+            path.write_text("".join(json.dumps(record) + "\n" for record in records[first : first + 1000]))
+        for file, value in (files or {}).items():
+            (out / file).parent.mkdir(exist_ok=True)
+            (common.write_jsonl if file.endswith("jsonl") else common.write_json)(out / file, value)
+        return out
+
+    return make
+
+
+class Page(HTMLParser):
+    """Start tags with their attributes, and the text inside the element that has the data."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.text, self.inside = [], "", False
+        self.source = path.read_bytes().decode("utf-8")
+        self.feed(self.source)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.inside = ("id", "data") in attrs
+
+    def handle_endtag(self, tag):
+        self.inside = False
+
+    def handle_data(self, data):
+        self.text += data if self.inside else ""
+
+    @property
+    def data(self):
+        return json.loads(self.text)
+
+
+def page_of(out, other=None, **options):
+    return Page(report.write_report(out, other, **options))
+
+
+def columns(page, run=0):
+    return page.data["runs"][run]["samples"]
+
+
+def unpacked(samples, i):
+    """The five fields of a sample, as the page's script takes them apart."""
+    return [[int(word) for word in field.split()] for field in samples["tokens"][i].split(";")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is embedded
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_samples_are_the_records(make_run, tokenizer):
+    records = [
+        sample(0, 0),
+        sample(0, 1, "untouched", -1),
+        sample(4, 0, "duplicate", ended=False),
+        {"prompt_id": 5, "status": "too_long", "prompt": "long"},
+    ]
+    samples = columns(page_of(make_run(records=records)))
+    assert [samples["statuses"][k] for k in samples["status"]] == ["kept", "untouched", "duplicate", "too_long"]
+    assert samples["prompts"] == [[0, "prompt 0"], [4, "prompt 4"], [5, "long"]]
+    assert [samples["prompts"][k][0] for k in samples["prompt"]] == [0, 0, 4, 5]
+    assert samples["sample"] == [0, 1, 0, -1]
+    assert samples["t"] == [2, -1, 2, -1] and samples["ends"] == [3, 3, 2, 0]
+    assert samples["margin"] == [57000, None, 57000, None]  # (-0.3 + 6.0) nats
+    assert samples["top"] == [57000, 57000, 57000, None]
+    response, student, teacher, chosen, chosen_logprobs = unpacked(samples, 0)
+    ids = samples["ids"]
+    assert [ids[k] for k in response] == records[0]["response_ids"]
+    assert student == [-1000, -2000, -3000, -4000, 0] and teacher == [-1500, -1000, -60000, -5000, -1]
+    assert [ids[k] for k in chosen] == [9, 2] and chosen_logprobs == [-2500, -100]  # behind the shared prefix
+    assert samples["vocabulary"] == [tokenizer.decode([token]) for token in ids]
+    assert unpacked(samples, 3) == [[], [], [], [], []]
+
+
+def test_prompt_from_pairs_file_or_from_ids(make_run, tokenizer):
+    """Records of older runs have no prompt; then pairs.jsonl has those of the pairs."""
+    bare = [{k: v for k, v in sample(i).items() if k not in ("prompt", "prompt_ids")} for i in (0, 1)]
+    records = [*bare, sample(2, prompt=None), sample(3, prompt=None, prompt_ids=[999])]
+    pairs = [{"prompt_id": 0, "prompt": "from pairs", "tokenizer": models.tokenizer_fingerprint(tokenizer)}]
+    samples = columns(page_of(make_run(records=records, files={"pairs.jsonl": pairs})))
+    text = tokenizer.decode([1]) + tokenizer.decode([5])
+    assert samples["prompts"] == [[0, "from pairs"], [1, None], [2, text], [3, "⟨999⟩"]]
+
+
+def test_curves_mismatch_and_results(make_run):
+    table = {
+        "models": {
+            "m/<b>": {
+                "average": 50.0,
+                "sets": {
+                    "gsm8k": {
+                        "metric": "math",
+                        "mean": 50.0,
+                        "std": None,
+                        "seeds": {"10": 50.0},
+                        "examples": 4,
+                        "unfinished": 0.25,
+                        "skipped": 1,
+                        "check_failed": 0,
+                        "max_prompt_tokens": 9,
+                    }
+                },
+            }
+        },
+        "compare": {
+            "a": "m",
+            "b": "n",
+            "resamples": 10,
+            "sets": {"all": {"difference": 1.0, "low": -1.0, "high": 3.0, "share": 0.8, "examples": 4}},
+        },
+    }
+    summary = {"student before": {"accuracy": 0.4}, "student after": {"accuracy": 0.5}, "stages": {"sample": 12345.678}}
+    files = {"mismatch.json": MISMATCH, "metrics.jsonl": STEPS, "summary.json": summary, "eval/table.json": table}
+    run = page_of(make_run(records=[sample()], files=files)).data["runs"][0]
+    assert run["eta"] == 4.0
+    assert run["mismatch"]["rates"] == [[4.0, 0.75, 0.15], [10.0, 0.0, 0.0]]
+    assert run["mismatch"]["t_star"] == [[2, 2], [10, 1]]  # sorted as numbers
+    assert run["mismatch"]["margins"] == {"edges": [-1.0, 0.0, 1.0], "counts": [0, 7, 10, 3]}
+    assert run["metrics"]["step"] == [1, 2, 3] and run["metrics"]["columns"]["margin"] == [1.0, 2.0, 3.0]
+    assert "dpo_loss" not in run["metrics"]["columns"]  # without NLL it is the loss
+    assert run["summary"]["rows"]["student after"]["accuracy"] == 0.5 and run["summary"]["stages"] == {
+        "sample": 12345.7
+    }
+    assert run["eval"][0]["rows"][0]["model"] == "m/<b>" and run["eval"][0]["rows"][0]["seeds"] == 1
+    assert run["eval"][0]["pair"] == ["m", "n"] and run["eval"][0]["comparisons"][0]["high"] == 3.0
+
+
+def test_long_runs_are_thinned_and_keep_their_last_step(make_run):
+    steps = [{"stage": "dpo", "step": k + 1, "loss": float(k)} for k in range(5001)]
+    metrics = page_of(make_run(files={"metrics.jsonl": steps})).data["runs"][0]["metrics"]
+    assert metrics["every"] == 3 and metrics["step"][:2] == [1, 4] and metrics["step"][-1] == 5001
+    assert len(metrics["step"]) == len(metrics["columns"]["loss"]) <= report.MAX_STEPS
+
+
+def test_numbers_that_json_has_not(make_run):
+    """Infinite log-probs and losses: a gap in a curve, a margin the page writes as infinite; never invalid JSON."""
+    minus = float("-inf")
+    record = sample(teacher_logprobs=[-0.15, -0.1, minus, -0.5, 0.0])
+    steps = [
+        {"stage": "dpo", "step": 1, "loss": float("nan")},
+        {"stage": "dpo", "step": 2, "loss": float("inf"), "lr": 1.0},
+    ]
+    run = page_of(make_run(records=[record], files={"metrics.jsonl": steps})).data["runs"][0]
+    assert run["samples"]["margin"][0] > 9e4 * report.UNIT
+    assert run["metrics"]["columns"] == {"lr": [None, 1.0]}
+
+
+def test_a_run_of_kd_has_no_pairs(make_run):
+    steps = [{"stage": "kd", "step": 1, "loss": 0.1, "ce": 0.2, "kd": 0.3, "response_tokens": 9}]
+    out = make_run(files={"metrics.jsonl": steps, "summary.json": {"student before": {}, "student after": {}}})
+    (out / "pairs").rmdir()
+    run = page_of(out).data["runs"][0]
+    assert run["samples"] is None and run["mismatch"] is None and run["metrics"]["stage"] == "kd"
+    assert run["metrics"]["columns"] == {"loss": [0.1], "ce": [0.2], "kd": [0.3]}
+
+
+def test_two_runs(make_run):
+    first, second = make_run("a", [sample()]), make_run("b", [sample(), sample(1)], {"metrics.jsonl": STEPS})
+    page = page_of(first, second)
+    assert [run["name"] for run in page.data["runs"]] == ["a", "b"]
+    assert [len(columns(page, k)["t"]) for k in (0, 1)] == [1, 2]
+    assert (first / "report.html").exists() and not (second / "report.html").exists()
+
+
+def test_cap_of_samples_is_an_even_choice(make_run):
+    records = [sample(i) for i in range(1500)]  # over two files
+    samples = columns(page_of(make_run(records=records), max_samples=6))
+    assert samples["total"] == 1500
+    assert [samples["prompts"][k][0] for k in samples["prompt"]] == [0, 250, 500, 750, 1000, 1250]
+
+
+def test_ten_thousand_samples_quickly(make_run):
+    ids, values = [5, 6, 7, 8] * 32, [-0.1234] * 128
+    record = sample(response_ids=ids, student_logprobs=values, teacher_logprobs=values, chosen_ids=ids[:2] + [9])
+    record |= {"chosen_teacher_logprobs": values[:3]}
+    out = make_run(records=[{**record, "prompt_id": i // 8, "sample_id": i % 8} for i in range(10_000)])
+    started = time.perf_counter()
+    path = report.write_report(out)
+    assert time.perf_counter() - started < 30  # about 3 on one core
+    assert path.stat().st_size < 0.9 * sum(p.stat().st_size for p in out.glob("pairs/*"))
+    assert len(columns(Page(path))["tokens"]) == 10_000
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Pieces:
+    """A tokenizer of given (piece, text); id 0 is unknown to it."""
+
+    def __init__(self, *pieces):
+        self.pieces = dict(enumerate(pieces, 1))
+
+    def convert_ids_to_tokens(self, token):
+        return self.pieces[token][0] if token in self.pieces else None
+
+    def decode(self, ids, **options):
+        return self.pieces[ids[0]][1] if ids[0] in self.pieces else ""
+
+
+def test_token_text():
+    tokenizer = Pieces(
+        ("Ġthe", " the"),  # byte level: Ġ is the space
+        ("âĢ", "\ufffd"),  # byte level: E2 80, the beginning of a character
+        ("▁the", "the"),  # sentencepiece: decoding one id loses the space
+        ("<0xE2>", "\ufffd"),  # sentencepiece: a byte
+        ("<eos>", "<eos>"),
+    )
+    assert [report.token_text(tokenizer, k) for k in range(6)] == ["⟨0⟩", " the", "⟨E2 80⟩", " the", "⟨E2⟩", "<eos>"]
+
+
+def test_byte_alphabet_is_the_one_of_transformers():
+    assert {c: b for b, c in bytes_to_unicode().items()} == report.BYTE_OF
+
+
+def test_ids_stand_in_for_an_unknown_tokenizer(make_run):
+    samples = columns(page_of(make_run(records=[sample()], with_tokenizer=False)))
+    assert not samples["has_text"] and samples["vocabulary"][0] == "⟨5⟩"
+
+
+def test_another_tokenizer_is_not_used(make_run):
+    """Its text would be wrong, and look right."""
+    out = make_run(records=[sample()], files={"pairs.jsonl": [{"prompt_id": 0, "prompt": "x", "tokenizer": "other"}]})
+    assert not columns(page_of(out))["has_text"]
+
+
+def test_a_loaded_tokenizer_is_used(make_run):
+    tokenizer = Pieces(*((f"piece{k}", f"piece{k}") for k in range(1, 20)))
+    samples = columns(page_of(make_run(records=[sample()], with_tokenizer=False), tokenizer=tokenizer))
+    assert samples["has_text"] and samples["vocabulary"][0] == "piece5"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hostile text
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_hostile_text_comes_back_as_it_was_and_is_no_markup(make_run):
+    records = [sample(i, prompt=text, status=f"kept{text}" if i == 0 else "kept") for i, text in enumerate(HOSTILE)]
+    page = page_of(make_run(records=records))
+    plain = page_of(make_run("plain", [sample()]))
+    assert [text for _, text in columns(page)["prompts"]] == HOSTILE
+    assert [tag for tag, _ in page.tags] == [tag for tag, _ in plain.tags]
+    embedded = page.source.split('id="data">')[1].split("</script>")[0]
+    assert embedded.isascii() and not set(embedded) & set("<>&\x00")
+
+
+def test_hostile_tokens_and_folder_names(make_run):
+    tokenizer = Pieces(*((text, text) for text in HOSTILE))
+    record = sample(response_ids=[1, 2, 3, 4, 5], chosen_ids=[1, 2, 6, 6])
+    name = "<script>alert(1)<&'\""  # a slash cannot be in a name
+    page = page_of(make_run(name, [record], with_tokenizer=False), tokenizer=tokenizer)
+    assert columns(page)["vocabulary"] == HOSTILE
+    assert page.data["runs"][0]["name"] == name
+    assert [tag for tag, _ in page.tags].count("script") == 3
+    assert "<script>alert" not in page.source
+
+
+def test_hostile_arguments_and_results(make_run):
+    out = make_run(files={"summary.json": {HOSTILE[1]: {HOSTILE[0]: 1.0}}})
+    args = {"student": HOSTILE[1], HOSTILE[0]: HOSTILE[5], "eta": "<b>"}
+    common.write_json(out / "args.json", {"args": args, "versions": {"<i>": "</script>"}, "commit": "<u>"})
+    page = page_of(out)
+    assert page.data["runs"][0]["args"][HOSTILE[0]] == HOSTILE[5] and page.data["runs"][0]["eta"] is None
+    assert [tag for tag, _ in page.tags].count("script") == 3
+
+
+def test_policy_admits_the_scripts_of_the_template_alone(make_run):
+    page = page_of(make_run(records=[sample()]))
+    policy = next(a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert "default-src 'none'" in policy and "unsafe" not in policy and "*" not in policy
+    assert len(re.findall(r"script-src( 'sha256-[\w+/=]+'){2};", policy)) == 1
+    assert not any("src" in attrs or attrs.get("href", "#")[0] != "#" for _, attrs in page.tags)
+    assert not any(name.startswith("on") or name == "style" for _, attrs in page.tags for name in attrs)
+
+
+def test_script_writes_text_alone():
+    """What would make markup of text is not in the template at all."""
+    source = report.TEMPLATE.read_text(encoding="utf-8")
+    for word in (
+        "innerHTML",
+        "outerHTML",
+        "insertAdjacentHTML",
+        "document.write",
+        "eval(",
+        "fetch(",
+        "http:",
+        "https:",
+    ):
+        assert word not in source.replace("http://www.w3.org/2000/svg", ""), word
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def error_of(out, **options):
+    with pytest.raises(UserError) as caught:
+        report.write_report(out, **options)
+    assert "\n" not in str(caught.value) and str(caught.value).count(", ") >= 2
+    assert not (out / "report.html").exists()
+    return str(caught.value)
+
+
+def test_no_run(make_run, tmp_path):
+    assert error_of(tmp_path / "none").startswith("OUT is not a folder, at ")
+    assert error_of(make_run()).startswith("nothing to report (")
+    good = make_run("good", [sample()])
+    with pytest.raises(UserError, match="OUT is not a folder"):
+        report.write_report(good, tmp_path / "none")
+    assert not (good / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", ["mismatch.json", "summary.json", "metrics.jsonl", "args.json", "eval/table.json"])
+@pytest.mark.parametrize("content", ['{"eta": 4', "[1]", '{"a": 1, "models": 3}', "\xff"])
+def test_cut_and_foreign_files(make_run, name, content):
+    out = make_run(records=[sample()])
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_bytes(content.encode("latin-1") + b"\n")
+    assert f"in {out / name}" in error_of(out)
+
+
+BAD_RECORDS = [
+    ('{"prompt_id": 0, "sample', "not a sample of this project (JSONDecodeError"),
+    ("[]", "not a sample of this project (TypeError"),
+    ("{}", "not a sample of this project (KeyError"),
+    (json.dumps(sample(student_logprobs=[0.0])), "ids and log-probs are not equally many"),
+    (json.dumps(sample(t_star=5)), "t_star or prefix_len does not fit"),
+    (json.dumps(sample(chosen_ids=[9, 9, 9, 2])), "t_star or prefix_len does not fit"),
+    (json.dumps(sample(response_ids="abcde")), "not a sample of this project (ValueError"),
+    (json.dumps(sample(student_logprobs=[float("nan")] * 5)), "not a sample of this project (ValueError"),
+]
+
+
+@pytest.mark.parametrize("line, expected", BAD_RECORDS)
+def test_bad_record(make_run, line, expected):
+    out = make_run(records=[sample()])
+    with open(out / "pairs" / "00000.jsonl", "a") as file:
+        file.write(line)
+    text = error_of(out)
+    assert expected in text and f"in {out / 'pairs' / '00000.jsonl'} line 2" in text
+
+
+def test_page_is_written_whole_or_not_at_all(make_run, monkeypatch):
+    """A run that is killed while it writes leaves the page that was there."""
+    out = make_run(records=[sample()])
+    before = report.write_report(out).read_bytes()
+
+    def killed(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(common.os, "fsync", killed)
+    with pytest.raises(UserError, match="the report cannot be written"):
+        report.write_report(out, max_samples=1)
+    assert (out / "report.html").read_bytes() == before
+
+
+def test_command(make_run, tmp_path):
+    out = make_run(records=[sample()])
+    done = launch(0, "report.py", out)
+    assert done.returncode == 0 and done.stdout.startswith(str(out / "report.html")), done.stderr
+    for argv, expected in (
+        ([tmp_path / "none"], "error: OUT is not a folder"),
+        ([out, "--max-samples", "0"], "error: --max-samples is 0"),
+    ):
+        done = launch(0, "report.py", *argv)
+        assert done.returncode == 2 and done.stderr.startswith(expected) and done.stderr.count("\n") == 1, done.stderr
