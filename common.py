@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -95,7 +96,7 @@ def run(main):
         line, status = f"error: {error}", 2
     except Stopped as error:
         line, status = f"error: {error}, in stage {STATUS.stage}, {go_on}", 128 + STATUS.signal
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # torch's is a BaseException
         if (what := cause_outside(error)) is None:
             raise
         line, status = f"error: {what}, in stage {STATUS.stage}, {go_on}", 1
@@ -104,7 +105,7 @@ def run(main):
 
 def cause_outside(error):
     """What the machine, not this program, has done: one line for a lost rank or a disk that refuses, else None."""
-    if hasattr(error, "failures"):  # torch.distributed.checkpoint wraps what its ranks met
+    if isinstance(error, CheckpointException):  # wraps what the ranks met
         return cause_outside(next(iter(error.failures.values()))[0]) if error.failures else None
     text = one_line(error)
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:

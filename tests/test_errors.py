@@ -792,7 +792,9 @@ def test_two_processes_print_one_line(warmup, tmp_path, case):
         )
     result = launch(2, "warmup_distill.py", *argv, timeout=100)
     assert result.returncode != 0
-    [line] = [line for line in result.stderr.splitlines() if "error: " in line]
+    [line] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert re.fullmatch(expected, line), result.stderr
+    last = [line for line in result.stderr.splitlines() if "traceback :" in line][-1]
+    assert last.strip() == f"traceback : {line}", "torchrun's own report ends with it"
     assert f'File "{ROOT}' not in result.stderr, "a traceback of ours"
     assert not (tmp_path / "out").exists() and (tmp_path / "file").read_text() == "mine"
