@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +23,7 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
+GO_ON = "the same command goes on from what is done"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,7 +87,8 @@ def run(main):
     """
     signal.signal(signal.SIGTERM, STATUS.on_signal)
     signal.signal(signal.SIGINT, STATUS.on_signal)
-    go_on = "the same command goes on from what is done"
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=end_with_torchrun, daemon=True).start()
     try:
         main()
         if dist.is_initialized():
@@ -94,13 +97,23 @@ def run(main):
         return
     except UserError as error:
         line, status = f"error: {error}", 2
+    except BrokenPipeError:  # `| head` has read enough
+        os._exit(128 + signal.SIGPIPE)
     except Stopped as error:
-        line, status = f"error: {error}, in stage {STATUS.stage}, {go_on}", 128 + STATUS.signal
+        line, status = f"error: {error}, in stage {STATUS.stage}, {GO_ON}", 128 + STATUS.signal
     except (Exception, CheckpointException) as error:  # torch's is a BaseException
         if (what := cause_outside(error)) is None:
             raise
-        line, status = f"error: {what}, in stage {STATUS.stage}, {go_on}", 1
+        line, status = f"error: {what}, in stage {STATUS.stage}, {GO_ON}", 1
     leave(line, status)
+
+
+def end_with_torchrun():
+    """Ends this rank when torchrun is gone: one that was killed leaves its ranks at work, and nobody to end them."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(1)
+    leave(f"error: torchrun is gone, in stage {STATUS.stage}, {GO_ON}", 1)
 
 
 def cause_outside(error):
@@ -195,6 +208,9 @@ def start_processes(device, threads):
     kwargs = {"backend": backend, "timeout": timedelta(hours=1)}
     if "RANK" not in os.environ:
         kwargs.update(store=dist.HashStore(), rank=0, world_size=1)
+    elif "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's store is there before its ranks are, or torchrun is gone
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=30))
     if not dist.is_initialized():
         dist.init_process_group(**kwargs)
     transformers.utils.logging.disable_progress_bar()

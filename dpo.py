@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import common
 import decode
+import estimate
 import models
 import run_folder
 import training
@@ -340,6 +341,8 @@ def check_args(args):
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.dry_run is not None:
+        return estimate.dry_run(args)
     world = common.start_processes(args.device, args.threads)
     training.accumulation_steps(args, world)  # its error belongs before the work
     tokenizer, _ = models.shared_tokenizer(args.model, args.reference, args.trust_remote_code)

@@ -23,6 +23,7 @@ from tqdm import tqdm
 import common
 import data
 import decode
+import estimate
 import models
 import run_folder
 import toy
@@ -352,6 +353,8 @@ def check_args(args):
 def main(argv=None):
     started = time.perf_counter()
     args = parse_args(argv)
+    if args.dry_run is not None:
+        return estimate.dry_run(args)
     world = common.start_processes(args.device, args.threads)
     training.accumulation_steps(args, world)  # its error belongs before the work
     if args.toy:

@@ -152,6 +152,14 @@ def add_training_arguments(parser, lr):
     group.add_argument(
         "--micro-batch-size", type=int, default=4, help="examples in one forward; accumulation is derived from it"
     )
+    group.add_argument(
+        "--dry-run",
+        type=int,
+        nargs="?",
+        const=0,
+        metavar="PROCESSES",
+        help="print shapes, memory a GPU, steps, tokens and time for so many processes (else those started), and end",
+    )
     group.add_argument("--activation-checkpointing", action="store_true", help="less memory, a third more time")
     group.add_argument("--save-every", type=int, default=100, help="steps from one checkpoint to the next")
     group.add_argument(

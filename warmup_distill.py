@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import math
 import time
+from pathlib import Path
 
 import torch
 
@@ -29,8 +30,11 @@ import common
 import data
 import decode
 import dpo
+import estimate
+import explain
 import models
 import pairs
+import report
 import run_folder
 import toy
 import training
@@ -242,6 +246,13 @@ def parse_args(argv=None):
     parser.add_argument("--teacher", help="folder or hub id; without teacher, student and data: the toy of toy.py")
     parser.add_argument("--student", help="folder or hub id, same tokenizer as the teacher")
     parser.add_argument("--out", default="out/warmup", help="folder of the run; the warmed-up student is OUT/student")
+    parser.add_argument(
+        "--explain",
+        type=int,
+        nargs="+",
+        metavar=("PROMPT_ID", "SAMPLE_ID"),
+        help="walk one prompt of the run in --out through all steps, in the terminal, and end",
+    )
     common.add_arguments(parser)
     data.add_arguments(parser)
     group = parser.add_argument_group("sample, check, splice")
@@ -282,6 +293,7 @@ def check_args(args):
     if not args.toy and not (args.teacher and args.student and args.data):
         missing = [flag for flag in ("teacher", "student", "data") if not getattr(args, flag)]
         raise UserError(f"--{missing[0]} is missing", "on the command line", "give all three, or none for the toy")
+    check_range("--explain", args.explain, args.explain is None or len(args.explain) <= 2, "of one or two numbers")
     check_range("--samples", args.samples, args.samples >= 1, "of 1 or more")
     check_range("--eta", args.eta, math.isfinite(args.eta), "in nats, such as 4")
     check_range("--temperature", args.temperature, 0 < args.temperature < math.inf, "above 0")
@@ -317,7 +329,13 @@ def print_speed(run):
 def main(argv=None):
     started = time.perf_counter()
     args = parse_args(argv)
+    if args.dry_run is not None:
+        return estimate.dry_run(args)
     world = common.start_processes(args.device, args.threads)
+    if args.explain is not None:
+        if world.rank == 0:
+            explain.explain(args, Path(args.out), *args.explain)
+        return
     training.accumulation_steps(args, world)  # its error belongs before the work
     if args.toy:
         toy.fill_in(args, world)
@@ -354,6 +372,7 @@ def main(argv=None):
         closing_table(run, students, teacher, eval_prompts, size, args.eta)
     if world.rank == 0:
         print_speed(run)
+        print(f"the run as a page: {report.write_report(out, tokenizer=tokenizer)}")
         print(f"{time.perf_counter() - started:.0f} seconds after start-up; the warmed-up student is {out / 'student'}")
 
 

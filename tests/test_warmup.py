@@ -617,7 +617,7 @@ def test_main_writes_what_it_promises(argv, tmp_path, pair_of_models, capsys):
     printed = capsys.readouterr().out
     written = {path.name for path in out.iterdir()} - {"reference.json"}
     assert written == {"args.json", "pairs", "pairs.jsonl", "mismatch.json", "metrics.jsonl", "checkpoint", "student",
-                       "summary.json", "speed.jsonl", ".lock"}  # fmt: skip
+                       "summary.json", "speed.jsonl", ".lock", "report.html"}  # fmt: skip
     run = json.loads((out / "args.json").read_text())
     assert run["args"] == vars(warmup_distill.parse_args(argv))
     assert run["versions"]["torch"] == torch.__version__
@@ -681,6 +681,24 @@ def test_main_resumes_to_the_same_student(argv, tmp_path, lost):
     clock = {"seconds", "tokens_per_second", "peak_memory_gb"}
     timeless = lambda rows: [{key: value for key, value in row.items() if key not in clock} for row in rows]
     assert timeless(read_lines(out / "metrics.jsonl")) == timeless(metrics)
+
+
+def test_dry_run_makes_nothing(argv, tmp_path, capsys):
+    warmup_distill.main([*argv, "--dry-run", "2"])
+    printed = capsys.readouterr().out
+    assert "KV cache" in printed and "dpo" in printed and not (tmp_path / "out").exists()
+
+
+def test_explain_takes_the_run_as_it_is(argv, tmp_path, capsys):
+    warmup_distill.main([*argv, "--eval-limit", "0"])
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    capsys.readouterr()
+    record = next(r for r in read_lines(tmp_path / "out" / "pairs" / "00000.jsonl") if r["status"] == "kept")
+    warmup_distill.main(
+        ["--explain", str(record["prompt_id"]), str(record["sample_id"]), "--out", str(tmp_path / "out")]
+    )
+    assert f"= {record['t_star']}:  m_{record['t_star']} = " in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
 
 
 def test_main_with_held_out_prompts_and_teacher_as_reference(argv, tmp_path, mixed_file, capsys):

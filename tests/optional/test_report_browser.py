@@ -1,0 +1,445 @@
+"""The report page in a real browser, headless: it renders, filters, obeys the keyboard, and runs nothing but itself.
+
+Not part of `python -m pytest`: it needs `pip install -r tests/optional/requirements.txt` and a chromium in PATH. Then
+
+    python -m pytest tests/optional/test_report_browser.py
+"""
+
+import itertools
+import random
+import re
+import shutil
+import time
+
+import pytest
+from playwright.sync_api import sync_playwright
+from test_report import HOSTILE, MISMATCH, STEPS, Pieces, make_run, sample  # noqa: F401 - make_run is a fixture
+
+import report
+
+PHONE, DESK = {"width": 360, "height": 740}, {"width": 1280, "height": 900}
+STATUSES = ("kept", "kept", "untouched", "duplicate", "identical", "filtered")
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        pytest.fail("no chromium in PATH: install one (Debian: apt-get install chromium)")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(chromium):
+    """Opens a report. Whatever the test does, afterwards there was no console message, no dialog, no request but the file."""
+    contexts, noise, requests = [], [], []
+
+    def go(path, fragment="", viewport=DESK, scheme="light"):
+        context = chromium.new_context(viewport=viewport, color_scheme=scheme)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(5000)
+        page.on("console", lambda message: noise.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: noise.append(str(error)))
+        page.on("dialog", lambda dialog: (noise.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        page.on("request", lambda request: requests.append(request.url.split("#")[0]))
+        page.goto(path.as_uri() + fragment)
+        page.wait_for_selector("html[data-ready=true]", state="attached")
+        page.wait_for_timeout(100)  # charts draw when they know their width
+        return page
+
+    yield go
+    for context in contexts:
+        context.close()
+    assert noise == []
+    assert all(url.startswith("file:") and url.endswith("/report.html") for url in requests), requests
+
+
+def records(prompts, samples=3, length=12):
+    """Random records of several statuses; prompt 1 is one that was too long."""
+    random.seed(0)
+    found = []
+    for i in range(prompts):
+        if i == 1:
+            found.append({"prompt_id": i, "status": "too_long", "prompt": "a long one"})
+            continue
+        for k in range(samples):
+            status = STATUSES[(i * samples + k) % len(STATUSES)]
+            n = random.randint(3, length)
+            t = -1 if status == "untouched" else random.randrange(n)
+            student = [round(-random.random(), 4) for _ in range(n)]
+            teacher = [round(q - (0.1 if t < 0 or p < t else 4.5 + random.random()), 4) for p, q in enumerate(student)]
+            ids = [random.randint(3, 16) for _ in range(n)]
+            chosen = ids if t < 0 else ids[:t] + [17, 2]
+            values = teacher if t < 0 else teacher[:t] + [-0.1, -0.2]
+            found.append(
+                sample(i, k, status, t, response_ids=ids, student_logprobs=student, teacher_logprobs=teacher)
+                | {"chosen_ids": chosen, "chosen_teacher_logprobs": values, "prefix_len": t if t >= 0 else n}
+            )
+    return found
+
+
+FILES = {
+    "mismatch.json": MISMATCH,
+    "metrics.jsonl": STEPS,
+    "summary.json": {
+        "student before": {"accuracy": 0.4},
+        "student after": {"accuracy": 0.5},
+        "stages": {"sample": 9.0},
+    },
+}
+
+
+@pytest.fixture
+def ordinary(make_run):  # noqa: F811
+    return report.write_report(make_run(records=records(20), files=FILES))
+
+
+def open_all(page):
+    """Opens what is folded in; a table in it is built now."""
+    page.locator("details").evaluate_all("all => all.forEach((details) => { details.open = true; })")
+    page.wait_for_timeout(100)
+
+
+def title(page):
+    return page.locator("#sample h3").first.inner_text()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is there
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_sample_and_its_tokens(visit, make_run, tokenizer):  # noqa: F811
+    page = visit(report.write_report(make_run(records=[sample(), sample(0, 1, "untouched", -1)], files=FILES)))
+    assert title(page).startswith("Prompt 0, sample 0") and "kept" in title(page)
+    student, teacher = (
+        page.locator(".tokens").nth(0).locator("button"),
+        page.locator(".tokens").nth(1).locator("button"),
+    )
+    assert student.all_inner_texts() == [tokenizer.decode([i]) for i in (5, 6, 7, 8, 2)]
+    assert teacher.all_inner_texts() == [tokenizer.decode([i]) for i in (5, 6, 9, 2)]
+    assert [b.get_attribute("class").split()[0] for b in teacher.all()] == ["shared", "shared", "teacher", "teacher"]
+    first = student.nth(2)
+    assert "first" in first.get_attribute("class") and "over" in first.get_attribute("class")
+    assert "margin +5.700, t star, the first mismatch" in first.get_attribute("aria-label")
+    first.hover()
+    tip = page.locator("#tip")
+    assert re.sub(r"\s+", " ", tip.inner_text()).endswith(
+        "position 2 log q −0.300 log p −6.000 margin +5.700 token id 7"
+    )
+    page.keyboard.press("Escape")
+    assert tip.is_hidden()
+    mixes = student.evaluate_all("all => all.map(b => parseFloat(b.style.getPropertyValue('--mix')))")
+    assert max(mixes) == mixes[2] > 50 and mixes[0] < 2  # the shade follows the margin
+    page.get_by_text("Every token as a table").click()
+    assert page.locator("tr.differs").inner_text().split("\t")[2:] == [
+        "−0.300",
+        "−6.000",
+        "+5.700",
+        *page.locator("tr.differs td").all_inner_texts()[-2:],
+    ]
+    page.click("#next")
+    assert "untouched" in title(page) and "the teacher writes nothing" in page.locator(".tokens").nth(1).inner_text()
+
+
+def test_charts(visit, ordinary):
+    page = visit(ordinary)
+    titles = page.locator("figcaption").all_inner_texts()
+    assert {"Replacement rate, samples", "Margins of all sampled tokens", "Where the first mismatch is", "Loss"} <= {
+        *titles
+    }
+    assert {"Reward margin", "Accuracy of the rewards"} <= {*titles}
+    assert page.locator("#mismatch .marktext").evaluate_all("all => all.map(t => t.textContent)") == ["η = 4"] * 3
+    labels = page.locator("svg[role=img]").evaluate_all("all => all.map(svg => svg.getAttribute('aria-label'))")
+    assert len(labels) == len(titles) + 1 and all(labels)  # and the margins of the sample
+    wrong = "all => all.flatMap(e => [...e.attributes]).filter(a => /NaN|undefined|Infinity/.test(a.value)).length"
+    assert page.locator("svg, svg *").evaluate_all(wrong) == 0
+    page.locator("#training").scroll_into_view_if_needed()
+    box = page.locator("#training svg").first.bounding_box()
+    page.mouse.move(box["x"] + box["width"] - 12, box["y"] + 80)
+    assert page.locator("#training .readout").first.inner_text() == "step 3: 0.2333"
+    page.locator("#training details summary").first.click()
+    assert page.locator("#training table tbody tr").count() == 3
+    assert "40.0% → 50.0%" in page.locator("#overview").inner_text()
+
+
+def test_kd_run_and_run_without_steps(visit, make_run):  # noqa: F811
+    steps = [{"stage": "kd", "step": k, "loss": 0.1, "ce": 0.2, "kd": 0.3} for k in (1, 2)]
+    page = visit(report.write_report(make_run("kd", files={"metrics.jsonl": steps})))
+    assert page.locator("#samples").count() == 0 and page.locator("#training figure").count() == 1
+    page = visit(report.write_report(make_run("early", records(3))))
+    assert page.locator("#training, #mismatch").count() == 0 and page.locator("#samples").count() == 1
+
+
+def test_two_runs(visit, make_run):  # noqa: F811
+    first = make_run("one", [sample(), sample(0, 1)], FILES)
+    second = make_run("two", [sample(), sample(3)], FILES)
+    page = visit(report.write_report(first, second))
+    assert page.locator("#sample article").count() == 2  # the same sample of both
+    page.click("#next")
+    assert page.locator("#sample article").count() == 1 and "no such sample" in page.locator("#sample").inner_text()
+    page.get_by_role("radio", name="B two").check()
+    page.click("#next")
+    assert "Prompt 3" in title(page) and page.url.endswith("#B-p3-s0")
+    assert page.locator("#training .legend").first.inner_text().split() == ["A", "loss", "B", "loss"]
+    assert "Prompt 3" in title(visit(first / "report.html", "#B-p3-s0"))
+
+
+def test_samples_left_out_are_counted(visit, make_run):  # noqa: F811
+    page = visit(report.write_report(make_run(records=records(20)), max_samples=10))
+    assert "48 of 58 samples are left out" in page.locator("#samples").inner_text()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding a sample
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_next_previous_jump_and_fragment(visit, ordinary):
+    page = visit(ordinary)
+    assert page.locator("#previous").is_disabled()
+    page.click("#next")
+    assert title(page).startswith("Prompt 0, sample 1") and page.url.endswith("#p0-s1")
+    page.click("#previous")
+    assert title(page).startswith("Prompt 0, sample 0")
+    page.fill("#jump-prompt", "7")
+    page.fill("#jump-sample", "2")
+    page.click("text=Go")
+    assert title(page).startswith("Prompt 7, sample 2") and page.url.endswith("#p7-s2")
+    page.fill("#jump-prompt", "99")
+    page.keyboard.press("Enter")
+    assert page.locator("#jump-error").inner_text() == "No sample 2 of prompt 99 in this page."
+    assert title(page).startswith("Prompt 7, sample 2")
+    page.evaluate("location.hash = '#p3-s1'")
+    page.wait_for_function("document.querySelector('#sample h3').textContent.startsWith('Prompt 3, sample 1')")
+    assert title(visit(ordinary, "#p4-s2")).startswith("Prompt 4, sample 2")
+    assert title(visit(ordinary, "#p4")).startswith("Prompt 4, sample 0")
+    skipped = visit(ordinary, "#p1")
+    assert "too long" in title(skipped) and "a long one" in skipped.locator("#sample").inner_text()
+    page.locator("#list a").nth(5).click()
+    assert page.locator("#list a[aria-current]").count() == 1 and page.url.endswith(
+        page.locator("#list a[aria-current]").get_attribute("href")
+    )
+    assert title(visit(ordinary, "#p99-s1")).startswith("Prompt 0, sample 0")
+    assert title(visit(ordinary, "#%3Cscript%3E")).startswith("Prompt 0, sample 0")
+
+
+def expected(found, keep):
+    return sum(1 for record in found if keep(record))
+
+
+def test_filters(visit, ordinary):
+    page, found = visit(ordinary), records(20)
+    margin = lambda r: r["student_logprobs"][r["t_star"]] - r["teacher_logprobs"][r["t_star"]]
+
+    def count():
+        page.wait_for_timeout(250)  # what is typed is waited for
+        return int(page.locator("#matches").inner_text().split()[0])
+
+    assert count() == len(found) == 58
+    for box in page.locator("#statuses input").all():
+        box.uncheck()
+    assert count() == 0 and page.locator("#next").is_disabled()
+    page.get_by_label("duplicate").check()
+    assert count() == expected(found, lambda r: r["status"] == "duplicate")
+    assert "duplicate" in title(page)
+    page.click("#reset")
+    assert count() == 58
+    page.fill("#margin-from", "5")
+    assert count() == expected(found, lambda r: r.get("t_star", -1) >= 0 and margin(r) >= 5)
+    page.fill("#margin-to", "5.25")
+    assert count() == expected(found, lambda r: r.get("t_star", -1) >= 0 and 5 <= margin(r) <= 5.25)
+    page.click("#reset")
+    page.fill("#length-from", "4")
+    page.fill("#length-to", "6")
+    assert count() == expected(found, lambda r: 4 <= len(r.get("response_ids", ())) <= 6)
+    page.click("#reset")
+    page.select_option("#order", "margin")
+    shown = page.locator("#list a span:nth-child(2)").all_inner_texts()
+    values = [float(text) for text in shown]
+    assert values == sorted(values, reverse=True) and len(values) == 20
+    page.click("#page-on")
+    assert page.locator("#pages").inner_text() == "page 2 of 3"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Keyboard, screen readers, themes, phones
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_keyboard(visit, ordinary):
+    page = visit(ordinary)
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip"
+    page.focus("#next")
+    page.keyboard.press("Enter")
+    assert title(page).startswith("Prompt 0, sample 1")
+    page.keyboard.press("ArrowRight")
+    assert title(page).startswith("Prompt 0, sample 2")
+    page.keyboard.press("ArrowLeft")
+    assert title(page).startswith("Prompt 0, sample 1")
+    assert "Prompt 0, sample 1" in page.locator("#live").inner_text()  # said to screen readers
+    group = page.locator(".tokens").first
+    assert group.locator("button[tabindex='0']").count() == 1  # one tab stop
+    group.locator("button[tabindex='0']").focus()
+    page.keyboard.press("Home")
+    assert page.evaluate("document.activeElement.getAttribute('aria-label')").startswith("position 0,")
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate("document.activeElement.getAttribute('aria-label')").startswith("position 1,")
+    assert "position\n1" in page.locator("#tip").inner_text()
+    page.keyboard.press("End")
+    page.keyboard.press("ArrowRight")  # nothing behind the last
+    last = group.locator("button").count() - 1
+    assert page.evaluate("document.activeElement.getAttribute('aria-label')").startswith(f"position {last},")
+    page.locator("#list a").first.focus()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    page.wait_for_function(
+        "document.querySelector('#list a[aria-current]') === document.querySelectorAll('#list a')[1]"
+    )
+
+
+def test_focus_stays_where_the_reader_is(visit, ordinary):
+    """The list is drawn anew for each sample: who follows a link of it with the keyboard is not thrown to the top."""
+    page = visit(ordinary)
+    page.locator("#list a").nth(3).focus()
+    page.keyboard.press("Enter")
+    page.wait_for_timeout(100)
+    assert page.evaluate("document.activeElement === document.querySelector('#list a[aria-current]')")
+    page.keyboard.press("ArrowDown")
+    assert page.evaluate("document.activeElement === document.querySelectorAll('#list a')[4]")
+
+
+def test_everything_has_a_name(visit, ordinary):
+    page = visit(ordinary)
+    nameless = """() => [...document.querySelectorAll("button, input, select, a, [role=region], [role=group], figure svg[role=img]")].filter(
+        (e) => !(e.getAttribute("aria-label") || e.textContent.trim() || (e.labels && e.labels[0]?.textContent.trim()))).map((e) => e.outerHTML)"""
+    assert page.evaluate(nameless) == []
+    assert (
+        page.evaluate(
+            "() => { const ids = [...document.querySelectorAll('[id]')].map(e => e.id); return ids.length - new Set(ids).size; }"
+        )
+        == 0
+    )
+    levels = page.locator("h1, h2, h3, h4").evaluate_all("all => all.map(h => Number(h.tagName[1]))")
+    assert levels[0] == 1 and all(b - a <= 1 for a, b in itertools.pairwise(levels))
+    snapshot = page.locator("main").aria_snapshot()
+    assert 'button "Next →"' in snapshot and 'spinbutton "margin at t*, from"' in snapshot
+
+
+CONTRAST = """() => {
+  const canvas = new OffscreenCanvas(1, 1), ink = canvas.getContext("2d", { willReadFrequently: true });
+  const paint = (colors) => { ink.clearRect(0, 0, 1, 1); for (const c of colors) { ink.fillStyle = c; ink.fillRect(0, 0, 1, 1); } return [...ink.getImageData(0, 0, 1, 1).data]; };
+  const light = (rgb) => { const [r, g, b] = rgb.map((v) => { v /= 255; return v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; }); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const low = [];
+  for (const e of document.querySelectorAll("body *")) {
+    const own = [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
+    if (!own || !e.checkVisibility() || e.closest("script, :disabled, option")) continue;
+    const layers = [];
+    for (let p = e; p; p = p.parentElement) layers.unshift(getComputedStyle(p).backgroundColor);
+    const style = getComputedStyle(e), text = e.closest("svg") ? style.fill : style.color;
+    const a = light(paint(layers)), b = light(paint([...layers, text]));
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (ratio < 4.5) low.push(`${ratio.toFixed(2)} ${e.tagName}.${e.className.baseVal ?? e.className} ${e.textContent.slice(0, 30)}`);
+  }
+  return low;
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_contrast(visit, ordinary, scheme):
+    """Text has 4.5 to 1 (WCAG 2.2, AA) on what is behind it, the shaded tokens included."""
+    page = visit(ordinary, scheme=scheme)
+    open_all(page)
+    assert page.evaluate(CONTRAST) == []
+
+
+def test_themes(visit, ordinary):
+    background = "getComputedStyle(document.body).backgroundColor"
+    light, dark = (visit(ordinary, scheme=scheme).evaluate(background) for scheme in ("light", "dark"))
+    assert light != dark
+    page = visit(ordinary)
+    page.click("#theme")
+    assert page.inner_text("#theme") == "Theme: light" and page.evaluate(background) == light
+    page.click("#theme")
+    assert page.inner_text("#theme") == "Theme: dark" and page.evaluate(background) == dark
+    page.wait_for_timeout(300)  # storage is written in the background
+    page.reload()
+    assert page.inner_text("#theme") == "Theme: dark" and page.evaluate(background) == dark
+    page.click("#theme")
+    assert page.inner_text("#theme") == "Theme: system" and page.evaluate(background) == light
+
+
+@pytest.mark.parametrize("width", [320, 360, 768])
+def test_narrow_screens_scroll_down_only(visit, make_run, width):  # noqa: F811
+    found = [*records(20), sample(50, prompt="w" * 3000)]
+    path = report.write_report(make_run("a-name-" + "x" * 120, found, FILES), make_run("two", found, FILES))
+    page = visit(path, "#p50-s0", viewport={"width": width, "height": 740})
+    open_all(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    small = "all => all.filter(b => b.checkVisibility() && b.getBoundingClientRect().height < 40).map(b => b.id)"
+    assert width > 400 or page.locator("button:not(.tokens button)").evaluate_all(small) == []  # for thumbs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hostile text, many samples
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_hostile_text_does_nothing(visit, make_run):  # noqa: F811
+    """It is shown, as text: no dialog, no title, no element, no request comes of it."""
+    tokenizer = Pieces(*((text, text) for text in HOSTILE))
+    found = [
+        sample(i, prompt=text, response_ids=[1, 2, 3, 4, 5], chosen_ids=[1, 2, 6, 6], status=HOSTILE[i % 2])
+        for i, text in enumerate(HOSTILE)
+    ]
+    files = {**FILES, "summary.json": {HOSTILE[0]: {HOSTILE[1]: 1.0}}}
+    path = report.write_report(make_run("</title><script>alert(1)<", found, files, False), tokenizer=tokenizer)
+    page = visit(path, "#</script><script>alert(1)</script>")
+    for i, text in enumerate(HOSTILE):
+        page.evaluate(f"location.hash = '#p{i}-s0'")
+        page.wait_for_function(f"document.querySelector('#sample h3').textContent.startsWith('Prompt {i},')")
+        open_all(page)
+        shown = page.locator("#sample pre").first.inner_text()
+        assert text[:4] in shown
+        assert not set(shown) & set("\u202e\u200b\u2028\x00\x07")  # named, not obeyed
+    assert page.locator("script").count() == 3 and page.locator("main img").count() == 0
+    assert "owned" not in page.title()
+    assert page.locator(".tokens button").first.inner_text() == HOSTILE[0]
+
+
+def test_policy_stops_a_script_that_got_in(chromium, ordinary, tmp_path):
+    """The second line of defence: were the escaping to fail, the browser would still refuse the script."""
+    broken = tmp_path / "broken.html"
+    text = ordinary.read_text(encoding="utf-8")
+    broken.write_text(text.replace("<main", "<script>document.title='owned'</script><img src=x onerror=alert(1)><main"))
+    page = chromium.new_page()
+    refused = []
+    page.on("console", lambda message: refused.append(message.text))
+    page.goto(broken.as_uri())
+    assert page.title() != "owned" and any("Content Security Policy" in text for text in refused)
+    page.close()
+
+
+def test_ten_thousand_samples(visit, make_run):  # noqa: F811
+    found = records(1251, samples=8, length=256)
+    path = report.write_report(make_run(records=found, files=FILES))
+    started = time.perf_counter()
+    page = visit(path)
+    assert time.perf_counter() - started < 5
+    assert page.evaluate("document.querySelectorAll('*').length") < 5000  # one sample and one page of the list
+    slow = """async () => {
+        const started = performance.now();
+        for (let k = 0; k < 20; k++) document.getElementById("next").click();
+        document.getElementById("order").value = "margin";
+        document.getElementById("order").dispatchEvent(new Event("change"));
+        return performance.now() - started;
+    }"""
+    assert page.evaluate(slow) < 3000
+    page.fill("#jump-prompt", "1250")
+    page.keyboard.press("Enter")
+    assert title(page).startswith("Prompt 1250, sample 0")
