@@ -23,129 +23,21 @@ import re
 import statistics
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
-from tqdm import tqdm
 from transformers import AutoConfig
 
 import benchmarks
 import common
 import decode
+import measure
 import models
 import run_folder
 import scores
 from common import UserError, check_range
-from scores import final_number, is_correct, paired_bootstrap  # noqa: F401 - the names that others call
 
 # What all response files of one OUT/eval have in common
 SETTINGS = ("temperature", "top_p", "max_new_tokens", "no_repeat_ngram_size", "batch_size", "dtype")
 PRESETS = {"none": {}, "minillm": {"no_repeat_ngram_size": 6, "template": "alpaca"}}
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Responses
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def no_repeat_ngram(choose, prompts, size):
-    """A `choose` for `decode` that completes no `size`-gram which its prompt and response have had already.
-
-    prompts: the B rows' lists of ids. The rule and its reach into the prompt are those of transformers' generate().
-    """
-    histories, seen = [[] for _ in prompts], [{} for _ in prompts]  # seen: the size-1 tokens before -> what followed
-
-    def remember(i, token):
-        if len(histories[i]) >= size - 1:
-            seen[i].setdefault(tuple(histories[i][1 - size :]), set()).add(token)
-        histories[i].append(token)
-
-    for i, prompt in enumerate(prompts):
-        for token in prompt:
-            remember(i, token)
-
-    def choose_new(logits, indices, step):
-        forbidden = torch.zeros_like(logits, dtype=torch.bool)
-        for row, i in enumerate(indices.tolist()):
-            forbidden[row, list(seen[i].get(tuple(histories[i][1 - size :]), ()))] = True
-        tokens = choose(logits.masked_fill(forbidden, -torch.inf), indices, step)
-        for i, token in zip(indices.tolist(), tokens.tolist()):
-            remember(i, token)
-        return tokens
-
-    return choose_new
-
-
-def batches_of_rank(prompts, batch_size, world):
-    """This rank's batches; they are cut from the order of the prompts, never from the number of ranks."""
-    batches = [prompts[k : k + batch_size] for k in range(0, len(prompts), batch_size)]
-    return batches[world.rank :: world.size]
-
-
-def generate(model, prompts, chooser, tokenizer, eos_ids, max_new_tokens, batch_size, world, title):
-    """Yields (prompt, response ids, response text) for this rank's prompts. chooser(batch): a `choose` for `decode`."""
-    batches = batches_of_rank(prompts, batch_size, world)
-    for batch in tqdm(batches, desc=title, disable=world.rank > 0, leave=False):
-        rows = decode.prefill(model, [p["ids"] for p in batch], tokenizer.pad_token_id, world.device)
-        budget = torch.full((len(batch),), max_new_tokens, device=world.device)
-        responses, _ = decode.decode(model, rows, chooser(batch), budget, eos_ids, len(tokenizer))
-        yield from zip(batch, responses, tokenizer.batch_decode(responses, skip_special_tokens=True))
-
-
-def sampler(batch, seed, args, device):
-    """A `choose` for `decode`: one sample of each prompt in a batch, a pure function of (seed, prompt id)."""
-    prompt_ids = torch.tensor([p["prompt_id"] for p in batch], device=device)
-    zeros = torch.zeros_like(prompt_ids)
-    choose = decode.sampler(seed, decode.EVAL_STAGE, prompt_ids, zeros, zeros, args.temperature, args.top_p)
-    size = args.no_repeat_ngram_size
-    return no_repeat_ngram(choose, [p["ids"] for p in batch], size) if size else choose
-
-
-def greedy_accuracy(model, prompts, tokenizer, eos_ids, max_new_tokens, batch_size, world):
-    """Share of prompts whose greedy response `is_correct`; prompts need "ids" and "gold", a text."""
-    settings = (tokenizer, eos_ids, max_new_tokens, batch_size, world)
-    responses = generate(model, prompts, lambda batch: decode.greedy, *settings, "accuracy")
-    return world.sum([sum(is_correct(text, prompt["gold"]) for prompt, _, text in responses)])[0] / len(prompts)
-
-
-@torch.no_grad()
-def distance(student, teacher, prompts, tokenizer, eos_ids, max_new_tokens, batch_size, eta, seed, world):
-    """How far apart two models are on one sampled response of the student to each prompt.
-
-    Returns a dict: kl_teacher_student = KL(p, q) and kl_student_teacher = KL(q, p), nats a token, means over all sampled
-    tokens of exact sums over the vocabulary; replaced_samples and replaced_tokens, shares with log q - log p > eta;
-    response_tokens, the mean length.
-    """
-    totals = torch.zeros(6, dtype=torch.float64)
-    batches = batches_of_rank(prompts, batch_size, world)
-    for batch in tqdm(batches, desc="distance", disable=world.rank > 0, leave=False):
-        ids, device = [p["ids"] for p in batch], world.device
-        prompt_ids = torch.tensor([p["prompt_id"] for p in batch], device=device)
-        zeros = torch.zeros_like(prompt_ids)
-        choose = decode.sampler(seed, decode.EVAL_STAGE, prompt_ids, zeros, zeros, 1.0, 1.0)
-        rows = decode.prefill(student, ids, tokenizer.pad_token_id, device)
-        responses, _ = decode.decode(student, rows, choose, zeros + max_new_tokens, eos_ids, len(tokenizer))
-        # Both models over the same tokens; position t of a response is predicted by hidden state t
-        hidden = []
-        for model in (student, teacher):
-            rows = decode.prefill(model, ids, tokenizer.pad_token_id, device)
-            hidden.append(decode.score(model, rows, responses, len(tokenizer))[1])
-        for i, response in enumerate(responses):
-            targets = torch.tensor(response, device=device)[:, None]
-            q, p = (  # (T, V) log-probs
-                decode.next_logits(m, h[i, : len(response)], len(tokenizer)).log_softmax(-1)
-                for m, h in zip((student, teacher), hidden)
-            )
-            margin = (q - p).gather(-1, targets)[:, 0]  # (T,)
-            sums = (p.exp() * (p - q)).sum(), (q.exp() * (q - p)).sum(), (margin > eta).sum(), (margin > eta).any()
-            totals += torch.tensor([*map(float, sums), len(response), 1])
-    forward, reverse, tokens_above, samples_above, tokens, samples = world.sum(totals.tolist())
-    return {
-        "kl_teacher_student": forward / tokens,
-        "kl_student_teacher": reverse / tokens,
-        "replaced_samples": samples_above / samples,
-        "replaced_tokens": tokens_above / tokens,
-        "response_tokens": tokens / samples,
-    }
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
@@ -226,7 +118,7 @@ def evaluate(path, sets, args, world, out, checker, teacher):
     models.check_vocabulary(model, tokenizer, path)
     for file, task, benchmark, settings in jobs:
         if file.suffix == ".json":
-            result = task | distance(model, teacher(), *settings, args.eta, task["seed"], world)
+            result = task | measure.distance(model, teacher(), *settings, args.eta, task["seed"], world)
             table[benchmark.name]["distance"] = result
             if world.rank == 0:
                 common.write_json(file, result)
@@ -240,10 +132,10 @@ def evaluate(path, sets, args, world, out, checker, teacher):
 def respond(model, prompts, tokenizer, eos_ids, max_new_tokens, batch_size, metric, seed, args, world, checker, title):
     """One scored response to each prompt, of all ranks, in order."""
     greedy = lambda batch: decode.greedy
-    sampled = lambda batch: sampler(batch, seed, args, world.device)
+    sampled = lambda batch: measure.sampler(batch, seed, args, world.device)
     chooser = greedy if metric == "math" else sampled
     rows = []
-    for prompt, ids, text in generate(
+    for prompt, ids, text in measure.generate(
         model, prompts, chooser, tokenizer, eos_ids, max_new_tokens, batch_size, world, title
     ):
         score, check_failed = scores.score_response(text, prompt["gold"], metric, checker)

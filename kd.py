@@ -30,8 +30,8 @@ import toy
 import training
 from common import UserError, check_range
 from kd_data import CachedTeacher, LiveTeacher, collate, read_training_data, response_hidden, sample_ahead
+from measure import closing_table
 from run_folder import Run
-from summary import closing_table
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The losses: p the teacher, q the student. Logits (..., V), finite -> nats a token (...), in float32 (float64 stays)

@@ -10,8 +10,8 @@ from transformers import AutoModelForSequenceClassification
 
 import common
 import data
-import eval
 import models
+import scores
 from common import UserError
 
 ETA_GRID = [0.5 * k for k in range(1, 21)]  # mismatch.json gives the replacement rate for these
@@ -36,7 +36,7 @@ def keep_teacher(record, prompt, context):
 def keep_correct(record, prompt, context):
     """--keep correct: y+ answers right and y- wrong, judged by the data's gold response."""
     chosen, rejected = context.decode_text(record["chosen_ids"]), context.decode_text(record["response_ids"])
-    return eval.is_correct(chosen, prompt["gold"]) and not eval.is_correct(rejected, prompt["gold"])
+    return scores.is_correct(chosen, prompt["gold"]) and not scores.is_correct(rejected, prompt["gold"])
 
 
 class KeepByReward:

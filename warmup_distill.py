@@ -39,8 +39,8 @@ import run_folder
 import toy
 import training
 from common import UserError, check_range
+from measure import closing_table
 from run_folder import Run, turns
-from summary import closing_table
 
 
 class Context(Run):

@@ -19,6 +19,7 @@ import common
 import data
 import decode
 import eval
+import measure
 import models
 import scores
 from common import UserError
@@ -98,7 +99,7 @@ ANSWERS = [
 @pytest.mark.parametrize("response, gold, _, cheap", ANSWERS)
 def test_is_correct(response, gold, _, cheap):
     if cheap is not None:
-        assert eval.is_correct(response, gold) is cheap
+        assert scores.is_correct(response, gold) is cheap
 
 
 @pytest.mark.parametrize(
@@ -124,7 +125,7 @@ def test_is_correct(response, gold, _, cheap):
     ],
 )
 def test_final_number(text, number):
-    assert eval.final_number(text) == number
+    assert scores.final_number(text) == number
 
 
 def misbehave(response, gold):
@@ -379,7 +380,7 @@ def test_no_repeat_ngram(size, tokenizer):
     ids = torch.arange(len(prompts))
     sampled = decode.sampler(7, 0, ids, ids * 0, ids * 0, 1.0, 1.0)
     repeats = {}
-    for name, choose in (("free", sampled), ("barred", eval.no_repeat_ngram(sampled, prompts, size))):
+    for name, choose in (("free", sampled), ("barred", measure.no_repeat_ngram(sampled, prompts, size))):
         repeats[name] = 0
         for prompt, response in zip(prompts, run_decode(model, prompts, choose, 60, len(tokenizer))):
             text = prompt + response
@@ -392,7 +393,7 @@ def test_no_repeat_ngram_is_transformers_rule(tokenizer):
     """The same greedy response as generate(no_repeat_ngram_size=3), its reach into the prompt included."""
     model = make_model("llama", 3)
     prompt = [5, 6, 7, 5, 6, 7, 8, 9, 8, 9, 8]
-    ours = run_decode(model, [prompt], eval.no_repeat_ngram(decode.greedy, [prompt], 3), 50, len(tokenizer), [999])
+    ours = run_decode(model, [prompt], measure.no_repeat_ngram(decode.greedy, [prompt], 3), 50, len(tokenizer), [999])
     theirs = model.generate(
         torch.tensor([prompt]), max_new_tokens=50, do_sample=False, no_repeat_ngram_size=3, eos_token_id=None
     )
@@ -413,7 +414,7 @@ def test_distance_against_whole_forwards(pair_of_models):
     q_model, p_model = load_pair(pair_of_models, "student"), load_pair(pair_of_models, "teacher")
     prompts = [{"prompt_id": k, "ids": [1, *range(4, 5 + 2 * k)]} for k in range(5)]
     eta, seed, size = 1.0, 10, len(tokenizer)
-    result = eval.distance(q_model, p_model, prompts, tokenizer, [2], 12, 2, eta, seed, one_world())
+    result = measure.distance(q_model, p_model, prompts, tokenizer, [2], 12, 2, eta, seed, one_world())
 
     forward, reverse, above, samples_above, tokens = 0.0, 0.0, 0, 0, 0
     for prompt in prompts:
@@ -436,7 +437,7 @@ def test_distance_against_whole_forwards(pair_of_models):
     assert result["kl_student_teacher"] == pytest.approx(reverse / tokens, rel=1e-4)
     assert result["replaced_tokens"] == pytest.approx(above / tokens)
     assert result["replaced_samples"] == pytest.approx(samples_above / len(prompts))
-    nothing = eval.distance(q_model, q_model, prompts, tokenizer, [2], 12, 2, eta, seed, one_world())
+    nothing = measure.distance(q_model, q_model, prompts, tokenizer, [2], 12, 2, eta, seed, one_world())
     assert nothing.pop("response_tokens") == result["response_tokens"] and set(nothing.values()) == {0.0}
 
 
@@ -452,21 +453,21 @@ def test_bootstrap_against_a_loop():
     for _ in range(50):
         drawn = torch.randint(9, (9,), generator=generator).tolist()
         expected.append(sum(differences[k].item() for k in drawn) / 9)
-    torch.testing.assert_close(eval.paired_bootstrap(differences, 50, 5), torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(scores.paired_bootstrap(differences, 50, 5), torch.tensor(expected, dtype=torch.float64))
 
 
 def test_bootstrap_does_not_depend_on_its_chunks():
     """2^22 draws at a time: 70 resamples of 100,000 examples come in two chunks, and begin like 30 of them."""
     differences = torch.arange(100_000.0)
-    assert torch.equal(eval.paired_bootstrap(differences, 70, 1)[:30], eval.paired_bootstrap(differences, 30, 1))
+    assert torch.equal(scores.paired_bootstrap(differences, 70, 1)[:30], scores.paired_bootstrap(differences, 30, 1))
 
 
 def test_bootstrap_known_cases():
-    equal = scores.interval(2.5, eval.paired_bootstrap(torch.full((20,), 2.5), 1000, 0))
+    equal = scores.interval(2.5, scores.paired_bootstrap(torch.full((20,), 2.5), 1000, 0))
     assert equal == {"difference": 2.5, "low": 2.5, "high": 2.5, "share": 1.0}
-    none = scores.interval(0.0, eval.paired_bootstrap(torch.zeros(20), 1000, 0))
+    none = scores.interval(0.0, scores.paired_bootstrap(torch.zeros(20), 1000, 0))
     assert none == {"difference": 0.0, "low": 0.0, "high": 0.0, "share": 0.5}
-    symmetric = scores.interval(0.0, eval.paired_bootstrap(torch.tensor([-1.0, 1.0] * 50), 10_000, 0))
+    symmetric = scores.interval(0.0, scores.paired_bootstrap(torch.tensor([-1.0, 1.0] * 50), 10_000, 0))
     assert symmetric["share"] == pytest.approx(0.5, abs=0.03)
     # The mean of 100 draws of +-1 has standard deviation 0.1, and 1.96 of them on either side
     assert symmetric["low"] == pytest.approx(-0.196, abs=0.02)
@@ -479,18 +480,18 @@ def test_bootstrap_interval_covers_the_truth():
     generator, covered = torch.Generator().manual_seed(0), 0
     for trial in range(300):
         differences = 0.3 + torch.randn(40, generator=generator)
-        found = scores.interval(0.0, eval.paired_bootstrap(differences, 500, trial))
+        found = scores.interval(0.0, scores.paired_bootstrap(differences, 500, trial))
         covered += found["low"] <= 0.3 <= found["high"]
     assert 0.89 <= covered / 300 <= 0.98
 
 
-@pytest.mark.parametrize("function", [eval.paired_bootstrap, eval.no_repeat_ngram])
+@pytest.mark.parametrize("function", [scores.paired_bootstrap, measure.no_repeat_ngram])
 def test_pure_functions_need_only_torch(function):
     """Copied out of the file, they run."""
     namespace = {"torch": torch}
     exec(inspect.getsource(function), namespace)  # noqa: S102
     copy = namespace[function.__name__]
-    if function is eval.paired_bootstrap:
+    if function is scores.paired_bootstrap:
         assert copy(torch.ones(3), 5, 0).tolist() == [1.0] * 5
     else:
         choose = copy(lambda logits, indices, step: logits.argmax(-1), [[1, 2, 1]], 2)

@@ -25,9 +25,9 @@ from transformers import (
 import common
 import data
 import decode
-import eval
 import models
 import pairs
+import scores
 import warmup_distill
 
 datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # no network: it counts each load, of a local file too
@@ -462,10 +462,10 @@ def test_keep_correct(build, tmp_path, tokenizer):
     golds = []
     for prompt_id, records in itertools.groupby(build("--samples", 6).records, key=lambda r: r["prompt_id"]):
         texts = [tokenizer.decode(r["chosen_ids"], skip_special_tokens=True) for r in records if r["t_star"] >= 0]
-        numbers = [eval.final_number(text) for text in texts]
+        numbers = [scores.final_number(text) for text in texts]
         golds.append(f"The answer is {next((int(n) for n in numbers if n is not None), 7)}")
     run = build("--samples", 6, "--keep", "correct", data=write_prompts(tmp_path / "gold.jsonl", PROMPTS, golds))
-    right = lambda prompt, ids: eval.is_correct(run.context.decode_text(ids), golds[prompt["prompt_id"]])
+    right = lambda prompt, ids: scores.is_correct(run.context.decode_text(ids), golds[prompt["prompt_id"]])
     counts = assert_statuses(run, lambda prompt, y, y_plus: right(prompt, y_plus) and not right(prompt, y))
     assert counts["kept"] > 0 and counts["filtered"] > 0
 
