@@ -21,6 +21,7 @@ import torch.distributed as dist
 import transformers
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
+from tqdm import tqdm
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
 GO_ON = "the same command goes on from what is done"
@@ -35,7 +36,8 @@ class UserError(Exception):
     """Something the user can mend: what is wrong, where, what to do. Printed as one line, without a traceback."""
 
     def __init__(self, what, where, what_to_do):
-        super().__init__(f"{what}, {where}, {what_to_do}")
+        text = f"{what}, {where}, {what_to_do}"  # it may quote a file: no line ends, no terminal's control characters
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -60,18 +62,24 @@ class Status:
 
     stage: str = "start-up"
     signal: int = 0  # SIGTERM or SIGINT, once one has come
+    signalled: float = 0.0  # when: time.monotonic()
     finishes_step: bool = (
         False  # true in a training loop: a first signal then waits for `World.stops`, a second does not
     )
     leaving: bool = False
 
     def enter(self, stage, finishes_step=False):
-        """Names what comes now."""
+        """Names what comes now. Raises Stopped if a signal came behind the last look at it."""
+        if self.signal and not self.leaving:
+            raise Stopped(f"stopped by {signal.Signals(self.signal).name}")
         self.stage, self.finishes_step = stage, finishes_step
 
     def on_signal(self, number, frame):
-        """The handler of SIGTERM and SIGINT."""
-        first, self.signal = not self.signal, number
+        """The handler of SIGTERM and SIGINT. Within a second it is the same one: of the scheduler, and of torchrun."""
+        first, before = not self.signal, self.signalled
+        self.signal, self.signalled = number, time.monotonic()
+        if not first and self.signalled - before < 1:
+            return
         if not self.leaving and not (first and self.finishes_step):
             raise Stopped(f"stopped by {signal.Signals(number).name}")
 
@@ -100,7 +108,7 @@ def run(main):
     except BrokenPipeError:  # `| head` has read enough
         os._exit(128 + signal.SIGPIPE)
     except Stopped as error:
-        line, status = f"error: {error}, in stage {STATUS.stage}, {GO_ON}", 128 + STATUS.signal
+        line, status = f"error: {error}, in stage {STATUS.stage}, {GO_ON}", 128 + (STATUS.signal or signal.SIGTERM)
     except (Exception, CheckpointException) as error:  # torch's is a BaseException
         if (what := cause_outside(error)) is None:
             raise
@@ -148,7 +156,8 @@ def leave(line, status):
         time.sleep(0.1)
     if not spoken():
         line += f" (rank {rank})" if rank > 0 else ""
-        print(line, file=sys.stderr, flush=True)
+        tqdm.write(line, file=sys.stderr)  # not behind a progress bar
+        sys.stderr.flush()
         if file:
             write_json(file, {"message": line, "timestamp": int(time.time())})
     os._exit(status)
@@ -244,6 +253,14 @@ def check_range(flag, value, good, range_text):
         raise UserError(f"{flag} is {value}", "on the command line", f"give a value {range_text}")
 
 
+def check_ranges(args, rules):
+    """Raises UserError for the first flag out of its range. rules: {text of the range: (is a value good, names)}."""
+    for text, (good, names) in rules.items():
+        for name in names:
+            value = getattr(args, name)
+            check_range(f"--{name.replace('_', '-')}", value, good(value), text)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,16 +298,21 @@ def write_jsonl(path, rows):
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def read_jsonl(path):
-    """A list of the JSON objects in `path`, one a line. Raises UserError that names the first bad line."""
-    rows = []
+def iterate_jsonl(path, blank_lines=False):
+    """(line number, JSON value) of the lines of `path`. Raises UserError that names the first bad one."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
+            if blank_lines and not line.strip():
+                continue
             try:
-                rows.append(json.loads(line))
-            except ValueError as error:  # not JSON, or not UTF-8
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or brackets without end
                 raise UserError(f"not JSON ({one_line(error)})", f"in {path} line {number}", "mend or delete the line")
-    return rows
+
+
+def read_jsonl(path):
+    """A list of the JSON values in `path`, one a line. Raises UserError that names the first bad line."""
+    return [value for _, value in iterate_jsonl(path)]
 
 
 def write_json(path, value):
@@ -304,6 +326,10 @@ def read_json(path):
 
 
 def append_jsonl(path, row):
-    """Adds one JSON object as a line."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    """Adds one JSON object as a line, whole or not at all."""
+    line = f"{json.dumps(row)}\n".encode()
+    with open(path, "ab", buffering=0) as file:
+        written = file.write(line)
+        if written < len(line):  # the disk is full
+            file.truncate(file.tell() - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))

@@ -5,6 +5,7 @@ In formulas b is the bytes of a number in the compute dtype (2 for bfloat16), D 
 K = key-value heads x head size, I the MLP's width, V the vocabulary. tests/test_estimate.py holds them to measurements.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -27,8 +28,8 @@ ASSUMED = {
     # alone, with 32 layers (PyTorch's blog, "Accelerating Generative AI with PyTorch II"). Small models wait for this
     "launch": 1 / 25.5 / 32,  # seconds a layer and step
 }
-# Float32 copies of a chunk's logits that are alive at once, gradients included; measured, tests/test_estimate.py
-HEAD_COPIES = {"dpo": 3, "sft": 5, "forward_kl": 12, "reverse_kl": 12, "jsd": 20, "tvd": 12}
+# Float32 copies of the logits that a loss works on, alive at once, gradients included; measured, tests/test_estimate.py
+HEAD_COPIES = {"dpo": 3, "sft": 7, "forward_kl": 13, "reverse_kl": 13, "jsd": 20, "tvd": 12}
 HEAD_COPIES |= {"skew_forward_kl": 15, "skew_reverse_kl": 16, "adaptive_kl": 18}
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -156,11 +157,23 @@ def recomputed_bytes(shape, b, rows, length, masked):
     return rows * length * (activation_bytes(shape, b, length, masked) + 3 * shape.intermediate * b)
 
 
+def chunk_bytes(b, vocab, loss, rows):
+    """lm_head and loss on one chunk: dpo.py's works on all of it; kd.py holds logits and gradient, works on an eighth."""
+    if loss == "dpo":
+        return 4 * vocab * rows * HEAD_COPIES[loss]
+    return vocab * (2 * b * rows + 4 * math.ceil(rows / 8) * HEAD_COPIES[loss])
+
+
+def head_rows(vocab, loss):
+    """Tokens that go through lm_head at once."""
+    return decode.head_chunk(vocab) * (1 if loss == "dpo" else 2)
+
+
 def head_bytes(shape, b, vocab, loss, tokens):
-    """lm_head and loss: HEAD_COPIES of a chunk's logits and lm_head's gradient, summed over chunks in float32; or, when
-    the chunks are done, that sum (kd.py: and the same, scaled) and the gradient in the compute dtype."""
-    chunk = 4 * vocab * min(decode.head_chunk(vocab), tokens) * HEAD_COPIES[loss]
-    return max(chunk + 4 * shape.head, ((4 if loss == "dpo" else 8) + b) * shape.head)
+    """A chunk and lm_head's gradient, summed over chunks in float32; or, when the chunks are done, that sum and the
+    gradient in the compute dtype."""
+    rows = min(head_rows(vocab, loss), tokens)
+    return max(chunk_bytes(b, vocab, loss, rows) + 4 * shape.head, (4 + b) * shape.head)
 
 
 def training_memory(stage, shape, b, size, beside, step):

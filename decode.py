@@ -15,6 +15,7 @@ does not depend on its batch, its rank, or the number of processes.
 """
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -56,13 +57,27 @@ def sample_token(logits, noise, temperature, top_p):
     logits: (B, V). noise: (B,) float64 in [0, 1). Returns (B,) int64. A token of probability 0 is never drawn.
     top_p < 1 keeps the smallest set of tokens whose mass reaches top_p (Holtzman et al., arXiv 1904.09751).
     """
+
+    def invert(weights, noise):
+        """The entry of weights (B, K) that noise (B, 1) points to, and where in that entry: in [0, 1), uniform again."""
+        cdf = weights.cumsum(-1, dtype=torch.float64)  # (B, K)
+        target = noise * cdf[:, -1:]
+        index = torch.searchsorted(cdf, target, right=True)  # (B, 1) the first entry that ends above target
+        weight = weights.gather(-1, index)
+        within = (target - (cdf.gather(-1, index) - weight)) / weight
+        return index, within.clamp(0, 1 - 2**-52)  # rounding may carry it out
+
     probs = torch.softmax(logits.float() / temperature, -1)  # (B, V)
     if top_p < 1:
         descending, order = probs.sort(-1, descending=True)
         outside = descending.cumsum(-1) - descending >= top_p  # the mass before this token has reached top_p already
         probs = probs.masked_fill(outside.gather(-1, order.argsort(-1)), 0)
-    cdf = probs.cumsum(-1, dtype=torch.float64)  # float64: in float32 the tail of 152k tokens is lost
-    return torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True)[:, 0]
+    # A running sum over 152k tokens in float64 is slow, and in float32 loses the tail: so first the block, then the token
+    block_size = math.isqrt(probs.shape[-1]) + 1
+    blocks = torch.nn.functional.pad(probs, (0, -probs.shape[-1] % block_size)).unflatten(-1, (-1, block_size))
+    block, noise = invert(blocks.sum(-1), noise[:, None])
+    token, _ = invert(blocks.take_along_dim(block[:, :, None], 1)[:, 0], noise)
+    return (block * block_size + token)[:, 0]
 
 
 def token_logprobs(hidden, weight, bias, targets, chunk):
@@ -71,18 +86,40 @@ def token_logprobs(hidden, weight, bias, targets, chunk):
     hidden: (M, D). weight: (V, D). bias: (V,) or None. targets: (M,). Returns (M,).
     With more than one chunk the logits are computed again in the backward pass: no more than (chunk, V) exist at once.
     """
+    if len(targets) > chunk:
+        return ChunkedLogprobs.apply(hidden, weight, bias, targets, chunk)
+    logits = torch.nn.functional.linear(hidden, weight, bias).float()  # (M, V)
+    return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
-    def one_chunk(hidden, weight, targets):
-        logits = torch.nn.functional.linear(hidden, weight, bias).float()
-        return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
-    if len(targets) <= chunk:
-        return one_chunk(hidden, weight, targets)
-    parts = [
-        torch.utils.checkpoint.checkpoint(one_chunk, h, weight, t, use_reentrant=False)
-        for h, t in zip(hidden.split(chunk), targets.split(chunk))
-    ]
-    return torch.cat(parts)
+class ChunkedLogprobs(torch.autograd.Function):
+    """`token_logprobs` in chunks. Beside torch.utils.checkpoint: fewer passes over the logits, less memory."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, chunk):
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.chunk = chunk
+        parts = zip(hidden.split(chunk), targets.split(chunk))
+        return torch.cat([token_logprobs(h, weight, bias, t, chunk) for h, t in parts])
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, bias, targets = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)  # summed in float32 over the chunks
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        for start in range(0, len(targets), ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            # z = h W^T + b:  d log softmax(z)[y] / dz = onehot(y) - softmax(z)
+            grad_logits = torch.nn.functional.linear(hidden[part], weight, bias).softmax(-1, dtype=torch.float32)
+            grad_logits.mul_(-grad[part, None]).scatter_add_(-1, targets[part, None], grad[part, None])
+            # dh = dz W,  dW = dz^T h,  db = sum dz
+            if bias is not None:
+                grad_bias += grad_logits.sum(0)
+            grad_logits = grad_logits.to(weight.dtype)
+            grad_hidden[part] = grad_logits @ weight
+            grad_weight += grad_logits.T @ hidden[part]
+        return grad_hidden, grad_weight.to(weight.dtype), None if bias is None else grad_bias.to(bias.dtype), None, None
 
 
 def head_chunk(vocab_size):
@@ -229,7 +266,7 @@ def decode(model, rows, choose, budget, eos_ids, vocab_size, any_rank=bool):
         logits = next_logits(model, rows.hidden, vocab_size)  # (b, V)
         token = choose(logits, indices, step)  # (b,)
         if step < width:
-            logprob = logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
+            logprob = logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
             tokens[indices, step] = torch.where(finished, -1, token)
             logprobs[indices, step] = logprob
         finished = finished | torch.isin(token, eos) | (step + 1 >= budget[indices])

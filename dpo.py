@@ -333,9 +333,12 @@ def parse_args(argv=None):
 def check_args(args):
     """Raises UserError for values that make no sense."""
     training.check_training_args(args)
-    common.check_range("--beta", args.beta, 0 < args.beta < math.inf, "above 0")
-    common.check_range("--label-smoothing", args.label_smoothing, 0 <= args.label_smoothing < 0.5, "in [0, 0.5)")
-    common.check_range("--nll-weight", args.nll_weight, 0 <= args.nll_weight < math.inf, "0 or more")
+    rules = {
+        "above 0": (lambda x: 0 < x < math.inf, ["beta"]),
+        "in [0, 0.5)": (lambda x: 0 <= x < 0.5, ["label_smoothing"]),
+        "0 or more": (lambda x: 0 <= x < math.inf, ["nll_weight"]),
+    }
+    common.check_ranges(args, rules)
     return args
 
 

@@ -19,7 +19,6 @@ from types import SimpleNamespace
 import common
 import costs
 import data
-import decode
 import models
 import pairs
 import toy
@@ -170,7 +169,7 @@ class Stages:
             f"activations, {self.micro} rows x {known.longest} tokens",
             costs.training_activations(*rows, checkpointing),
         )
-        chunk = min(decode.head_chunk(self.vocab), self.micro * known.longest)
+        chunk = min(costs.head_rows(self.vocab, loss), self.micro * known.longest)
         head = (
             f"lm_head: {chunk} x {self.vocab:,} logits, loss, gradient",
             costs.head_bytes(*rows[:2], self.vocab, loss, chunk),

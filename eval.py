@@ -202,15 +202,15 @@ def check_args(args):
         raise UserError("--model and --data go together", "on the command line", "give both, or --compare alone")
     if args.distance and not args.model:
         raise UserError("--distance needs --model and --data", "on the command line", "give them")
-    check_range("--temperature", args.temperature, 0 < args.temperature < math.inf, "above 0")
-    check_range("--top-p", args.top_p, 0 < args.top_p <= 1, "in (0, 1]")
-    check_range("--max-new-tokens", args.max_new_tokens, args.max_new_tokens >= 0, "of 0 or more")
-    n = args.no_repeat_ngram_size
-    check_range("--no-repeat-ngram-size", n, n == 0 or n >= 2, "of 0, or 2 or more")
-    check_range("--batch-size", args.batch_size, args.batch_size >= 1, "of 1 or more")
-    check_range("--limit", args.limit, args.limit >= 0, "of 0 or more")
-    check_range("--resamples", args.resamples, args.resamples >= 1, "of 1 or more")
-    check_range("--eta", args.eta, math.isfinite(args.eta), "in nats, such as 4")
+    rules = {
+        "above 0": (lambda x: 0 < x < math.inf, ["temperature"]),
+        "in (0, 1]": (lambda x: 0 < x <= 1, ["top_p"]),
+        "of 0 or more": (lambda x: x >= 0, ["max_new_tokens", "limit"]),
+        "of 0, or 2 or more": (lambda x: x == 0 or x >= 2, ["no_repeat_ngram_size"]),
+        "of 1 or more": (lambda x: x >= 1, ["batch_size", "resamples"]),
+        "in nats, such as 4": (math.isfinite, ["eta"]),
+    }
+    common.check_ranges(args, rules)
     for flag, values in (("model", list(map(model_name, args.model))), ("data", args.data), ("seeds", args.seeds)):
         check_range(f"--{flag}", " ".join(map(str, values)), len(set(values)) == len(values), "only once")
     return args

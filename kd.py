@@ -29,7 +29,15 @@ import run_folder
 import toy
 import training
 from common import UserError, check_range
-from kd_data import CachedTeacher, LiveTeacher, collate, read_training_data, response_hidden, sample_ahead
+from kd_data import (
+    CachedTeacher,
+    LiveTeacher,
+    collate,
+    read_training_data,
+    response_hidden,
+    sample_ahead,
+    warn_if_responses_run_on,
+)
 from measure import closing_table
 from run_folder import Run
 
@@ -150,27 +158,31 @@ class ChunkedHeadLoss(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=dtype)  # summed in float32 over the chunks
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=dtype)
         sums = 0
+        rows = math.ceil(chunk / 8)  # a loss makes many float32 tensors of its logits' size: few rows at a time
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
-            logits = F.linear(hidden[part], weight, bias).to(dtype).requires_grad_()  # (m, V)
-            with torch.enable_grad():
-                losses = token_losses(logits, part)
-                (grad,) = torch.autograd.grad(losses[0].sum(), logits)
-            sums = sums + torch.stack([values.detach().sum() for values in losses])
+            all_logits = F.linear(hidden[part], weight, bias)  # (m, V)
+            grad = torch.empty_like(all_logits)
+            for row in range(0, len(all_logits), rows):
+                logits = all_logits[row : row + rows].to(dtype).requires_grad_()
+                with torch.enable_grad():
+                    losses = token_losses(logits, slice(start + row, start + row + len(logits)))
+                    grad[row : row + rows] = torch.autograd.grad(losses[0].sum(), logits)[0]
+                sums = sums + torch.stack([values.detach().sum() for values in losses])
             # logits = h W^T + b:  dh = g W,  dW = g^T h,  db = sum g
             if bias is not None:
-                grad_bias += grad.sum(0)
-            grad = grad.to(weight.dtype)
+                grad_bias += grad.sum(0, dtype=dtype)
             grad_hidden[part] = grad @ weight
             grad_weight += grad.T @ hidden[part]
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.dtype = weight.dtype
+        ctx.save_for_backward(
+            *(None if g is None else g.to(weight.dtype) for g in (grad_hidden, grad_weight, grad_bias))
+        )
         ctx.mark_non_differentiable(sums)
         return sums[0].clone(), sums
 
     @staticmethod
     def backward(ctx, scale, _):
-        grads = [None if g is None else (scale * g).to(ctx.dtype) for g in ctx.saved_tensors]
+        grads = [None if g is None else scale * g for g in ctx.saved_tensors]
         return (*grads, None, None)
 
 
@@ -193,7 +205,7 @@ class KDModel(torch.nn.Module):
 
         weight, bias = decode.lm_head(self.lm, self.vocab_size)
         hidden = response_hidden(self.lm, token_ids, source)
-        chunk = decode.head_chunk(self.vocab_size)
+        chunk = 2 * decode.head_chunk(self.vocab_size)
         return ChunkedHeadLoss.apply(hidden, weight, bias, token_losses, chunk)
 
 
@@ -226,7 +238,7 @@ def train(run, examples, teacher):
     first_step = training.load_checkpoint(out / "checkpoint", model, optimizer)
     total_steps = args.max_steps or args.epochs * math.ceil(len(examples) / args.batch_size)
     metrics_file = training.open_metrics(out / "metrics.jsonl", first_step, world)
-    metrics, sampled = None, {}
+    metrics, sampled, warned = None, {}, False
     if world.rank == 0:
         shares = f"{world.size} processes x {accumulation} micro-batches"
         print(f"kd: {len(examples)} examples, {total_steps} steps of {args.batch_size} = {shares}")
@@ -237,6 +249,7 @@ def train(run, examples, teacher):
         if replica is not None and step % args.refresh_every == 0:
             steps = range(step, min(step + args.refresh_every, total_steps))
             sampled = sample_ahead(replica, lm, examples, steps, run)
+            warned = warned or warn_if_responses_run_on(sampled, run)
         batch = training.batch_of_step(step, len(examples), args.batch_size, args.seed)
         rows_of = {  # (prompt, response, is it a label)
             i: (examples[i]["ids"], sampled.get((step, i)) or examples[i]["response"], (step, i) not in sampled)
@@ -335,9 +348,7 @@ def check_args(args):
         "of 1 or more": (lambda x: x >= 1, ["max_new_tokens", "refresh_every", "prompts_per_batch", "teacher_top_k"]),
         "of 0 or more": (lambda x: x >= 0, ["limit", "eval_limit"]),
     }
-    for text, (good, names) in rules.items():
-        for name in names:
-            check_range(f"--{name.replace('_', '-')}", getattr(args, name), good(getattr(args, name)), text)
+    common.check_ranges(args, rules)
     if args.mode == "student":
         check_range("--kd-rate", args.kd_rate, args.kd_rate > 0, "above 0: with --mode student there are no labels")
         # What a checkpoint does not hold are the samples: it must lie where new ones are drawn

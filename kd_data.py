@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
 import common
 import decode
@@ -103,13 +104,23 @@ def teacher_responses(prompts, run):
             rows = [(p["prompt_id"], p["text"], *written) for p, *written in zip(batches[k], responses, texts)]
             common.write_jsonl(file, [dict(zip(("prompt_id", "prompt", "response_ids", "response"), r)) for r in rows])
     run.world.barrier()
-    rows = []
-    for k, batch in enumerate(batches):
-        file = folder / f"{k:05d}.jsonl"
-        rows += common.read_jsonl(file)
-        if [row["prompt_id"] for row in rows[-len(batch) :]] != [p["prompt_id"] for p in batch]:
-            raise UserError("the file is cut, or of other prompts", f"in {file}", "delete it: it is then made again")
-    return [{**prompt, "response": row["response_ids"]} for prompt, row in zip(prompts, rows)]
+    files = [folder / f"{k:05d}.jsonl" for k in range(len(batches))]
+    responses = [ids for file, batch in zip(files, batches) for ids in read_responses(file, batch, run.vocab_size)]
+    return [{**prompt, "response": ids} for prompt, ids in zip(prompts, responses, strict=True)]
+
+
+def read_responses(file, batch, vocab_size):
+    """The responses to a batch of prompts, lists of ids, from their file. Raises UserError unless it has just these."""
+    is_response = lambda ids: bool(ids) and all(isinstance(i, int) and 0 <= i < vocab_size for i in ids)
+    try:
+        rows = common.read_jsonl(file)
+        whole = [row["prompt_id"] for row in rows] == [prompt["prompt_id"] for prompt in batch]
+        whole = whole and all(is_response(row["response_ids"]) for row in rows)
+    except (UserError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise UserError("the file is cut, or of other prompts", f"in {file}", "delete it: it is then made again")
+    return [row["response_ids"] for row in rows]
 
 
 def on_policy_of_step(step, examples, args):
@@ -134,6 +145,17 @@ def sample_ahead(replica, lm, examples, steps, run):
     gathered = [None] * run.world.size
     dist.all_gather_object(gathered, mine)
     return {key: ids for part in gathered for key, ids in part.items()}
+
+
+def warn_if_responses_run_on(sampled, run):
+    """On-policy KD's known failure: the student's responses grow until nothing ends them. True if there is cause."""
+    endless = sum(ids[-1] not in run.eos_ids for ids in sampled.values())
+    if endless <= len(sampled) / 2:
+        return False
+    if run.world.rank == 0:
+        what = f"{endless} of {len(sampled)} responses of the student have no end within --max-new-tokens"
+        tqdm.write(f"warning: {what}; a lower --lr, a smaller --on-policy or a larger limit may help")
+    return True
 
 
 def read_training_data(run, prompts, long_prompts):
@@ -209,6 +231,7 @@ class CachedTeacher:
         run.drop_teacher()
         for k, batch in enumerate(batches):
             ends = torch.tensor([len(e["response"]) for e in batch]).cumsum(0).tolist()
+            self.check_file(k, ends[-1])
             self.where += [(k, start, end) for start, end in zip([0, *ends], ends)]
 
     def top_k(self):
@@ -224,7 +247,12 @@ class CachedTeacher:
             teacher_top_k=self.top_k(), prompts_per_batch=args.prompts_per_batch, vocabulary=self.run.vocab_size
         )
         ours["examples"] = hashlib.sha256(text.encode()).hexdigest()
-        theirs = common.read_json(file) if file.exists() else ours
+        try:
+            theirs = dict(common.read_json(file)) if file.exists() else ours
+        except (ValueError, TypeError):
+            theirs = {}
+        if not file.exists() and any(self.folder.glob("*.safetensors")):
+            theirs = {}
         if different := [
             f"{key} {theirs.get(key)} there, {ours[key]} now" for key in ours if theirs.get(key) != ours[key]
         ]:
@@ -234,6 +262,17 @@ class CachedTeacher:
         if self.run.world.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             common.write_json(file, ours)
+
+    def check_file(self, k, tokens):
+        """Raises UserError unless file number k is whole and of so many response tokens."""
+        file, shapes = self.folder / f"{k:05d}.safetensors", None
+        try:
+            with safetensors.safe_open(file, "pt") as tensors:
+                shapes = [tensors.get_slice(name).get_shape() for name in ("ids", "logprobs", "rest")]
+        except (OSError, safetensors.SafetensorError):
+            pass
+        if shapes != [[tokens, self.top_k()], [tokens, self.top_k()], [tokens]]:
+            raise UserError("the file is cut or damaged", f"in {file}", "delete it: it is then made again")
 
     def __call__(self, rows, indices):
         """indices: of the micro-batch's examples, in order. Returns a function slice of M -> log-probs (m, V)."""

@@ -13,6 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint import state_dict as dcp_state
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -172,16 +173,15 @@ def add_training_arguments(parser, lr):
 
 def check_training_args(args):
     """Raises UserError for values of `add_training_arguments` that make no sense."""
-    for name in ("epochs", "batch_size", "micro_batch_size", "save_every"):
-        check_range(f"--{name.replace('_', '-')}", getattr(args, name), getattr(args, name) >= 1, "of 1 or more")
-    for name in ("lr", "max_grad_norm"):
-        check_range(f"--{name.replace('_', '-')}", getattr(args, name), 0 < getattr(args, name) < math.inf, "above 0")
-    check_range("--max-steps", args.max_steps, args.max_steps >= 0, "of 0 or more")
-    check_range("--weight-decay", args.weight_decay, 0 <= args.weight_decay < math.inf, "of 0 or more")
-    check_range("--lr-warmup-ratio", args.lr_warmup_ratio, 0 <= args.lr_warmup_ratio <= 1, "from 0 to 1")
-    check_range("--lr-final-ratio", args.lr_final_ratio, 0 <= args.lr_final_ratio <= 1, "from 0 to 1")
+    rules = {
+        "of 1 or more": (lambda x: x >= 1, ["epochs", "batch_size", "micro_batch_size", "save_every"]),
+        "above 0": (lambda x: 0 < x < math.inf, ["lr", "max_grad_norm"]),
+        "of 0 or more": (lambda x: 0 <= x < math.inf, ["max_steps", "weight_decay"]),
+        "from 0 to 1": (lambda x: 0 <= x <= 1, ["lr_warmup_ratio", "lr_final_ratio"]),
+        "from 0 to 2^62 - 1": (lambda x: 0 <= x < 1 << 62, ["seed"]),
+    }
+    common.check_ranges(args, rules)
     check_range("--adam-betas", args.adam_betas, all(0 <= b < 1 for b in args.adam_betas), "in [0, 1), twice")
-    check_range("--seed", args.seed, 0 <= args.seed < 1 << 62, "from 0 to 2^62 - 1")
 
 
 def accumulation_steps(args, world):
@@ -254,7 +254,12 @@ def load_checkpoint(folder, model, optimizer):
     if bad:
         raise UserError(f"the checkpoint is damaged ({bad[0]} is cut)", f"in {newest}", damaged)
     reader = HuggingFaceStorageReader(str(newest))
-    dcp.load(training_state(model, optimizer), storage_reader=reader)  # copied into the tensors
+    try:
+        dcp.load(training_state(model, optimizer), storage_reader=reader)  # copied into the tensors
+    except CheckpointException as error:
+        if common.cause_outside(error):
+            raise
+        raise UserError(f"the checkpoint is damaged ({one_line(error)})", f"in {newest}", damaged)
     return int(newest.name.removeprefix("step-"))
 
 
@@ -281,7 +286,11 @@ def save_model(folder, root, lm, tokenizer, dtype, world):
 def open_metrics(path, step, world):
     """Cuts metrics.jsonl back to `step`: a killed run may have logged steps after its last checkpoint. Returns path."""
     if world.rank == 0 and path.exists():
-        whole = path.read_text(encoding="utf-8").rpartition("\n")[0]  # a line that a kill cut short goes, too
-        rows = [json.loads(line) for line in whole.splitlines()]
-        write_jsonl(path, [row for row in rows if row["step"] <= step])
+        whole = path.read_bytes().rpartition(b"\n")[0]  # a line that a kill cut short goes, too
+        try:
+            rows = [row for row in map(json.loads, whole.splitlines()) if row["step"] <= step]
+        except (ValueError, KeyError, TypeError) as error:
+            what = "mend or delete it: it is a record for readers, training goes on without"
+            raise UserError(f"the file is damaged ({one_line(error)})", f"in {path}", what)
+        write_jsonl(path, rows)
     return path

@@ -293,15 +293,15 @@ def check_args(args):
     if not args.toy and not (args.teacher and args.student and args.data):
         missing = [flag for flag in ("teacher", "student", "data") if not getattr(args, flag)]
         raise UserError(f"--{missing[0]} is missing", "on the command line", "give all three, or none for the toy")
-    check_range("--explain", args.explain, args.explain is None or len(args.explain) <= 2, "of one or two numbers")
-    check_range("--samples", args.samples, args.samples >= 1, "of 1 or more")
-    check_range("--eta", args.eta, math.isfinite(args.eta), "in nats, such as 4")
-    check_range("--temperature", args.temperature, 0 < args.temperature < math.inf, "above 0")
-    check_range("--top-p", args.top_p, 0 < args.top_p <= 1, "in (0, 1]")
-    check_range("--max-new-tokens", args.max_new_tokens, args.max_new_tokens >= 1, "of 1 or more")
-    check_range("--prompts-per-batch", args.prompts_per_batch, args.prompts_per_batch >= 1, "of 1 or more")
-    check_range("--limit", args.limit, args.limit >= 0, "of 0 or more")
-    check_range("--eval-limit", args.eval_limit, args.eval_limit >= 0, "of 0 or more")
+    rules = {
+        "of 1 or more": (lambda x: x >= 1, ["samples", "max_new_tokens", "prompts_per_batch"]),
+        "in nats, such as 4": (math.isfinite, ["eta"]),
+        "above 0": (lambda x: 0 < x < math.inf, ["temperature"]),
+        "in (0, 1]": (lambda x: 0 < x <= 1, ["top_p"]),
+        "of 0 or more": (lambda x: x >= 0, ["limit", "eval_limit"]),
+        "of one or two numbers": (lambda x: x is None or len(x) <= 2, ["explain"]),
+    }
+    common.check_ranges(args, rules)
     known = args.keep in ("all", "teacher", "correct") or (args.keep.startswith("reward:") and args.keep != "reward:")
     check_range("--keep", args.keep, known, "of all, teacher, correct or reward:MODEL")
     return dpo.check_args(args)

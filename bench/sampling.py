@@ -2,6 +2,7 @@
 
     python bench/sampling.py                                 a random model of SmolLM2-135M's shape
     python bench/sampling.py --model FOLDER --repeat 5       any causal language model
+    python bench/sampling.py --shape qwen2.5-1.5b --device cuda --prompts 32
 
 One process, ours and generate in turn on the same prompts. Two settings: `equal`, every response has --max-new-tokens
 tokens; `unequal`, every row ends with a probability of --hazard a token, drawn beforehand, so that both decode the same
@@ -13,51 +14,34 @@ the model's distribution (chi-square). The last line is JSON.
 
 import argparse
 import json
-import statistics
-import sys
-import time
-from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, StoppingCriteria
+from harness import DTYPES, SHAPES, add_arguments, clock, random_model, show, spread
+from transformers import GenerationConfig, StoppingCriteria
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+# harness.py has put the project on the path
 import decode
 import models
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", help="folder or hub id; default: random, SmolLM2-135M's shape")
-    parser.add_argument("--layers", type=int, default=30, help="of the random model")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    add_arguments(parser)
+    parser.add_argument("--model", help="folder or hub id; default: a random model of --shape")
+    parser.add_argument("--shape", choices=list(SHAPES), default="smollm2-135m")
     parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--prompt-length", type=int, default=100, help="the longest; lengths are drawn from half of it")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=64, help="in `equal`; four times as many in `unequal`")
     parser.add_argument("--hazard", type=float, default=0.02, help="probability that a token is the last, in `unequal`")
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args(argv)
 
 
-def load(path, dtype, layers=30, seed=0):
+def load(path, args, seed=0):
     """The model in `path`, or a random one, with nothing in its generation settings that would change the comparison."""
-    if path:
-        model = models.load_model(path, dtype, "cpu")
-    else:
-        torch.manual_seed(seed)
-        config = LlamaConfig(
-            vocab_size=49152,
-            hidden_size=576,
-            intermediate_size=1536,
-            num_hidden_layers=layers,
-            num_attention_heads=9,
-            num_key_value_heads=3,
-            tie_word_embeddings=True,
-            initializer_range=0.05,
-        )
-        model = LlamaForCausalLM(config).to(dtype).eval()
+    if not path:
+        return random_model(args.shape, DTYPES[args.dtype], args.device, seed)
+    model = models.load_model(path, DTYPES[args.dtype], args.device)
     model.generation_config = GenerationConfig(pad_token_id=0)  # no EOS: `StopAt` ends the rows
     return model
 
@@ -85,12 +69,12 @@ class StopAt(StoppingCriteria):
 
 def ours(model, prompts, n, lengths, seed, greedy=False):
     """Row i gets lengths[i] tokens. Returns P*n lists of ids."""
-    rows = decode.expand(decode.prefill(model, prompts, 0, "cpu"), n)
-    prompt_ids = torch.arange(len(prompts)).repeat_interleave(n)
-    sample_ids = torch.arange(n).repeat(len(prompts))
+    rows = decode.expand(decode.prefill(model, prompts, 0, model.device), n)
+    prompt_ids = torch.arange(len(prompts), device=model.device).repeat_interleave(n)
+    sample_ids = torch.arange(n, device=model.device).repeat(len(prompts))
     choose = decode.sampler(seed, 0, prompt_ids, sample_ids, torch.zeros_like(prompt_ids), 1.0, 1.0)
     choose = decode.greedy if greedy else choose
-    return decode.decode(model, rows, choose, lengths, [-1], model.config.vocab_size)[0]
+    return decode.decode(model, rows, choose, lengths.to(model.device), [-1], model.config.vocab_size)[0]
 
 
 def generate(model, prompts, n, lengths, seed, greedy=False):
@@ -99,11 +83,11 @@ def generate(model, prompts, n, lengths, seed, greedy=False):
     width = max(map(len, prompts))
     draw = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     output = model.generate(
-        input_ids=torch.tensor([[0] * (width - len(p)) + p for p in prompts]),
-        attention_mask=torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts]),
+        input_ids=torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device),
+        attention_mask=torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device),
         num_return_sequences=n,
         max_new_tokens=int(lengths.max()),
-        stopping_criteria=[StopAt(width, lengths)],
+        stopping_criteria=[StopAt(width, lengths.to(model.device))],
         **draw,
     )
     return [row[:k] for row, k in zip(output[:, width:].tolist(), lengths.tolist())]
@@ -119,7 +103,7 @@ def check(model, prompts, samples=512):
     model.to(dtype)
     assert same[0] == same[1], "greedy tokens differ"
     prompt = prompts[0][:8]  # short, since generate prefills it `samples` times
-    probs = model(torch.tensor([prompt])).logits[0, -1].double().softmax(-1)  # (V,)
+    probs = model(torch.tensor([prompt], device=model.device)).logits[0, -1].double().softmax(-1).cpu()  # (V,)
     ranked, order = probs.sort(descending=True)
     bins = torch.empty_like(order).scatter_(0, order, (8 * (ranked.cumsum(0) - ranked)).long().clamp(max=7))
     expected = samples * torch.zeros(8, dtype=probs.dtype).index_add_(0, bins, probs)
@@ -131,20 +115,10 @@ def check(model, prompts, samples=512):
         assert chi_square < 45, "the first token's distribution is not the model's"  # p < 1e-6
 
 
-def summarize(name, rates):
-    """rates: {way: tokens/s of each run}. Prints and returns medians, ranges and the ratio of the medians."""
-    result = {way: statistics.median(values) for way, values in rates.items()}
-    for way, values in rates.items():
-        print(f"{name:8} {way:8} {min(values):9.1f} {result[way]:9.1f} {max(values):9.1f}  tokens/s, min median max")
-        result[f"{way}_range"] = [min(values), max(values)]
-    result["ratio"] = result["ours"] / result["generate"]
-    return result
-
-
 def main(argv=None):
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
-    model = load(args.model, getattr(torch, args.dtype), args.layers)
+    model = load(args.model, args)
     torch.manual_seed(0)
     prompts = draw_prompts(args.prompts, args.prompt_length, model.config.vocab_size)
     check(model, prompts)
@@ -158,13 +132,16 @@ def main(argv=None):
             if seed < 0:
                 lengths = lengths.clamp(max=4)
             for way in (ours, generate):
-                began = time.process_time()
+                began = clock(args.device)
                 tokens = sum(map(len, way(model, prompts, args.samples, lengths, seed + 1)))
-                seconds = time.process_time() - began
+                seconds = clock(args.device) - began
                 assert tokens == lengths.sum()
                 if seed >= 0:
                     rates[way.__name__].append(tokens / seconds)
-        summary[setting] = summarize(setting, rates)
+        summary[setting] = {way: spread(values) for way, values in rates.items()}
+        for way, result in summary[setting].items():
+            show(f"{setting} {way}", result, "tokens/s")
+        summary[setting]["ratio"] = summary[setting]["ours"]["median"] / summary[setting]["generate"]["median"]
         print(f"{setting:8} ratio {summary[setting]['ratio']:.2f}", flush=True)
     print(json.dumps({**vars(args), **summary}))
 

@@ -13,8 +13,8 @@ sys.path.insert(0, str(ROOT / "bench"))
 import ceiling
 import dpo_step
 import growth
+import harness
 import kd_memory
-import measure
 import sampling
 import scaling
 import splice
@@ -23,12 +23,12 @@ import decode
 import dpo
 
 TINY = ["--shape", "tiny", "--dtype", "float32"]
-VOCAB = measure.SHAPES["tiny"][-1]
+VOCAB = harness.SHAPES["tiny"][-1]
 
 
 def test_sampling_check_passes_and_fails(monkeypatch):
     """Greedy tokens and the chi-square test; a sampler that forgets half of the vocabulary is found out."""
-    model = measure.random_model("tiny", std=0.3)
+    model = harness.random_model("tiny", std=0.3)
     torch.manual_seed(0)
     prompts = sampling.draw_prompts(2, 20, VOCAB)
     sampling.check(model, prompts)
@@ -46,7 +46,7 @@ def test_sampling_prints_json_last(capsys):
 
 def test_splice_check_passes_and_fails(monkeypatch):
     args = splice.parse_args([*TINY, "--prompt-length", "8", "--max-new-tokens", "9", "--mismatch", "0.1"])
-    student, teacher = (measure.random_model("tiny", seed=seed, std=0.3) for seed in (1, 0))
+    student, teacher = (harness.random_model("tiny", seed=seed, std=0.3) for seed in (1, 0))
     torch.manual_seed(0)
     batch = splice.make_batch(student, teacher, args)
     assert splice.check(teacher, batch) > 0
@@ -63,7 +63,7 @@ def test_dpo_step_accumulates_to_the_whole():
     pairs, reference = dpo_step.make_pairs(args)
     gradients, losses = [], []
     for size in (4, 2):
-        model = dpo_step.our_model(measure.random_model("tiny"), args)
+        model = dpo_step.our_model(harness.random_model("tiny"), args)
         parts = range(0, 4, size)
         losses.append(
             sum(dpo_step.our_step(model, pairs[k : k + size], reference[k : k + size], size / 4) for k in parts)
@@ -103,7 +103,7 @@ def test_scaling_stages_in_one_process():
         barrier, sum = staticmethod(lambda: None), staticmethod(list)
 
     laps = scaling.Laps(OneProcess)
-    student, teacher = (measure.random_model("tiny", seed=seed) for seed in (0, 1))
+    student, teacher = (harness.random_model("tiny", seed=seed) for seed in (0, 1))
     tokens = scaling.generation_stages(args, OneProcess, student, teacher, laps)
     assert tokens == scaling.generation_stages(args, OneProcess, student, teacher, laps)
     assert set(laps.wall) == {"sample", "check", "splice"}
@@ -116,7 +116,7 @@ def test_growth_point_and_plot(monkeypatch):
     point = {"prompt": 4, "response": 6, "N": 2, "vocabulary": 60, "batch": 1}
     result = growth.measure(growth.parse_args([*TINY, "--only", json.dumps(point)]))
     assert set(result) == set(growth.STAGES) and all(stage["seconds"] > 0 for stage in result.values())
-    line = [{"value": v, **{key: measure.spread([v * v]) for key in ("seconds", "gib")}} for v in (1, 2, 4)]
+    line = [{"value": v, **{key: harness.spread([v * v]) for key in ("seconds", "gib")}} for v in (1, 2, 4)]
     assert growth.power(line, "seconds") == pytest.approx(2)
     svg = growth.draw_svg({"prompt": dict.fromkeys(growth.STAGES, line)})
     assert svg.startswith("<svg") and svg.count("<polyline") == 2 * len(growth.STAGES)
@@ -124,8 +124,8 @@ def test_growth_point_and_plot(monkeypatch):
 
 def test_ceiling_counts_a_model_s_weights():
     """block_weights and the head's are the parameters of the model, but for norms; a forward is 2 operations for each."""
-    parameters = sum(p.numel() for name, p in measure.random_model("tiny").named_parameters() if "norm" not in name)
-    width = measure.SHAPES["tiny"][0]
+    parameters = sum(p.numel() for name, p in harness.random_model("tiny").named_parameters() if "norm" not in name)
+    width = harness.SHAPES["tiny"][0]
     assert ceiling.block_weights("tiny") + VOCAB * width == parameters
     assert ceiling.block_flops("tiny", 1, 0) + ceiling.head_flops("tiny", 1) == 2 * parameters
     args = ceiling.parse_args([*TINY, "--response", "4", "--prompt-length", "6", "--repeat", "1"])

@@ -42,10 +42,11 @@ def models():
     }
 
 
-def exec_alone(function):
+def exec_alone(function, *helpers):
     """The function made again from its source, in a namespace of torch, F and math: what a copy-paste user gets."""
     namespace = {"torch": torch, "F": F, "math": math}
-    exec(inspect.getsource(function), namespace)  # noqa: S102
+    for source in (function, *helpers):
+        exec(inspect.getsource(source), namespace)  # noqa: S102
     return namespace[function.__name__]
 
 
@@ -375,6 +376,43 @@ def test_sample_token_keeps_the_tail_of_a_large_vocabulary():
     assert tokens.min() > 0 and len(tokens.unique()) >= 98 and tokens.diff().max() <= 2
 
 
+def full_cumsum(logits, noise):
+    """The twin of `sample_token`'s two levels: one running sum over the vocabulary, all of it in float64."""
+    cdf = logits.double().softmax(-1).cumsum(-1)
+    return torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True)[:, 0], cdf
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8, 9, 15, 16, 17])
+def test_sample_token_on_every_small_table(size):
+    """Weights 0 and 1 in every pattern (sampled from 2^10 on), on a grid that meets every boundary and both sides of it."""
+    tables = itertools.product([0, 1], repeat=size)
+    tables = [t for t in tables if any(t)] if size < 10 else random.Random(size).sample([*tables][1:], 500)
+    for table in tables:
+        possible = [i for i, weight in enumerate(table) if weight]
+        noise = torch.tensor([0.0, *((i + e) / len(possible) for i in range(len(possible)) for e in (0.01, 0.99))])
+        tokens = draw([math.log(weight) if weight else -math.inf for weight in table], [*noise, ALMOST_ONE]).tolist()
+        assert tokens == [possible[0], *(i for i in possible for _ in range(2)), possible[-1]]
+
+
+@pytest.mark.parametrize("size, scale", [(1000, 1), (1024, 5), (49_152, 1), (151_936, 3), (151_936, 0)])
+def test_sample_token_equals_one_running_sum(size, scale):
+    """Large vocabularies: the twin's token, or its neighbour where noise is within float32 rounding of the boundary."""
+    logits = scale * torch.randn(16, size, generator=torch.Generator().manual_seed(size))
+    logits[:, ::7] = -math.inf
+    noise = draws_along("sample", 16)
+    tokens, (slow, cdf) = decode.sample_token(logits, noise, 1.0, 1.0), full_cumsum(logits, noise)
+    ends = cdf.gather(-1, torch.stack([tokens, slow], -1).amin(-1)[:, None])[:, 0]
+    assert (logits.gather(-1, tokens[:, None]) > -math.inf).all()
+    assert ((tokens == slow) | ((ends - noise).abs() < 1e-6)).all() and (tokens == slow).sum() >= 14
+
+
+def test_sample_token_is_independent_of_the_batch_in_a_large_vocabulary():
+    logits, noise = torch.randn(32, 49_152, generator=torch.Generator().manual_seed(6)), draws_along("sample", 32)
+    together = decode.sample_token(logits, noise, 1.0, 1.0)
+    for rows in ([0], [31, 3], list(range(5, 20))):
+        assert torch.equal(decode.sample_token(logits[rows], noise[rows], 1.0, 1.0), together[rows])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # token_logprobs
 # ---------------------------------------------------------------------------------------------------------------------
@@ -442,8 +480,8 @@ def test_copy_paste(name):
         "sample_token": (logits, noise, 0.7, 0.9),
         "token_logprobs": (*head_inputs(), 4),
     }[name]
-    function = getattr(decode, name)
-    assert torch.equal(exec_alone(function)(*arguments), function(*arguments))
+    function, helpers = getattr(decode, name), [decode.ChunkedLogprobs] if name == "token_logprobs" else []
+    assert torch.equal(exec_alone(function, *helpers)(*arguments), function(*arguments))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import inspect
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -661,6 +662,14 @@ def test_student_mode(distil, pair_of_models, prompts_file, tokenizer, monkeypat
     monkeypatch.undo()
     gold = distil("gold", "--max-steps", "2")
     assert_equal_runs(gold, distil("none", "--mode", "student", "--on-policy", "0", "--max-steps", "2"))
+
+
+def test_warning_when_responses_run_on(capsys):
+    run = SimpleNamespace(eos_ids=[2], world=SimpleNamespace(rank=0))
+    assert not kd_data.warn_if_responses_run_on({(0, 1): [5, 5], (0, 2): [5, 2]}, run)
+    assert capsys.readouterr().out == ""
+    assert kd_data.warn_if_responses_run_on({(0, 1): [5, 5], (0, 2): [5, 2], (1, 0): [7]}, run)
+    assert "warning: 2 of 3 responses of the student have no end within --max-new-tokens" in capsys.readouterr().out
 
 
 def test_on_policy_data_need_no_responses(distil, tmp_path):
