@@ -224,7 +224,7 @@ def test_head_copies(name):
             decode.token_logprobs(hidden, weight, None, target, chunk).sum().backward()
         else:
             kd.ChunkedHeadLoss.apply(hidden, weight, None, token_losses, chunk)
-    assert peak.peak == pytest.approx(costs.chunk_bytes(2, vocab, name, chunk), rel=0.05)
+    assert peak.peak == pytest.approx(costs.chunk_bytes(2, vocab, name, chunk), rel=0.1)
 
 
 @pytest.mark.parametrize("stage", ["dpo", "kd"])

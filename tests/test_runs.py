@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import re
 import shlex
 import subprocess
@@ -36,6 +37,7 @@ def test_t_interval_by_hand():
     mean, half = lab.t_interval([1, 2, 3, 4])
     assert mean == 2.5
     assert half == pytest.approx(2.05397, abs=1e-5)
+    assert lab.t_interval([3.0]) == (3.0, math.inf)
 
 
 def test_t_quantiles():
@@ -121,7 +123,9 @@ def test_paper_scripts_are_marked_and_pass_dry_run_on(name, tmp_path, monkeypatc
     assert "NOT RUN" in script.read_text()
     commands = product_commands(script, ["--dry-run"])
     assert len(commands) == 7  # the warm-up, and KD with and without it for three losses
-    assert all(words[-1] == "--dry-run" and words[0] == "torchrun" for words in commands)
+    assert all(words[-2:] == ["--dry-run", "8"] for words in commands)
+    for words in commands:
+        assert importlib.import_module(words[1].removesuffix(".py")).parse_args(words[2:]).dry_run == 8
     assert not any(
         "out/" in words[words.index("--student") + 1] for words in commands
     )  # nothing that is still to be made
@@ -215,6 +219,42 @@ def test_sensitivity_agrees_with_the_ledger():
     assert len(common_rows) >= 7
     for theirs, ours in common_rows.items():
         assert [run["after"] for run in ledger[theirs].values()] == runs[ours]["accuracy"], ours
+
+
+def test_a_run_of_each_kind(task, pair_of_models, prompts_file):
+    """Warm-up, DPO, KD in its three modes on tiny random models: accuracy, costs, and nothing is kept but what is needed."""
+    task.paths |= pair_of_models
+    task.split = prompts_file
+    task.common |= {"teacher": pair_of_models["teacher"], "data": prompts_file}
+    few = {"max_steps": 2, "batch_size": 4, "micro_batch_size": 4, "max_new_tokens": 8}
+    warm = task.warmup("warm", limit=4, samples=2, prompts_per_batch=2, eta=-1e9, **few)
+    again = task.dpo("again", "warm", max_steps=2, batch_size=4, micro_batch_size=4)
+    assert {path.name for path in (task.folder / "warm").iterdir()} == {
+        "student",
+        "pairs",
+        "pairs.jsonl",
+        "result.json",
+    }
+    rows = [row for file in (task.folder / "warm/pairs").glob("*.jsonl") for row in common.read_jsonl(file)]
+    pairs = common.read_jsonl(task.folder / "warm/pairs.jsonl")
+    assert warm["pairs"] == len(pairs) > 0
+    prompts = {pair["prompt_id"]: len(pair["prompt_ids"]) for pair in pairs}
+    sampled = sum(prompts.values()) + sum(len(row["response_ids"]) for row in rows)
+    assert warm["teacher_tokens"] == sampled + sum(len(row["chosen_ids"]) for row in rows)  # t* = 0: all of y+
+    # The same pairs at the same settings: the same student, and the same costs
+    assert {key: again[key] for key in ("accuracy", "student_tokens", "teacher_tokens")} == {
+        key: warm[key] for key in ("accuracy", "student_tokens", "teacher_tokens")
+    }
+    plain = few | {"limit": 8, "max_new_tokens": 40}
+    by_mode = {
+        mode: task.kd(mode, task.folder / "warm/student", mode=mode, **plain) for mode in ("gold", "teacher", "student")
+    }
+    assert {path.name for path in (task.folder / "gold").iterdir()} == {"result.json"}
+    gold, teacher, student = by_mode.values()
+    assert gold["student_tokens"] == gold["teacher_tokens"] > 0
+    assert teacher["teacher_tokens"] > teacher["student_tokens"]  # it wrote the responses
+    assert student["student_tokens"] == 2 * student["teacher_tokens"]
+    assert all(result["steps"] == 2 and 0 <= result["accuracy"] <= 1 for result in by_mode.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,216 @@
+"""When does the warm-up pay? The toy, 10 seeds that nothing was chosen on, the test set once: runs/toy_ablation.json.
+
+    python runs/toy_ablation.py select                    learning rates of KD, on the dev sets of seeds 1 to 3
+    python runs/toy_ablation.py report CONDITION SEED...  the report seeds: two processes can share them
+    python runs/toy_ablation.py collect                   what is finished -> runs/toy_ablation.json
+
+Every arm ends in B steps of KD, B = 25, 100, 400 (on-policy: 25, 100). What differs is what they train on and where they start:
+
+    condition  gold       KD on the data's responses (CE and KD in equal parts), as in the paper
+               mismatch   the same with a student that has half of the facts wrong instead of a quarter
+               teacher    no gold responses: KD on the teacher's greedy responses to the same prompts
+               student    no gold responses: on-policy KD, without CE
+    start      none       the student as it is: KD alone
+               warm-up    Warmup-Distill: DPO with the NLL term
+               plain      the same with the paper's plain DPO loss, at its own best settings
+               sft        SFT on the chosen responses: the same pairs and steps, DPO's part switched off (--beta 1e-9)
+               no-splice  the teacher writes all of y+, for every sample (--eta=-1e9 makes t* = 0)
+               no-splice-same   ... for the samples with a mismatch only
+               random     y+ is spliced at a random position instead of t*
+    none + tokens, none + time   KD alone for as many more steps as the warm-up cost, in token positions that student and
+               teacher compute (lab.py), or in CPU seconds
+
+Learning rates of KD are chosen for each loss and budget, for "none" and for "warm-up" apart; the other starts use those of
+"warm-up", KD with more steps that of the nearest budget. DPO's settings come from runs/dpo_sensitivity.json. The controls
+other than "sft" and "none + tokens" stop at 100 steps: at 400 there is little left to tell apart.
+"""
+
+import functools
+import math
+import statistics
+import sys
+
+import dpo_sensitivity
+import lab
+from lab import REPORT_SEEDS, ROOT
+
+import common
+import toy
+
+BUDGETS = (25, 100, 400)
+RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+SELECT_SEEDS = (1, 2, 3)
+LOSSES = ("forward_kl", "reverse_kl", "skew_reverse_kl")
+STARTS = ("none", "warm-up", "sft", "none + tokens")
+CONTROLS = ("plain", "no-splice", "no-splice-same", "random", "none + time")  # not at the largest budget
+# condition -> losses, largest budget, flags of kd.py
+CONDITIONS = {
+    "gold": (LOSSES, 400, {}),
+    "mismatch": (LOSSES[:2], 400, {}),
+    "teacher": (LOSSES[:2], 400, {"mode": "teacher"}),
+    "student": (LOSSES[1:2], 100, {"mode": "student"}),
+}
+RESULT, SELECTED = ROOT / "runs/toy_ablation.json", ROOT / "runs/toy_selected.json"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Choices, on the dev sets
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def search(start, dpo):
+    """{"loss/budget/rate": accuracies on the dev sets} of KD from `start`, one value a seed."""
+    found = {}
+    for seed in SELECT_SEEDS:
+        task = lab.Toy(ROOT / "out/toy_dev", seed, "dev")
+        model, jobs = make_start(task, start, dpo)[0], []
+        for loss in LOSSES:
+            for budget in BUDGETS:
+                for rate in RATES:
+                    settings = {"loss": loss, "max_steps": budget, "lr": rate}
+                    name = f"{loss}/{budget}/{rate}"
+                    jobs.append((name, functools.partial(task.kd, f"{start}/{name}", model, **settings)))
+        for name, result in lab.run_all(jobs, f"select, {start}, seed {seed}").items():
+            found.setdefault(name, []).append(result["accuracy"])
+    return found
+
+
+def best_rates(found):
+    """{"loss/budget": the rate with the highest mean accuracy}; of equals the smallest. found: as `search` returns."""
+    mean = lambda loss, budget, rate: statistics.fmean(found[f"{loss}/{budget}/{rate}"])
+    return {
+        f"{loss}/{budget}": max(RATES, key=lambda rate: (mean(loss, budget, rate), -rate))
+        for loss in LOSSES
+        for budget in BUDGETS
+    }
+
+
+def select():
+    """runs/toy_selected.json: DPO's settings from dpo_sensitivity.json, KD's rates from a search on the dev sets."""
+    sensitivity = common.read_json(dpo_sensitivity.RESULT)
+    plain, aided = (dpo_sensitivity.best(sensitivity, with_nll) for with_nll in (False, True))
+    chosen = {"warm-up": dpo_sensitivity.settings_of(aided), "plain": dpo_sensitivity.settings_of(plain)}
+    found = {start: search(start, chosen) for start in ("none", "warm-up")}
+    rates = {start: best_rates(found[start]) for start in found}
+    means = {f"{s}/{k}": [round(v, 4) for v in values] for s in found for k, values in found[s].items()}
+    head = {"record": lab.record("toy_ablation", 0), "seeds": SELECT_SEEDS, "dpo": chosen, "rates": rates}
+    lab.write_result(SELECTED, head, means)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_start(task, start, dpo):
+    """Runs what comes before KD. Returns (model folder, result). dpo: {"warm-up": settings, "plain": settings}."""
+    name = f"start/{start}"
+    if start == "none":
+        return task.paths["student"], task.initial()
+    if start in ("plain", "sft"):
+        make_start(task, "warm-up", dpo)
+        settings = dpo["plain"] if start == "plain" else {**dpo["warm-up"], "beta": 1e-9, "nll_weight": 1.0}
+        return task.folder / name / "student", task.dpo(name, "start/warm-up", **settings)
+    settings, position = dpo["warm-up"], {"random": "random", "no-splice-same": "start"}.get(start)
+    if start == "no-splice":
+        settings = settings | {"eta": -1e9}
+    return task.folder / name / "student", task.warmup(name, position, **settings)
+
+
+def rate_of(rates, loss, steps):
+    """The rate chosen for the budget nearest to `steps` (ratio)."""
+    return rates[f"{loss}/{min(BUDGETS, key=lambda budget: abs(math.log(steps / budget)))}"]
+
+
+def extra_steps(extra, warmup, runs, loss):
+    """How many KD steps cost what the warm-up cost. runs: {budget: result} of KD alone with this loss."""
+    short, long = runs[min(runs)], runs[max(runs)]
+    if extra == "none + tokens":
+        step = (long["student_tokens"] + long["teacher_tokens"]) / long["steps"]
+        return math.ceil((warmup["student_tokens"] + warmup["teacher_tokens"]) / step)
+    # The difference of two runs leaves out what every start of a script costs
+    step = (long["seconds"] - short["seconds"]) / (long["steps"] - short["steps"])
+    return math.ceil(warmup["seconds"] / step)
+
+
+def distil(task, condition, start, loss, budget, selected, alone):
+    """One KD run. alone: {budget: result} of "none", filled as it goes, for the number of extra steps."""
+    flags, steps, rates = CONDITIONS[condition][2], budget, selected["rates"]["none"]
+    model = task.paths["student"]
+    if start.startswith("none +"):
+        warmup = make_start(task, "warm-up", selected["dpo"])[1]
+        steps += extra_steps(start, warmup, alone, loss)
+    else:
+        model = make_start(task, start, selected["dpo"])[0]
+        rates = selected["rates"]["none" if start == "none" else "warm-up"]
+    settings = {**flags, "loss": loss, "max_steps": steps, "lr": rate_of(rates, loss, steps)}
+    if condition == "teacher":  # the teacher writes no more than is read
+        settings["limit"] = min(toy.KD["limit"], steps * toy.KD["batch_size"])
+    result = task.kd(f"{condition}/{start}/{loss}/{budget}", model, **settings)
+    if start == "none":
+        alone[budget] = result
+    return result
+
+
+def report(condition, seed):
+    """All arms of one condition on the test set of one seed -> SEED/CONDITION.json."""
+    selected = common.read_json(SELECTED)
+    settings = toy.Settings(misconceived=0.5) if condition == "mismatch" else toy.Settings()
+    folder = "toy_mismatch" if condition == "mismatch" else "toy_test"
+    task, jobs = lab.Toy(ROOT / "out" / folder, seed, "test", settings), []
+    losses, largest, _ = CONDITIONS[condition]
+    starts = STARTS + (CONTROLS if condition == "gold" else ())
+    for start in starts:
+        if not start.startswith("none +"):
+            job = functools.partial(make_start, task, start, selected["dpo"])
+            jobs.append((f"{condition}/{start}", lambda job=job: job()[1]))
+    for loss in losses:
+        alone = {}
+        for start in starts:
+            for budget in BUDGETS:
+                if budget <= largest and not (start in CONTROLS and budget == BUDGETS[-1]):
+                    job = functools.partial(distil, task, condition, start, loss, budget, selected, alone)
+                    jobs.append((f"{condition}/{start}/{loss}/{budget}", job))
+    results = lab.run_all(jobs, f"{condition}, seed {seed}")
+    common.write_json(task.folder / f"{condition}.json", results)
+
+
+def collect():
+    """runs/toy_ablation.json: {arm: {"accuracy": one value a seed, and mean costs}} of the seeds that are finished."""
+    seeds, runs, seconds = {}, {}, 0
+    for condition in CONDITIONS:
+        folder = ROOT / "out" / ("toy_mismatch" if condition == "mismatch" else "toy_test")
+        files = {seed: folder / str(seed) / f"{condition}.json" for seed in REPORT_SEEDS}
+        found = {seed: common.read_json(file) for seed, file in files.items() if file.exists()}
+        if not found:
+            continue
+        seeds[condition] = list(found)
+        for name in next(iter(found.values())):
+            results = [found[seed][name] for seed in found]
+            row = {"accuracy": [round(r["accuracy"], 4) for r in results]}
+            for key in ("steps", "pairs", "student_tokens", "teacher_tokens", "seconds"):
+                if key in results[0]:
+                    row[key] = round(statistics.fmean(r[key] for r in results), 1)
+            seconds += sum(r.get("seconds", 0) for r in results)
+            runs[name] = row
+        print(f"{condition}: {len(found)} of {len(REPORT_SEEDS)} seeds")
+    selected = common.read_json(SELECTED)
+    head = {"record": lab.record("toy_ablation", seconds), "seeds": seeds}
+    lab.write_result(RESULT, head | {"dpo": selected["dpo"], "rates": selected["rates"]}, runs)
+
+
+def main(argv):
+    match argv:
+        case ["select"]:
+            select()
+        case ["report", condition, *seeds] if condition in CONDITIONS:
+            for seed in map(int, seeds or REPORT_SEEDS):
+                report(condition, seed)
+        case ["collect"]:
+            collect()
+        case _:
+            sys.exit(__doc__)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

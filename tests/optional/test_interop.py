@@ -1,0 +1,312 @@
+"""A run's files in the libraries that others use: datasets, TRL's DPOTrainer, transformers; and TRL's model in kd.py.
+
+Not part of `python -m pytest`: it needs `pip install -r tests/optional/requirements.txt`. Then, with its numbers shown,
+
+    python -m pytest -s tests/optional/test_interop.py
+
+What TRL makes of pairs.jsonl: it ignores the ids and tokenizes the text columns anew, with an eos behind each response.
+So it trains on our very tokens where a response ended by itself, and text and ids say the same: by the toy's tokenizer,
+one token a character, that is every such response without a special token in its middle. A tokenizer that puts a bos
+before every text, such as Llama's, puts a second one before our prompts, which have it: take ours out for TRL.
+"""
+
+import importlib
+import json
+import math
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+from conftest import make_model
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, pipeline
+
+import common
+import decode
+import dpo
+import kd
+import models
+import pairs
+import toy
+import warmup_distill
+
+BETA, LR, STEPS = 0.5, 1e-3, 4
+
+
+def library(name):
+    """A module; a test that lacks it fails and says what to install."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        reason = str(error)
+    pytest.fail(f"{name} cannot be imported ({reason}): pip install -r tests/optional/requirements.txt", pytrace=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def offline():
+    """Nothing here asks a network (the environment's HF_HUB_OFFLINE is read at import, too early), or uses a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        assert huggingface_hub.is_offline_mode()
+        yield
+
+
+@pytest.fixture(scope="module")
+def trl():
+    return library("trl")
+
+
+@pytest.fixture(scope="module")
+def datasets():
+    return library("datasets")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run, and its pairs in TRL
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def flags(**values):
+    """{"batch_size": 4} -> ["--batch-size", "4"], with what every command here shares."""
+    values = {"device": "cpu", "threads": 1, "dtype": "float32", **values}
+    return [str(word) for name, value in values.items() for word in (f"--{name.replace('_', '-')}", value)]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A real run: two tiny models after a few steps of SFT, so that they write sums and end, then the whole warm-up."""
+    root = tmp_path_factory.mktemp("interop")
+    facts, tokenizer = toy.correct_facts(), toy.make_tokenizer()
+    problems = toy.draw_splits(0, toy.Settings(train=64))["train"]
+    data = root / "train.jsonl"
+    data.write_text("".join(json.dumps(toy.to_example(p, facts)) + "\n" for p in problems))
+    for name, family, steps, seed in (("student", "llama", 60, 1), ("teacher", "qwen2", 120, 2)):
+        make_model(family, seed, width=32, std=0.05, tie_word_embeddings=name == "student").save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+        sft = flags(student=root / name, data=data, out=root / f"{name}-sft", kd_rate=0, max_new_tokens=48)
+        kd.main([*sft, *flags(max_steps=steps, batch_size=16, micro_batch_size=16, lr=1e-2, lr_warmup_ratio=0)])
+    student, teacher = (root / f"{name}-sft" / "student" for name in ("student", "teacher"))
+    warmup_distill.main(
+        [*flags(teacher=teacher, student=student, data=data, out=root / "out", limit=6, samples=4, eta=2),
+         *flags(max_new_tokens=40, batch_size=8, micro_batch_size=8, lr=LR, beta=BETA, eval_limit=0)]
+    )  # fmt: skip
+    tokenizer = models.load_tokenizer(str(student))
+    return SimpleNamespace(out=root / "out", student=student, teacher=teacher, data=data, tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="module")
+def dataset(run, datasets, tmp_path_factory):
+    """pairs.jsonl as `datasets` reads it."""
+    cache = str(tmp_path_factory.mktemp("cache"))
+    return datasets.load_dataset("json", data_files=str(run.out / "pairs.jsonl"), split="train", cache_dir=cache)
+
+
+@pytest.fixture(scope="module")
+def same_in_text(run, dataset):
+    """Numbers of the pairs whose text, tokenized with an eos behind each response, is their ids."""
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+    again = [pairs.tokenize_pair({key: row[key] for key in TEXT}, run.tokenizer, "here") for row in dataset]
+    return [i for i, row in enumerate(dataset) if all(row[key] == again[i][key] for key in columns)]
+
+
+TEXT = ("prompt", "chosen", "rejected")
+
+
+@pytest.fixture(scope="module")
+def make_trainer(run, trl, dataset, tmp_path_factory):
+    """make_trainer(rows) -> DPOTrainer of the run's student on those rows of pairs.jsonl, all of them in each step."""
+
+    def make(rows, tokenizer=run.tokenizer, dataset=dataset, **settings):
+        settings = {
+            "beta": BETA,
+            "learning_rate": LR,
+            "lr_scheduler_type": "constant",
+            "adam_beta2": 0.95,  # dpo.py's
+            "max_steps": STEPS,
+            "per_device_train_batch_size": len(rows),
+            "gradient_checkpointing": False,
+            "bf16": False,
+            "use_cpu": True,
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "report_to": [],
+            "disable_tqdm": True,
+            **settings,
+        }
+        return trl.DPOTrainer(
+            AutoModelForCausalLM.from_pretrained(run.student, dtype=torch.float32),
+            args=trl.DPOConfig(str(tmp_path_factory.mktemp("trl")), **settings),
+            train_dataset=dataset.select(rows),
+            processing_class=tokenizer,
+        )
+
+    return make
+
+
+def difference(ours, theirs):
+    """|ours - theirs| / |theirs|, over all entries of two lists of tensors."""
+    flat = lambda tensors: torch.cat([tensor.flatten().double() for tensor in tensors])
+    return ((flat(ours) - flat(theirs)).norm() / flat(theirs).norm()).item()
+
+
+def test_datasets_reads_pairs(run, dataset):
+    """The rows of the file, ids as integers, text as text."""
+    assert dataset.to_list() == common.read_jsonl(run.out / "pairs.jsonl")
+    assert set(TEXT) <= set(dataset.column_names)
+    print(f"\ndatasets: {len(dataset)} pairs, columns {', '.join(dataset.column_names)}")
+
+
+def test_trl_trains_on_our_tokens(run, dataset, same_in_text, make_trainer):
+    """TRL's ids are those that dpo.py makes of the text alone, and our own where both responses ended by themselves."""
+    found = make_trainer(range(len(dataset))).train_dataset
+    for row, theirs in zip(dataset, found, strict=True):
+        ours = pairs.tokenize_pair({key: row[key] for key in TEXT}, run.tokenizer, "here")
+        assert {key: theirs[key] for key in ours} == ours
+    special, eos = set(run.tokenizer.all_special_ids), run.tokenizer.eos_token_id
+    clean = lambda ids: ids[-1] == eos and not special & set(ids[:-1])
+    ended = [i for i, row in enumerate(dataset) if clean(row["chosen_ids"]) and clean(row["rejected_ids"])]
+    assert same_in_text == ended and len(ended) >= 4
+    print(
+        f"\nTRL: {len(dataset)} pairs as dpo.py tokenizes their text; {len(ended)} of them are our ids, token by token"
+    )
+
+
+def test_trl_doubles_bos(run, dataset, make_trainer):
+    """If the tokenizer puts <bos> before every text, TRL's prompts begin with two; with ours taken out, with one."""
+    tokenizer = toy.make_tokenizer()
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[bos])
+    assert tokenizer("1+1").input_ids[0] == bos[1]
+    ours = [row["prompt_ids"] for row in dataset]
+    doubled = make_trainer(range(len(dataset)), tokenizer).train_dataset
+    assert [row["prompt_ids"] for row in doubled] == [[bos[1], *ids] for ids in ours]
+    bare = dataset.map(lambda row: {"prompt": row["prompt"].removeprefix(bos[0])})
+    once = make_trainer(range(len(dataset)), tokenizer, bare).train_dataset
+    assert [row["prompt_ids"] for row in once] == ours
+    print(f"\nTRL with a tokenizer that adds {bos[0]}: one more in each of {len(ours)} prompts, none more without ours")
+
+
+def test_trl_logprobs_and_gradient(run, dataset, same_in_text, make_trainer):
+    """Log-probs of each response and the gradient of the loss: TRL's, two rows a pair, and dpo.py's, one row a pair.
+
+    The reference is off the policy, so that the loss is not at its symmetric point, ln 2.
+    """
+    trainer = make_trainer(same_in_text)
+    with torch.no_grad():
+        for parameter in trainer.ref_model.parameters():
+            parameter.mul_(1.02)
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    logps = torch.stack(trainer.compute_ref_log_probs(trainer.model, batch), 1)  # (B, 2)
+    reference = torch.stack(trainer.compute_ref_log_probs(trainer.ref_model, batch), 1)
+    trainer.current_gradient_accumulation_steps = 1
+    loss = trainer.training_step(trainer.model, batch)
+
+    lm = AutoModelForCausalLM.from_pretrained(run.student, dtype=torch.float32)
+    rows = [dataset[i] for i in same_in_text]
+    collated = dpo.collate_pairs(rows, run.tokenizer.pad_token_id, True, "cpu")
+    sums = dpo.PairModel(lm, len(run.tokenizer))(**collated)
+    chosen, rejected = dpo.response_logps(sums, None, False)
+    # As dpo.py trains, without the shared part: TRL's reference has its own in both responses, and it cancels there
+    collated = dpo.collate_pairs(rows, run.tokenizer.pad_token_id, False, "cpu")
+    suffixes = dpo.response_logps(dpo.PairModel(lm, len(run.tokenizer))(**collated), None, False)
+    losses, _, _ = dpo.dpo_loss(*suffixes, *reference.unbind(1), BETA)
+    losses.mean().backward()
+
+    off = (torch.stack([chosen, rejected], 1) - logps).abs().max().item()
+    names = [name for name, _ in lm.named_parameters()]
+    theirs = dict(trainer.model.named_parameters())
+    relative = difference([p.grad for p in lm.parameters()], [theirs[name].grad for name in names])
+    print(f"\n{len(rows)} pairs: loss {losses.mean().item():.7f}, TRL {loss.item():.7f}")
+    print(f"log-probs of {logps.min():.1f} to {logps.max():.1f} nats differ by {off:.1e} at most")
+    print(f"gradient: relative difference {relative:.1e}")
+    assert abs(loss.item() - math.log(2)) > 1e-3
+    assert losses.mean().item() == pytest.approx(loss.item(), abs=1e-5)
+    assert off < 1e-4 and relative < 1e-4
+
+
+def test_trl_trains_as_dpo_does(run, dataset, same_in_text, make_trainer, tmp_path):
+    """DPOTrainer.train() beside the command dpo.py, the same pairs in every step: logged numbers, and the weights."""
+    count = len(same_in_text)
+    common.write_jsonl(tmp_path / "pairs.jsonl", [dataset[i] for i in same_in_text])
+    dpo.main(
+        [*flags(model=run.student, pairs=tmp_path / "pairs.jsonl", out=tmp_path / "ours", beta=BETA, lr=LR),
+         *flags(max_steps=STEPS, batch_size=count, micro_batch_size=count, lr_warmup_ratio=0, lr_final_ratio=1)]
+    )  # fmt: skip
+    ours = common.read_jsonl(tmp_path / "ours" / "metrics.jsonl")
+    trainer = make_trainer(same_in_text)
+    start = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.train()
+    theirs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(ours) == len(theirs) == STEPS
+    names = {"loss": "loss", "grad_norm": "grad_norm", "margin": "rewards/margins", "accuracy": "rewards/accuracies"}
+    for step, (a, b) in enumerate(zip(ours, theirs)):
+        print(
+            f"\nstep {step + 1}", *(f"{name} {a[name]:.6f}, TRL {b[key]:.6f};" for name, key in names.items()), end=""
+        )
+        for name, key in names.items():
+            if name != "accuracy" or step > 0:  # at first all rewards are 0 up to rounding
+                assert a[name] == pytest.approx(b[key], rel=2e-4, abs=2e-4), f"{name} of step {step + 1}"
+    assert ours[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) == theirs[0]["loss"]
+    assert ours[-1]["loss"] < 0.95 * math.log(2)
+
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "ours" / "student").state_dict()
+    steps = [(trained[n] - s, p.detach() - s) for (n, p), s in zip(trainer.model.named_parameters(), start)]
+    relative = difference(*zip(*steps))
+    print(f"\nchange of the weights after {STEPS} steps: relative difference {relative:.1e}")
+    assert relative < 1e-2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models, both ways
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_student_in_transformers(run):
+    """OUT/student by its path alone: AutoModelForCausalLM, and a pipeline that writes what decode.py writes."""
+    lm, info = AutoModelForCausalLM.from_pretrained(run.out / "student", output_loading_info=True)
+    assert not any(info.values()), info
+    prompts = ["<bos>123+456:", "<bos>999+100:"]
+    generate = pipeline("text-generation", model=str(run.out / "student"), device="cpu")
+    options = {"max_new_tokens": 40, "do_sample": False, "return_full_text": False}
+    written = [generate(prompt, **options)[0]["generated_text"] for prompt in prompts]
+    ids = [run.tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
+    rows = decode.prefill(lm, ids, run.tokenizer.pad_token_id, "cpu")
+    budget, eos = torch.full((len(ids),), 40), [run.tokenizer.eos_token_id]
+    ours, _ = decode.decode(lm, rows, decode.greedy, budget, eos, len(run.tokenizer))
+    print("\npipeline:", *(f"{prompt} -> {text}" for prompt, text in zip(prompts, written)))
+    assert written == run.tokenizer.batch_decode(ours, skip_special_tokens=True) and all(written)
+
+
+def test_student_of_trl_in_kd(run, same_in_text, make_trainer, tmp_path):
+    """What DPOTrainer.save_model wrote is --student of kd.py; its first loss is the plain model's on the plain rows."""
+    trainer = make_trainer(same_in_text, max_steps=1)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "trl"))
+    kd.main(
+        [*flags(student=tmp_path / "trl", teacher=run.teacher, data=run.data, out=tmp_path / "kd", limit=8, lr=LR),
+         *flags(max_steps=2, batch_size=8, micro_batch_size=4, max_new_tokens=48, loss="forward_kl", kd_rate=0.5)]
+    )  # fmt: skip
+    first, second = common.read_jsonl(tmp_path / "kd" / "metrics.jsonl")
+
+    student, teacher = (AutoModelForCausalLM.from_pretrained(p).eval() for p in (tmp_path / "trl", run.teacher))
+    ce = kl = tokens = 0
+    for line in run.data.read_text().splitlines()[:8]:
+        example = json.loads(line)
+        prompt = run.tokenizer.encode("<bos>" + example["prompt"], add_special_tokens=False)
+        ids = [*prompt, *run.tokenizer.encode(example["response"], add_special_tokens=False), 2]
+        with torch.no_grad():
+            log_q, log_p = (lm(torch.tensor([ids])).logits[0].double().log_softmax(-1) for lm in (student, teacher))
+        for t in range(len(prompt), len(ids)):
+            ce -= log_q[t - 1, ids[t]].item()
+            kl += (log_p[t - 1].exp() * (log_p[t - 1] - log_q[t - 1])).sum().item()
+            tokens += 1
+    print(
+        f"\nkd.py on TRL's model: ce {first['ce']:.6f}, kd {first['kd']:.6f};"
+        f" plain {ce / tokens:.6f}, {kl / tokens:.6f}"
+    )
+    assert first["ce"] == pytest.approx(ce / tokens, abs=1e-5) and first["kd"] == pytest.approx(kl / tokens, abs=1e-5)
+    assert second["loss"] < first["loss"] and first["response_tokens"] == tokens
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "kd" / "student").state_dict()
+    assert any(not torch.equal(trained[name], value) for name, value in student.state_dict().items())
