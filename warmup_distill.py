@@ -48,16 +48,18 @@ class Context(Run):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.clocks = {}  # stage -> tokens and seconds of a micro-batch on this rank
+        file = self.out / "speed.json"  # of an earlier start
+        self.clocks = common.read_json(file) if file.exists() else {}  # stage -> [tokens, seconds] on this rank
 
     @contextlib.contextmanager
     def clock(self, stage):
-        """Puts the time inside, and the `tokens` that are set on the yielded object, into `clocks[stage]`."""
+        """Adds the time inside, and the `tokens` that are set on the yielded object, to `clocks[stage]`."""
         lap, started = argparse.Namespace(tokens=0), time.perf_counter()
         yield lap
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()
-        self.clocks[stage] = (lap.tokens, time.perf_counter() - started)
+        tokens, seconds = self.clocks.get(stage, (0, 0.0))
+        self.clocks[stage] = (tokens + lap.tokens, seconds + time.perf_counter() - started)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -232,7 +234,7 @@ def build_pairs(run, batches):
         if mine:
             common.write_jsonl(file, records)
         if world.rank == 0:
-            common.append_jsonl(run.out / "speed.jsonl", run.clocks)
+            common.write_json(run.out / "speed.json", run.clocks)
     run.drop_teacher()
 
 
@@ -317,11 +319,10 @@ def load_prompts(args, tokenizer):
 
 def print_speed(run):
     """Tokens a second of each stage; of sample, check and splice rank 0's."""
-    laps = common.read_jsonl(run.out / "speed.jsonl")
-    steps = common.read_jsonl(run.out / "metrics.jsonl") if (run.out / "metrics.jsonl").exists() else []
-    laps += [{"dpo": (step["tokens"], step["seconds"])} for step in steps]
-    for stage in ("sample", "check", "splice", "dpo"):
-        tokens, seconds = (sum(lap[stage][i] for lap in laps if stage in lap) for i in range(2))
+    file = run.out / "metrics.jsonl"
+    steps = common.read_jsonl(file) if file.exists() else []
+    clocks = run.clocks | {"dpo": [sum(step[key] for step in steps) for key in ("tokens", "seconds")]}
+    for stage, (tokens, seconds) in clocks.items():
         if tokens:
             print(f"{stage:8} {tokens / seconds:10.0f} tokens/s")
 

@@ -617,7 +617,7 @@ def test_main_writes_what_it_promises(argv, tmp_path, pair_of_models, capsys):
     printed = capsys.readouterr().out
     written = {path.name for path in out.iterdir()} - {"reference.json"}
     assert written == {"args.json", "pairs", "pairs.jsonl", "mismatch.json", "metrics.jsonl", "checkpoint", "student",
-                       "summary.json", "speed.jsonl", ".lock", "report.html"}  # fmt: skip
+                       "summary.json", "speed.json", ".lock", "report.html"}  # fmt: skip
     run = json.loads((out / "args.json").read_text())
     assert run["args"] == vars(warmup_distill.parse_args(argv))
     assert run["versions"]["torch"] == torch.__version__
