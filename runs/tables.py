@@ -20,6 +20,10 @@ from lab import mean_sd, paired, t_interval
 FOLDER = Path(__file__).parent
 BUDGETS = ("25", "100", "400")
 LOSSES = ("forward_kl", "reverse_kl", "skew_reverse_kl")
+LEDGER = ("no warm-up", "default", "nll-0 beta-0.5 lr-0.0005", "nll-0 beta-0.5 lr-0.00025", "nll-1 beta-0.1 lr-0.0005")
+LEDGER += ("nll-1 beta-0.5 lr-0.0001", "steps-120", "sft", "replace-after", "teacher-greedy", "samples-2", "samples-16")
+LEDGER += ("temperature-0.7", "keep-teacher", "keep-correct", "mean nll-1 beta-0.5", "reference-teacher nll-1")
+LEDGER += ("label-smoothing-0.1",)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -225,11 +229,31 @@ def eta_figure(result):
     return chart(lines, "eta, nats", "replaced, %")
 
 
-def sensitivity(result):
-    """DPO's settings."""
+def head_start(result):
+    """KD alone and after the warm-up at their best learning rates, on the dev sets that these were chosen on."""
+    rows = []
+    for loss in LOSSES:
+        for budget in BUDGETS:
+            rates = [result["rates"][start][f"{loss}/{budget}"] for start in ("none", "warm-up")]
+            alone, warm = (
+                result["runs"][f"{start}/{loss}/{budget}/{rate}"] for start, rate in zip(("none", "warm-up"), rates)
+            )
+            rows.append([loss, budget, percent(alone), percent(warm), difference(warm, alone)])
+    header = ["KD loss", "KD steps", "KD alone, %", "warm-up + KD, %", "difference, points"]
+    text = f"{len(result['seeds'])} seeds, dev sets, learning rates of KD chosen on the same, of four for each cell"
+    return table(header, rows) + "\n" + source(result["record"], text)
+
+
+def ledger(result):
+    """The README's ledger: one variant for each choice that the paper leaves open."""
+    return sensitivity(result, LEDGER)
+
+
+def sensitivity(result, names=None):
+    """DPO's settings, all or those of `names`."""
     runs, rows = result["runs"], []
     base, none = runs["default"], runs["no warm-up"]
-    for name, row in runs.items():
+    for name, row in ((name, runs[name]) for name in names or runs):
         cells = [percent(row["accuracy"]), percent(row["after_kd"])]
         cells += ["" if row is none else difference(row["after_kd"], none["after_kd"])]
         cells += ["" if row in (none, base) else difference(row["after_kd"], base["after_kd"])]
@@ -317,8 +341,9 @@ TABLES = {
         "when": ablation_when,
         "cost": ablation_cost,
     },
+    "toy_selected": {"head": head_start},
     "eta_sweep": {"rates": eta_rates, "accuracy": eta_accuracy},
-    "dpo_sensitivity": {"settings": sensitivity},
+    "dpo_sensitivity": {"settings": sensitivity, "ledger": ledger},
     "real_pair": {"arms": real_pair},
 }
 FIGURES = {"toy_ablation": ablation_figure, "eta_sweep": eta_figure}

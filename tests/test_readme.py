@@ -1,10 +1,8 @@
 """The README's claims about names: every command parses, every flag, path and function in it exists."""
 
 import importlib
-import json
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -80,11 +78,3 @@ def test_links_inside_the_readme():
         assert target in headings
     for path in re.findall(r"\b(?:runs|tests|bench)/[\w./-]*\.\w+", README):
         assert Path(ROOT / path).exists(), path
-
-
-def test_ledger_table_is_the_measured_one():
-    """The README's table of measured effects is what runs/ledger.py makes of runs/ledger.json."""
-    sys.path.insert(0, str(ROOT / "runs"))
-    import ledger
-
-    assert ledger.table(json.loads((ROOT / "runs/ledger.json").read_text())) in README
