@@ -293,7 +293,10 @@ COLOURS = ("#4269d0", "#e8743b", "#3ca951", "#8a5fc7")
 
 
 def chart(lines, x_title, y_title, log=False, width=640, height=360):
-    """An SVG line chart. lines: {name: [(x, y, half width of y's interval)]}. y goes from 0 to 100."""
+    """An SVG line chart. lines: {name: [(x, y, half width of y's interval)]}. y goes from 0 to 100.
+
+    The names stand at the right, below where lines rise and above where they fall.
+    """
     left, top, bottom, right = 56, 16, 44, 16
     place = math.log10 if log else float
     xs = [place(x) for points in lines.values() for x, _, _ in points]
@@ -315,6 +318,7 @@ def chart(lines, x_title, y_title, log=False, width=640, height=360):
     out.append(text((left + width - right) / 2, height - 8, x_title, 'text-anchor="middle"'))
     turned = f'text-anchor="middle" transform="rotate(-90 14 {(height - bottom) / 2:.0f})"'
     out.append(text(14, (height - bottom) / 2, y_title, turned))
+    rises = sum(points[-1][1] - points[0][1] for points in lines.values()) > 0
     for number, (name, points) in enumerate(lines.items()):
         colour = COLOURS[number % len(COLOURS)]
         path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y, _ in points)
@@ -324,9 +328,8 @@ def chart(lines, x_title, y_title, log=False, width=640, height=360):
             if half:
                 ends = f"M{across(x):.1f} {up(max(0, y - half)):.1f}V{up(min(100, y + half)):.1f}"
                 out.append(f'<path d="{ends}" stroke="{colour}"/>')
-        out.append(
-            text(width - right - 8, height - bottom - 12 - 16 * number, name, f'text-anchor="end" fill="{colour}"')
-        )
+        y = height - bottom - 12 - 16 * number if rises else top + 16 * (number + 1)
+        out.append(text(width - right - 8, y, name, f'text-anchor="end" fill="{colour}"'))
     return "\n".join([*out, "</svg>"]) + "\n"
 
 
