@@ -219,7 +219,7 @@ def start_processes(device, threads):
         kwargs.update(store=dist.HashStore(), rank=0, world_size=1)
     elif "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's store is there before its ranks are, or torchrun is gone
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=30))
+        dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=15))
     if not dist.is_initialized():
         dist.init_process_group(**kwargs)
     transformers.utils.logging.disable_progress_bar()
@@ -305,9 +305,12 @@ def iterate_jsonl(path, blank_lines=False):
             if blank_lines and not line.strip():
                 continue
             try:
-                yield number, json.loads(line)
+                value = json.loads(line)
+                if b"\\u" in line:
+                    json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate is no text: no tokenizer takes it
             except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or brackets without end
                 raise UserError(f"not JSON ({one_line(error)})", f"in {path} line {number}", "mend or delete the line")
+            yield number, value
 
 
 def read_jsonl(path):

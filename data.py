@@ -11,12 +11,16 @@ from pathlib import Path
 
 import datasets
 import jinja2
+from datasets.exceptions import DatasetsError
 
+import common
 from common import UserError, one_line
 
 PROMPT_COLUMNS = ("instruction", "question", "problem", "prompt")
 INPUT_COLUMNS = ("input", "context")
 RESPONSE_COLUMNS = ("output", "response", "answer", "completion", "solution")
+# What `datasets` lets through when its readers meet what they did not expect
+DATA_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, StopIteration, DatasetsError)
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 # The Alpaca template (Taori et al., 2023), which MiniLLM, DistiLLM and DSKD use for base models
@@ -68,14 +72,30 @@ def load_rows(source, config, split):
                 raise UserError(
                     f"unknown file type {path.suffix!r}", f"in {source}", f"use one of {', '.join(FILE_FORMATS)}"
                 )
+            if FILE_FORMATS[path.suffix] == "json":
+                check_json(path)
             return datasets.load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split="train")
         return datasets.load_dataset(source, config, split=split)
-    except (OSError, ValueError, RuntimeError, StopIteration, datasets.exceptions.DatasetsError) as error:
+    except UserError:
+        raise
+    except DATA_ERRORS as error:
         raise UserError(
             f"the data cannot be read ({one_line(error.__cause__ or error)})",
             f"in {source}",
             "check the file, hub id and --split",
         )
+
+
+def check_json(path):
+    """Raises UserError that names the first row of a JSON file that is no object; on some of them pyarrow crashes."""
+    with open(path, "rb") as file:
+        beginning = file.read(1 << 16).lstrip()[:1]
+    whole = path.suffix == ".json" and beginning == b"["  # one list, which `datasets` reads whole, too
+    rows = enumerate(common.read_json(path), 1) if whole else common.iterate_jsonl(path, blank_lines=True)
+    for number, row in rows:
+        if not isinstance(row, dict):
+            what = f"{type(row).__name__} instead of an object with columns"
+            raise UserError(what, f"in {path} {'item' if whole else 'line'} {number}", "mend or delete it")
 
 
 class Examples:

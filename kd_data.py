@@ -111,7 +111,7 @@ def teacher_responses(prompts, run):
 
 def read_responses(file, batch, vocab_size):
     """The responses to a batch of prompts, lists of ids, from their file. Raises UserError unless it has just these."""
-    is_response = lambda ids: bool(ids) and all(isinstance(i, int) and 0 <= i < vocab_size for i in ids)
+    is_response = lambda ids: bool(ids) and all(type(i) is int and 0 <= i < vocab_size for i in ids)
     try:
         rows = common.read_jsonl(file)
         whole = [row["prompt_id"] for row in rows] == [prompt["prompt_id"] for prompt in batch]
@@ -260,8 +260,12 @@ class CachedTeacher:
             raise UserError(what, f"in {self.folder}", "give another --teacher-cache")
         self.run.world.barrier()
         if self.run.world.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            common.write_json(file, ours)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                common.write_json(file, ours)
+            except OSError as error:
+                what = f"the teacher cache cannot be written ({common.one_line(error)})"
+                raise UserError(what, f"at {self.folder}", "give another --teacher-cache")
 
     def check_file(self, k, tokens):
         """Raises UserError unless file number k is whole and of so many response tokens."""

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -14,9 +15,13 @@ LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, Safeten
 
 
 def compute_dtype(name, world):
-    """torch dtype of "auto", "float32" or "bfloat16"; auto: bfloat16 on a GPU, float32 on a CPU."""
+    """torch dtype of "auto", "float32" or "bfloat16"; auto: bfloat16 on a GPU that has it, else float32."""
+    on_gpu = world.device.type == "cuda"
+    has_bfloat16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
     if name == "auto":
-        name = "bfloat16" if world.device.type == "cuda" else "float32"
+        name = "bfloat16" if on_gpu and has_bfloat16 else "float32"
+    if name == "bfloat16" and not has_bfloat16:
+        raise UserError("this GPU has no bfloat16", "for --dtype bfloat16", "use --dtype float32")
     return DTYPES[name]
 
 

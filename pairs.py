@@ -255,7 +255,7 @@ def check_pair(pair, tokenizer, fingerprint, where):
         )
     for key in ("prompt_ids", "chosen_ids", "rejected_ids"):
         ids = pair.get(key)
-        if not isinstance(ids, list) or not all(isinstance(i, int) and 0 <= i < len(tokenizer) for i in ids):
+        if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < len(tokenizer) for i in ids):
             raise UserError(f"{key} is not a list of ids below {len(tokenizer)}", where, "use the pairs' own tokenizer")
         if not ids:
             raise UserError(f"{key} is empty", where, "mend or delete the line")

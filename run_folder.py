@@ -75,12 +75,12 @@ def claim(out, ours, inputs):
     global LOCK
     if out.exists() and not out.is_dir():
         raise UserError("OUT is not a folder", f"at {out}", "give another --out")
-    file, foreign = out / "args.json", [name for name in OUR_FILES if (out / name).exists()]
+    file, foreign = out / "args.json", [name for name in (*OUR_FILES, "config.json") if (out / name).exists()]
     if foreign and not file.exists():
         raise UserError(f"OUT has a {foreign[0]} that no run here made", f"in {out}", "give another --out")
     out.mkdir(parents=True, exist_ok=True)
     if LOCK is not None:
-        os.close(LOCK)
+        LOCK = os.close(LOCK)
     LOCK = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)  # locked until this process ends, however it ends
     try:
         fcntl.lockf(LOCK, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,6 +2,7 @@
 
     python bench/growth.py                                  prints the table, writes bench/growth.json and bench/growth.svg
     python bench/growth.py --repeat 1 --out /tmp/growth
+    python bench/growth.py --read                           measures nothing: the table of bench/growth.json again
 
 One thing grows at a time, the others stay at BASE; each point is a process of its own. Random models of --shape. Stages:
 
@@ -11,11 +12,14 @@ One thing grows at a time, the others stay at BASE; each point is a process of i
     dpo         forward and backward over `batch` pairs that share half of their responses
     kd          forward and backward over `batch` examples, forward KL + CE, the teacher's forward included
 
-Memory is the peak above the stage's start: models and, for dpo and kd, the gradients' first allocation are what a stage
-adds. Growth from the first point to the last is printed as a power: 1 is linear. The last line is JSON.
+Memory is the peak above the stage's start: the models are there before, the gradients of dpo and kd are not. Beside it
+stands what the formulas of costs.py give for that point, with which estimate.py plans a run, and their ratio; then the
+seconds for each 10^12 operations that they count. Growth from the first point to the last is printed as a power: 1 is
+linear. The last line is JSON.
 """
 
 import argparse
+import ctypes
 import json
 import math
 from pathlib import Path
@@ -25,6 +29,7 @@ import torch
 from harness import DTYPES, SHAPES, PeakMemory, add_arguments, child, clock, random_model, spread
 
 # harness.py has put the project on the path
+import costs
 import decode
 import dpo
 import kd
@@ -38,6 +43,7 @@ AXES = {
     "batch": [1, 2, 4, 8],
 }
 STAGES = ("sample", "check", "splice", "dpo", "kd")
+NOISE = 0.05  # GiB: less is the noise of the allocator
 
 
 def parse_args(argv=None):
@@ -47,6 +53,7 @@ def parse_args(argv=None):
     parser.add_argument("--axes", nargs="+", choices=list(AXES), default=list(AXES))
     parser.add_argument("--points", type=int, default=9, help="points of an axis, from its first")
     parser.add_argument("--out", default=str(Path(__file__).parent / "growth"), help="OUT.json and OUT.svg")
+    parser.add_argument("--read", action="store_true", help="take what was measured from OUT.json")
     parser.add_argument("--only", type=json.loads, help="one point, as JSON")
     return parser.parse_args(argv)
 
@@ -94,6 +101,8 @@ def measure(args):
     stages = {"sample": lambda: sample(budget), "check": check, "splice": splice, "dpo": dpo_step, "kd": kd_step}
     result = {}
     for name, stage in stages.items():
+        if args.device == "cpu":
+            ctypes.CDLL(None).malloc_trim(0)  # what earlier stages freed goes back to the system: this stage asks anew
         with PeakMemory(args.device) as peak:
             began = clock(args.device)
             stage()
@@ -102,10 +111,76 @@ def measure(args):
     return result
 
 
+def predict(args, at):
+    """What costs.py's formulas give for each stage at one point: {stage: {"predicted_gib", "with_head_gib", "tflop"}}.
+
+    with_head_gib adds two terms that costs.py leaves out, since they are small beside a large model: the check's
+    logits, and that a micro-batch of fewer tokens than a chunk does not have its KD loss by eighths of these tokens.
+    """
+    b, vocab, response = DTYPES[args.dtype].itemsize, at["vocabulary"], at["response"]
+    with torch.device("meta"):
+        shape = costs.read_shape(random_model(args.shape, DTYPES[args.dtype], "meta", vocab=vocab).config)
+    rows, half, batch = at["batch"] * at["N"], response // 2, at["batch"]
+    cache = lambda *updates: costs.cache_bytes(shape, b, rows, costs.cache_columns(at["prompt"], *updates))
+    forward = costs.forward_bytes(shape, b, rows * response, at["prompt"] + response)
+    sampling = costs.sampling_bytes(rows, vocab, 1)
+    ones = [1] * (half - 1)  # the last token that is drawn is not fed
+    flops = lambda *counts: costs.forward_flops(shape, *counts, vocab)
+    memory = {
+        "sample": cache(*ones, *ones, 1) + sampling,
+        "check": cache(response) + forward,
+        "splice": cache(response, *ones) - cache(response) + sampling,
+    }
+    work = {
+        "sample": flops(rows * response, at["prompt"] + half, rows * response),
+        "check": flops(rows * response, at["prompt"] + response, rows * response),
+        "splice": flops(rows * half, at["prompt"] + half + half / 2, rows * half),
+    }
+    whole = dict(memory)
+    logits = min(rows * response, decode.head_chunk(vocab))
+    whole["check"] = cache(response) + max(forward, 8 * vocab * logits)  # float32, and their exponentials
+    trained = {"dpo": (at["prompt"] + 3 * half, 3 * half), "kd": (at["prompt"] + response - 1, response)}
+    for stage, (length, logits) in trained.items():
+        loss = "dpo" if stage == "dpo" else "forward_kl"
+        kept = costs.training_activations(shape, b, batch, length, stage == "dpo", False)
+        head = costs.head_bytes(shape, b, vocab, loss, batch * logits)
+        # In the backward the activations leave as the gradients of the blocks come: the larger of the two moments
+        memory[stage] = max(kept + head, b * shape.total)
+        counts = batch * length, length, batch * logits
+        work[stage] = costs.training_flops(shape, *counts, vocab, False) + flops(*counts) * (stage == "kd")
+        if stage == "kd":
+            chunk = costs.head_rows(vocab, loss)
+            again = min(batch * logits, math.ceil(chunk / 8)) - math.ceil(min(batch * logits, chunk) / 8)
+            head += 4 * vocab * again * costs.HEAD_COPIES[loss]
+        whole[stage] = max(kept + head, b * shape.total)
+    gib = lambda stage: {"predicted_gib": memory[stage] / 2**30, "with_head_gib": whole[stage] / 2**30}
+    return {stage: {**gib(stage), "tflop": work[stage] / 1e12} for stage in STAGES}
+
+
 def power(points, key):
     """log-log slope from the first point to the last."""
     (x0, y0), (x1, y1) = ((p["value"], max(p[key]["median"], 1e-9)) for p in (points[0], points[-1]))
     return math.log(y1 / y0) / math.log(x1 / x0)
+
+
+def measure_axes(args):
+    """{axis: {stage: [{"value", "seconds", "gib"} of each point]}}"""
+    flags = [f"--{name}={getattr(args, name)}" for name in ("dtype", "device", "threads", "shape")]
+    measured = {}  # BASE is a point of every axis: it is measured once
+    table = {}
+    for axis in args.axes:
+        table[axis] = {stage: [] for stage in STAGES}
+        for value in AXES[axis][: args.points]:
+            point = json.dumps({**BASE, axis: value})
+            if point not in measured:
+                measured[point] = [child(__file__, flags, "--only", point) for _ in range(args.repeat)]
+            for stage in STAGES:
+                runs = [run[stage] for run in measured[point]]
+                values = {key: spread([run[key] for run in runs]) for key in ("seconds", "gib")}
+                table[axis][stage].append({"value": value, **values})
+            seconds = (f"{stage} {table[axis][stage][-1]['seconds']['median']:.2f} s" for stage in STAGES)
+            print(f"{axis} {value}: {', '.join(seconds)}", flush=True)
+    return table
 
 
 COLOURS = dict(zip(STAGES, ("#1b6ca8", "#2a9d4a", "#8e44ad", "#c0392b", "#b8860b")))
@@ -159,30 +234,28 @@ def main(argv=None):
     if args.only:
         print(json.dumps(measure(args)))
         return
-    flags = [f"--{name}={getattr(args, name)}" for name in ("dtype", "device", "threads", "shape")]
-    measured = {}  # BASE is a point of every axis: it is measured once
-    table = {}
-    for axis in args.axes:
-        table[axis] = {stage: [] for stage in STAGES}
-        for value in AXES[axis][: args.points]:
-            point = json.dumps({**BASE, axis: value})
-            if point not in measured:
-                measured[point] = [child(__file__, flags, "--only", point) for _ in range(args.repeat)]
+    table = json.loads(Path(args.out + ".json").read_text())["table"] if args.read else measure_axes(args)
+    for axis, stages in table.items():
+        for k, value in enumerate(p["value"] for p in stages[STAGES[0]]):
+            expected = predict(args, {**BASE, axis: value})
             for stage in STAGES:
-                runs = [run[stage] for run in measured[point]]
-                values = {key: spread([run[key] for run in runs]) for key in ("seconds", "gib")}
-                table[axis][stage].append({"value": value, **values})
-            cells = (
-                f"{table[axis][s][-1]['seconds']['median']:8.2f} s {table[axis][s][-1]['gib']['median']:5.2f}"
-                for s in STAGES
-            )
-            print(f"{axis:10} {value:7}" + "".join(cells), flush=True)
-        if len(table[axis]["sample"]) > 1:
+                point = stages[stage][k]
+                point |= expected[stage]
+                seconds, gib = point["seconds"]["median"], point["gib"]["median"]
+                ratios = (
+                    f"{point[name]:6.3f}, ratio " + (f"{gib / point[name]:5.2f}" if gib > NOISE else "    -")
+                    for name in ("predicted_gib", "with_head_gib")
+                )
+                print(
+                    f"{axis:10} {value:7} {stage:7}{seconds:8.2f} s {seconds / point['tflop']:6.1f} s/TFLOP "
+                    f"{gib:6.3f} GiB, predicted {'; with logits '.join(ratios)}"
+                )
+        if len(stages["sample"]) > 1:
             for key in ("seconds", "gib"):
                 powers = (
                     f"{stage} {power(points, key):.2f}"
-                    for stage, points in table[axis].items()
-                    if key == "seconds" or points[-1][key]["median"] > 0.05  # less is the noise of the allocator
+                    for stage, points in stages.items()
+                    if key == "seconds" or points[-1][key]["median"] > NOISE
                 )
                 print(f"{axis:10} {key} grow with the power: {', '.join(powers)}")
     Path(args.out + ".json").write_text(json.dumps({"base": BASE, "table": table}, indent=1) + "\n")

@@ -122,6 +122,17 @@ def test_growth_point_and_plot(monkeypatch):
     assert svg.startswith("<svg") and svg.count("<polyline") == 2 * len(growth.STAGES)
 
 
+def test_growth_predictions():
+    """Operations are those of all weights for each token; the check's logits and a KD loss at once are more memory."""
+    args, point = growth.parse_args(TINY), {"prompt": 4, "response": 6, "N": 2, "vocabulary": 6000, "batch": 2}
+    expected = growth.predict(args, point)
+    assert all(expected[stage]["predicted_gib"] < expected[stage]["with_head_gib"] for stage in ("check", "kd"))
+    parameters = sum(p.numel() for p in harness.random_model("tiny", vocab=6000).parameters())
+    blocks = parameters - 32 - 32 * 6000  # but for the final norm and the tied head
+    dpo_flops = 3 * 2 * (2 * 13 * (blocks + 2 * 2 * 32 * 13) + 2 * 9 * 32 * 6000)
+    assert expected["dpo"]["tflop"] == pytest.approx(dpo_flops / 1e12)
+
+
 def test_ceiling_counts_a_model_s_weights():
     """block_weights and the head's are the parameters of the model, but for norms; a forward is 2 operations for each."""
     parameters = sum(p.numel() for name, p in harness.random_model("tiny").named_parameters() if "norm" not in name)

@@ -1,10 +1,17 @@
 """Processes, for real: torchrun, gloo on the CPU, FSDP2. The number of processes changes no result, nor does a kill.
 
-Three launches of workers.py, with 2, with 3 and without torchrun (0), do most of the jobs; the tests read their folders.
+Four launches of workers.py, with 2, without torchrun (0), with 3 and with 8, do most of the jobs; the tests read their
+folders.
 """
 
 import json
+import os
+import re
 import shutil
+import signal
+import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -31,11 +38,14 @@ GRADIENTS = {
     "mean": ("teacher", "student", 10, "--micro-batch-size 1 --logprobs mean"),
     "checkpointed": ("student", "teacher", 7, "--micro-batch-size 1 --label-smoothing 0.1 --activation-checkpointing"),
 }
+# 24 divides by 1, 2, 3 and 8: one step an epoch of 10 pairs or 14 examples, and most of 8 ranks have one or none
+EIGHT = "--batch-size 24 --epochs 4 --lr 1e-3"
+KD = "--mode teacher --loss reverse_kl --max-new-tokens 12 --prompts-per-batch 3 --limit 14 --eval-limit 0 --save-every 2"
 # Where a training run is killed, one after the other; each time it is started again. (function, words in its arguments)
 DEATHS = [
     ("os.replace", "reference.json"),  # the reference's log-probs are written, not yet renamed
     ("common.append_jsonl", "'step': 2,"),  # before any checkpoint
-    ("torch.distributed.checkpoint.save", "step-000002"),  # on rank 1; rank 0 has begun to write
+    ("training.HuggingFaceStorageWriter", "step-000002"),  # on rank 1; rank 0 begins to write
     ("os.rename", "checkpoint/step-000002"),  # the checkpoint is written, not yet renamed
     ("common.append_jsonl", "'step': 4,"),  # one step after a checkpoint
     ("os.rename", "checkpoint/step-000004"),
@@ -78,14 +88,30 @@ class Runs:
         pairs = ["--pairs", str(self.root / f"pairs-{count}.jsonl")]
         return name, {"main": "dpo", "argv": [*models, *pairs, *f"{SHARED} {flags}".split()], **extra}
 
+    def kd(self, name, flags, **extra):
+        """A job of kd.py."""
+        models = ["--teacher", self.models["teacher"], "--student", self.models["student"], "--data", self.prompts_file]
+        return name, {"main": "kd", "argv": [*models, *f"--template none {SHARED} {flags}".split()], **extra}
+
     def plan(self, n):
         """(name, job) for `n` processes, in order; several jobs of one name share a folder."""
         die = lambda at, call, **rank: {"die": {"at": at, "call": call, **rank}}
-        yield self.method("pairs", PAIRS)
+        yield self.method("pairs", PAIRS + (" --batch-size 24" if n == 8 else ""))
+        yield self.dpo("eight", EIGHT)
+        yield self.kd("eight-kd", f"{KD} {EIGHT}")
+        if n == 8:
+            return
         for name, (policy, reference, count, flags) in GRADIENTS.items():
             yield self.dpo(name, flags, policy, reference, count, record=True)
         yield self.dpo("train", TRAIN)
         yield self.dpo("moved", TRAIN, **(die("common.append_jsonl", "'step': 4,") if n == 2 else {}))
+        # Begun with 2 processes, gone on with with 1, ended with 3
+        step = {2: 3, 0: 5, 3: None}[n]
+        yield self.dpo("chain", TRAIN, **(die("common.append_jsonl", f"'step': {step},") if step else {}))
+        if n != 3:  # rank 0 alone is told to stop, at steps that are none of --save-every
+            yield self.dpo("stopped", TRAIN, **die("common.append_jsonl", "'step': 3,", signal=int(signal.SIGTERM)))
+            yield self.dpo("stopped", TRAIN, **die("common.append_jsonl", "'step': 5,", signal=int(signal.SIGINT)))
+            yield self.dpo("stopped", TRAIN)
         if n != 2:  # with 2 processes it is a test of the command itself
             yield self.method("few", FEW)
         if n > 0:
@@ -95,7 +121,7 @@ class Runs:
             yield self.method("no-pair", TURNS + " --shard-teacher --eta 100")
             yield self.dpo("bfloat16", TRAIN + " --dtype bfloat16")
             for at, call in DEATHS:
-                rank = {"rank": 1} if at.endswith(".save") else {}
+                rank = {"rank": 1} if at.endswith("Writer") else {}
                 yield self.dpo("broken", TRAIN, **die(at, call, **rank))
             yield self.dpo("broken", TRAIN)
             for file in ("pairs/00001.jsonl", "pairs/00003.jsonl", "/mismatch.json"):
@@ -108,8 +134,8 @@ class Runs:
             job["argv"] += ["--out", str(self.root / str(n) / name)]
         file = self.root / f"jobs-{n}.json"
         file.write_text(json.dumps([job for _, job in self.jobs[n]]))
-        if n != 2:
-            shutil.copytree(self.root / "2" / "moved", self.root / str(n) / "moved")
+        for name, begun in {0: {"moved": 2, "chain": 2}, 3: {"moved": 2, "chain": 0}}.get(n, {}).items():
+            shutil.copytree(self.root / str(begun) / name, self.root / str(n) / name)
         self.process[n] = launch(n, "tests/workers.py", file, env={"PYTHONPATH": str(ROOT)})
         ranks = [json.loads((self.root / f"{file.name}.{rank}").read_text()) for rank in range(max(n, 1))]
         self.codes[n] = list(zip(*ranks))
@@ -118,7 +144,9 @@ class Runs:
         """The folder of a job, after a look at the exit statuses of all who worked in it."""
         for number, ((job_name, job), codes) in enumerate(zip(self.jobs[n], self.codes[n], strict=True)):
             if job_name == name:
-                good = -9 in codes and 0 not in codes if "die" in job else set(codes) == {0}
+                sent = job.get("die", {}).get("signal", signal.SIGKILL)
+                expected = -9 if sent == signal.SIGKILL else 128 + sent
+                good = expected in codes and 0 not in codes if "die" in job else set(codes) == {0}
                 assert good, f"exit statuses {codes} of job {self.process[n].stderr.split('--- job ')[number + 1]}"
         return self.root / str(n) / name
 
@@ -126,7 +154,7 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, pair_of_models, prompts_file):
     runs = Runs(tmp_path_factory.mktemp("distributed"), pair_of_models, prompts_file)
-    for n in (2, 3, 0):
+    for n in (2, 0, 3, 8):
         runs.start(n)
         assert runs.process[n].returncode == 0, runs.process[n].stderr[-5000:]
     return runs
@@ -160,7 +188,7 @@ def pair_files(out):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("n", [2, 3, 8])
 def test_pairs_are_identical(runs, n):
     """Byte for byte, in four files and what is made of them."""
     alone = pair_files(runs.out(0, "pairs"))
@@ -245,6 +273,20 @@ def test_training_does_not_depend_on_processes(runs, pair_of_models, n):
     assert update_distance(ours, alone, pair_of_models) < 1e-3
 
 
+@pytest.mark.parametrize("n", [2, 3, 8])
+@pytest.mark.parametrize("name", ["eight", "eight-kd"])
+def test_dpo_and_kd_do_not_depend_on_processes(runs, pair_of_models, name, n):
+    """Losses and weights to float32 rounding; most of 8 ranks have one example of a step, or none."""
+    ours, alone = runs.out(n, name), runs.out(0, name)
+    assert len(metrics(alone)) == 4
+    for row, expected in zip(metrics(ours), metrics(alone), strict=True):
+        assert row == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert update_distance(ours, alone, pair_of_models) < 1e-3
+    files = sorted(f.name for f in alone.glob("responses/*"))
+    assert len(files) == (5 if name == "eight-kd" else 0)
+    assert all((ours / "responses" / f).read_bytes() == (alone / "responses" / f).read_bytes() for f in files)
+
+
 def update_distance(ours, alone, models):
     """Relative difference of what two runs have added to the student's weights."""
     start = load_file(models["student"] + "/model.safetensors")
@@ -313,6 +355,24 @@ def test_resume_with_other_processes(runs, pair_of_models, n):
     assert update_distance(moved, whole, pair_of_models) < 1e-3
 
 
+def test_resume_with_two_then_one_then_three_processes(runs, pair_of_models):
+    moved, whole = runs.out(3, "chain"), runs.out(3, "train")
+    runs.out(2, "chain"), runs.out(0, "chain")  # both were killed as planned
+    for row, expected in zip(metrics(moved), metrics(whole), strict=True):
+        assert row == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert update_distance(moved, whole, pair_of_models) < 1e-3
+
+
+@pytest.mark.parametrize("n", [0, 2])
+def test_stopped_training_ends_as_if_unbroken(runs, n):
+    """SIGTERM behind step 3, Ctrl-C behind step 5, to rank 0 alone: all ranks write a checkpoint and leave together."""
+    stopped, whole = runs.out(n, "stopped"), runs.out(n, "train")
+    ours, expected = weights(stopped), weights(whole)
+    assert all(torch.equal(ours[k], expected[k]) for k in expected) and metrics(stopped) == metrics(whole)
+    for step in (3, 5) if n == 0 else ():  # under torchrun one error line is all that a job of many has
+        assert f"error: stopped after step {step}, whose checkpoint is written, in stage dpo" in runs.process[n].stderr
+
+
 def test_killed_sampling_ends_as_if_unbroken(runs):
     assert pair_files(runs.out(2, "pairs-broken")) == pair_files(runs.out(0, "pairs"))
 
@@ -332,6 +392,37 @@ def test_command_ends_cleanly(runs, tmp_path, n):
     assert "warn" not in result.stderr.lower(), result.stderr
     assert pair_files(tmp_path / "out") == pair_files(runs.out(0, "few"))
     assert_same_table(tmp_path / "out", runs.out(0, "few"))
+
+
+def test_two_nodes(runs, tmp_path):
+    """The README's command for two machines, on one: two torchrun agents that meet on loopback. Bit for bit the files and
+    weights of two processes under one torchrun."""
+    readme = re.search(r"torchrun (--nnodes 2 .*?) warmup_distill.py", (ROOT / "README.md").read_text(), re.DOTALL)
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    words = re.sub(r"--nproc_per_node \d+", "--nproc_per_node 1", readme[1]).replace("HOST:29500", f"localhost:{port}")
+    argv = [
+        *words.split(),
+        str(ROOT / "warmup_distill.py"),
+        *runs.method("", PAIRS)[1]["argv"],
+        "--out",
+        tmp_path / "out",
+    ]
+    command = [sys.executable, "-m", "torch.distributed.run", *map(str, argv)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with open(tmp_path / "log-0", "w") as log_0, open(tmp_path / "log-1", "w") as log_1:
+        agents = [subprocess.Popen(command, stdout=log, stderr=log, env=environment) for log in (log_0, log_1)]
+    try:
+        codes = [agent.wait(120) for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert codes == [0, 0], (tmp_path / "log-0").read_text() + (tmp_path / "log-1").read_text()
+    whole = runs.out(2, "pairs")
+    assert pair_files(tmp_path / "out") == pair_files(whole)
+    ours, expected = weights(tmp_path / "out"), weights(whole)
+    assert all(torch.equal(ours[k], expected[k]) for k in expected)
 
 
 def error_lines(n, *command):

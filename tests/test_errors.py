@@ -24,6 +24,8 @@ from transformers import (
 
 import common
 import dpo
+import eval as evaluation
+import kd
 import models
 import toy
 import warmup_distill
@@ -208,6 +210,7 @@ def test_help_is_no_error(main, capsys):
 # ---------------------------------------------------------------------------------------------------------------------
 
 UNREADABLE = "the data cannot be read (…), in …{}, check the file, hub id and --split"
+NOT_JSON = "not JSON (…), in {} line #, mend or delete the line"
 NO_ROWS = "…, in …{}, …"  # each library says it in another way
 NO_TURNS = "messages is not a list of turns with text content, in {} row 0, mend the row"
 
@@ -223,12 +226,20 @@ BAD_DATA = [
     ("no_rows.json", "[]", {}, NO_ROWS),
     ("empty.csv", "", {}, NO_ROWS),
     ("header_only.csv", "prompt,response\n", {}, NO_ROWS),
-    ("cut.jsonl", '{"prompt": "1"}\n{"prompt": \n', {}, UNREADABLE),
+    ("cut.jsonl", '{"prompt": "1"}\n{"prompt": \n', {}, NOT_JSON.replace("#", "2")),
+    ("blank_lines.jsonl", '{"prompt": "1"}\n\n\n{"prompt": }\n', {}, NOT_JSON.replace("#", "4")),
+    ("surrogate.jsonl", '{"prompt": "1"}\n{"prompt": "\\ud800"}\n', {}, NOT_JSON.replace("#", "2")),
+    ("deep.jsonl", '{"prompt": ' + "[" * 100_000 + "\n", {}, NOT_JSON.replace("#", "1")),
+    ("null_row.jsonl", '{"prompt": "1"}\nnull\n', {}, "NoneType instead of an object with columns, in {} line 2, mend or delete it"),
+    ("list_row.jsonl", '["1"]\n', {}, "list instead of an object with columns, in {} line 1, mend or delete it"),
+    ("items.json", '[{"prompt": "1"}, 2]', {}, "int instead of an object with columns, in {} item 2, mend or delete it"),
+    ("twice.jsonl", '{"prompt": "1", "prompt": "2"}\n', {}, UNREADABLE),
+    ("control_name.jsonl", jsonl({"\n\x1b[31m": "1"}), {}, "no prompt column, in {} with columns \\n\\x1b[31m, name it with --prompt-column"),
     ("cut.json", '[{"prompt": "1"', {}, UNREADABLE),
-    ("binary.jsonl", b"\xff\xfe\x00abc", {}, UNREADABLE),
+    ("binary.jsonl", b"\xff\xfe\x00abc", {}, NOT_JSON.replace("#", "1")),
     ("binary.csv", b"prompt\n\xff\xfe\x00abc\n", {}, UNREADABLE),
     ("no.parquet", "text", {}, UNREADABLE),
-    ("scalars.jsonl", "1\n2\n", {}, UNREADABLE),
+    ("scalars.jsonl", "1\n2\n", {}, "int instead of an object with columns, in {} line 1, mend or delete it"),
     ("notes.txt", "1+2", {}, "unknown file type '.txt', in …{}, use one of .json, .jsonl, .csv, .parquet"),
     ("noext", "1+2", {}, "unknown file type '', in …{}, use one of .json, .jsonl, .csv, .parquet"),
     ("missing.jsonl", None, {}, UNREADABLE),
@@ -264,6 +275,16 @@ def test_bad_data(warmup, tmp_path, name, content, flags, expected):
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert_error(warmup_distill.main, warmup(data=path, **flags), expected.format(path))
+
+
+@pytest.mark.parametrize("text", ["1\x00\x07\x1b[31m\u202e", "\ufeff1", "1\u2028\u0085", "\U0001f600"])
+def test_control_characters_are_text(warmup, tmp_path, text):
+    """Nothing is wrong with them: they are tokens like others, and escaped where they are shown."""
+    path = tmp_path / "control.jsonl"
+    path.write_text(jsonl({"prompt": text}))
+    warmup_distill.main([str(word) for word in warmup(data=path)])
+    [record] = common.read_jsonl(tmp_path / "out" / "pairs" / "00000.jsonl")
+    assert text in record["prompt"]
 
 
 def test_parse_errors_say_what_is_wrong(warmup, tmp_path):
@@ -536,6 +557,15 @@ def test_out_is_a_file(warmup, align, tmp_path):
     assert (tmp_path / "out").read_text() == "mine"
 
 
+def test_out_is_the_model_folder(warmup, broken):
+    """--out STUDENT would write among its files, and they would have changed when the run is taken up again."""
+    folder = broken(lambda folder: None)
+    before = sorted(folder.iterdir())
+    expected = f"OUT has a config.json that no run here made, in {folder}, give another --out"
+    assert_error(warmup_distill.main, warmup(student=folder, out=folder), expected)
+    assert sorted(folder.iterdir()) == before
+
+
 def test_out_cannot_be_made(warmup, tmp_path):
     (tmp_path / "file").write_text("mine")
     out = tmp_path / "file" / "out"
@@ -650,6 +680,211 @@ def test_loss_that_is_no_number(align, tmp_path):
     assert not (tmp_path / "out" / "student").exists()
 
 
+PAIR = {"prompt": "1", "chosen": "2", "rejected": "3"}
+IDS = {"prompt_ids": [4], "chosen_ids": [5], "rejected_ids": [6]}
+NO_COLUMNS = "no columns chosen and rejected, in {} line 1, see the README for the format"
+NOT_IDS = "{} is not a list of ids below 22, in {{}} line 1, use the pairs' own tokenizer"
+NOT_TEXT = "prompt, chosen and rejected are not all text or all messages, in {} line 1, mend the line"
+BAD_PAIRS = {
+    "null": (None, NO_COLUMNS),
+    "a list": ([], NO_COLUMNS),
+    "nulls": (dict.fromkeys(PAIR), NOT_TEXT),
+    "numbers": (dict.fromkeys(PAIR, 1), NOT_TEXT),
+    "empty prompt": (PAIR | {"prompt": ""}, "prompt_ids is empty, in {} line 1, mend or delete the line"),
+    "equal": (PAIR | {"chosen": "3"}, "chosen equals rejected, in {} line 1, mend or delete the line"),
+    "surrogate": (PAIR | {"chosen": "\ud800"}, NOT_JSON.replace("#", "1")),
+    "id out of range": (IDS | {"chosen_ids": [22]}, NOT_IDS.format("chosen_ids")),
+    "id below 0": (IDS | {"prompt_ids": [-1]}, NOT_IDS.format("prompt_ids")),
+    "id over 64 bits": (IDS | {"rejected_ids": [1 << 70]}, NOT_IDS.format("rejected_ids")),
+    "id is a float": (IDS | {"chosen_ids": [5.0]}, NOT_IDS.format("chosen_ids")),
+    "id is true": (IDS | {"chosen_ids": [True]}, NOT_IDS.format("chosen_ids")),
+    "ids are text": (IDS | {"chosen_ids": "5"}, NOT_IDS.format("chosen_ids")),
+    "another tokenizer": (IDS | {"tokenizer": "0123456789abcdef"},
+                          "the ids were made with another tokenizer, in {} line 1, use the model that the pairs were made with"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row, expected", BAD_PAIRS.values(), ids=BAD_PAIRS)
+def test_bad_pair(align, tmp_path, row, expected):
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    assert_error(dpo.main, align(pairs=path), expected.format(path))
+    assert not (tmp_path / "out").exists()
+
+
+def test_pairs_of_a_run_with_another_tokenizer(warmup, align, broken, tmp_path):
+    """OUT/pairs.jsonl keeps its tokenizer's fingerprint: ids that are in range for both would go unnoticed."""
+    warmup_distill.main([str(word) for word in warmup()])
+    folder = broken(edit_tokenizer(renamed_token))
+    path = tmp_path / "out" / "pairs.jsonl"
+    assert path.read_text()
+    expected = (
+        f"the ids were made with another tokenizer, in {path} line 1, use the model that the pairs were made with"
+    )
+    assert_error(dpo.main, align(model=folder, pairs=path, out=tmp_path / "dpo"), expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# kd.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def distil(tmp_path, pair_of_models, prompts_file):
+    """The same for kd.py."""
+
+    def argv(**changed):
+        flags = {**pair_of_models, "data": prompts_file, "out": tmp_path / "out", "limit": 2, "max-new-tokens": 40,
+                 "max-steps": 1, "eval-limit": 0, "device": "cpu", "threads": 1, "batch-size": 2, "micro-batch-size": 2}  # fmt: skip
+        return to_argv(flags | {flag.replace("_", "-"): value for flag, value in changed.items()})
+
+    return argv
+
+
+KD_RANGES = [
+    *((flag, v, SHARE) for flag in ("--kd-rate", "--on-policy", "--tail-mass") for v in (-0.1, 1.1, "nan")),
+    *((flag, v, "in (0, 1)") for flag in ("--jsd-beta", "--skew-alpha") for v in (0.0, 1.0, "nan")),
+    *(("--temperature", value, POSITIVE) for value in (0.0, -1.0, "nan", "inf")),
+    *((flag, 0, ONE) for flag in ("--max-new-tokens", "--refresh-every", "--prompts-per-batch", "--teacher-top-k")),
+    *((flag, -1, ZERO) for flag in ("--limit", "--eval-limit")),
+    ("--seed", 1 << 64, "from 0 to 2^62 - 1"),
+    ("--batch-size", 0, ONE),
+    ("--lr", "nan", POSITIVE),
+]
+
+
+@pytest.mark.parametrize("flag, value, allowed", KD_RANGES)
+def test_kd_flag_out_of_range(distil, tmp_path, flag, value, allowed):
+    argv = [*distil(), f"{flag}={value}"]
+    assert_error(kd.main, argv, f"{flag} is {value}, {COMMAND_LINE}, give a value {allowed}")
+    assert not (tmp_path / "out").exists()
+
+
+KD_ERRORS = {
+    "unknown loss": ({"loss": "mse"}, f"argument --loss: invalid choice: 'mse' (…), {COMMAND_LINE}, see SCRIPT --help"),
+    "unknown mode": ({"mode": "both"}, f"argument --mode: invalid choice: 'both' (…), {COMMAND_LINE}, see SCRIPT --help"),
+    "batch": ({"batch_size": 4, "micro_batch_size": 3}, f"--batch-size 4 does not divide over 1 processes with micro-batches of 3, {COMMAND_LINE}, give a multiple of processes x --micro-batch-size"),
+    "no teacher": ({"teacher": None}, f"--teacher is missing, {COMMAND_LINE}, give it, or neither teacher nor data for the toy"),
+    "no student": ({"student": None}, f"--student is missing, {COMMAND_LINE}, give it, or neither teacher nor data for the toy"),
+    "no labels": ({"mode": "student", "kd_rate": 0.0}, f"--kd-rate is 0.0, {COMMAND_LINE}, give a value above 0: with --mode student there are no labels"),
+    "refresh": ({"mode": "student", "refresh_every": 3, "save_every": 4}, f"--save-every is 4, {COMMAND_LINE}, give a value that --refresh-every 3 divides"),
+    "cache": ({"mode": "student", "teacher_cache": "c"}, f"--teacher-cache needs responses that stay, and a teacher: not --mode student, not --kd-rate 0, {COMMAND_LINE}, leave it out"),
+    "all prompts long": ({"max_prompt_tokens": 2}, "all 2 prompts are over --max-prompt-tokens 2, in --data, raise the limit or give other data"),
+    "all responses long": ({"max_new_tokens": 1}, "all responses are over --max-new-tokens, in {data}, raise the limit"),
+    "no such column": ({"response_column": "a"}, "no column a, in {data} with columns …, name it with --response-column"),
+    "no such data": ({"data": "{file}-no.jsonl"}, UNREADABLE.format("{file}-no.jsonl")),
+    "cache is a file": ({"teacher_cache": "{file}"}, "the teacher cache cannot be written (…), at {file}, give another --teacher-cache"),
+    "cache cannot be made": ({"teacher_cache": "{file}/cache"}, "the teacher cache cannot be written (…), at {file}/cache, give another --teacher-cache"),
+    "OUT is a file": ({"out": "{file}"}, "OUT is not a folder, at {file}, give another --out"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changed, expected", KD_ERRORS.values(), ids=KD_ERRORS)
+def test_kd_errors(distil, tmp_path, prompts_file, changed, expected):
+    (tmp_path / "file").write_text("mine")
+    words = {"data": prompts_file, "file": str(tmp_path / "file")}
+    changed = {flag: value.format(**words) if isinstance(value, str) else value for flag, value in changed.items()}
+    assert_error(kd.main, distil(**changed), expected.format(**words))
+    assert not (tmp_path / "out" / "student").exists() and (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+@pytest.mark.parametrize("how, expected", [row[1:] for row in BAD_MODELS], ids=[row[0] for row in BAD_MODELS])
+def test_bad_model_folder_of_kd(distil, broken, tmp_path, which, how, expected):
+    folder = broken(how, which)
+    assert_error(kd.main, distil(**{which: folder}), expected.format(folder))
+    assert not (tmp_path / "out" / "student").exists()
+
+
+def test_kd_rows_without_a_response(distil, tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text(jsonl({"prompt": "1", "response": "2"}, {"prompt": "3", "response": None}))
+    assert_error(
+        kd.main, distil(data=path), f"there is no response, in {path} row 1, name its column: --response-column"
+    )
+
+
+def test_kd_tokenizers_that_differ(distil, broken, pair_of_models):
+    teacher, student = broken(edit_tokenizer(added_token), "teacher"), pair_of_models["student"]
+    expected = (
+        "token '<new>' has id None in the student's tokenizer, 22 in the teacher's, "
+        f"in {student} and {teacher}, use a teacher and a student of one family"
+    )
+    assert_error(kd.main, distil(teacher=teacher), expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# eval.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def judge(tmp_path, pair_of_models, prompts_file):
+    """The same for eval.py."""
+
+    def argv(**changed):
+        flags = {"model": pair_of_models["student"], "data": f"toy={prompts_file}", "metric": "math", "limit": 2,
+                 "max-new-tokens": 3, "out": tmp_path / "out", "device": "cpu", "threads": 1}  # fmt: skip
+        return to_argv(flags | {flag.replace("_", "-"): value for flag, value in changed.items()})
+
+    return argv
+
+
+EVAL_ERRORS = {
+    "model alone": ({"data": None}, f"--model and --data go together, {COMMAND_LINE}, give both, or --compare alone"),
+    "no such file": ({"data": "toy=no.jsonl"}, "no such file, in --data toy=no.jsonl, give NAME=FILE or FILE"),
+    "no metric": ({"metric": None}, "nothing says how to score 'toy', in --data toy={data}, give --metric rouge or math, or a known name=FILE"),
+    "name": ({"data": "a/b={data}"}, "the name 'a/b' cannot be part of a file name, in --data a/b={data}, give NAME=FILE"),
+    "empty file": ({"data": "x={empty}"}, "no rows, in {empty}, give data with at least one row"),
+    "null row": ({"data": "x={null}"}, "the rows are not objects with named columns, in {null}, give one JSON object a line"),
+    "broken JSON": ({"data": "x={cut}"}, "not JSON (…), in {cut} line 2, mend or delete the line"),
+    "surrogate": ({"data": "x={surrogate}"}, "not JSON (…), in {surrogate} line 1, mend or delete the line"),
+    "temperature": ({"temperature": 0.0}, f"--temperature is 0.0, {COMMAND_LINE}, give a value above 0"),
+    "top-p": ({"top_p": 1.5}, f"--top-p is 1.5, {COMMAND_LINE}, give a value in (0, 1]"),
+    "limit": ({"limit": -1}, f"--limit is -1, {COMMAND_LINE}, give a value of 0 or more"),
+    "batch": ({"batch_size": 0}, f"--batch-size is 0, {COMMAND_LINE}, give a value of 1 or more"),
+    "eta": ({"eta": "nan"}, f"--eta is nan, {COMMAND_LINE}, give a value in nats, such as 4"),
+    "model missing": ({"model": "{file}-no"}, NO_TOKENIZER.format("{file}-no")),
+    "other teacher": ({"distance": "{file}-no"}, NO_TOKENIZER.format("{file}-no")),
+    "OUT in a file": ({"out": "{file}"}, "OUT cannot be written (…), at {file}/eval, give another --out"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changed, expected", EVAL_ERRORS.values(), ids=EVAL_ERRORS)
+def test_eval_errors(judge, tmp_path, prompts_file, changed, expected):
+    contents = {"empty": "", "null": "null\n", "cut": jsonl({"prompt": "1", "response": "1"}) + '{"pro', "file": "mine",
+                "surrogate": jsonl({"prompt": "\ud800", "response": "1"})}  # fmt: skip
+    words = {"data": prompts_file}
+    for name, text in contents.items():
+        words[name] = str(tmp_path / f"{name}.jsonl")
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    changed = {flag: value.format(**words) if isinstance(value, str) else value for flag, value in changed.items()}
+    assert_error(evaluation.main, judge(**changed), expected.format(**words))
+    assert not list((tmp_path / "out").rglob("*-seed*"))
+
+
+def test_bfloat16_where_it_is_not_supported(monkeypatch):
+    """An old GPU: asked for, refused; by itself float32 is taken."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
+    world = common.World(0, 1, torch.device("cuda"))
+    with pytest.raises(UserError) as caught:
+        models.compute_dtype("bfloat16", world)
+    assert str(caught.value) == "this GPU has no bfloat16, for --dtype bfloat16, use --dtype float32"
+    assert models.compute_dtype("auto", world) == torch.float32
+
+
+def test_remote_code_is_not_run(warmup, broken, tmp_path):
+    """A model folder with Python code of its own: refused without --trust-remote-code, and nothing of it has run."""
+
+    def with_code(folder):
+        set_config(folder, model_type="own", auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"})
+        (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nraise RuntimeError\n")
+
+    folder = broken(with_code)
+    text = error_of(warmup_distill.main, warmup(student=folder))
+    assert str(folder) in text and not (tmp_path / "ran").exists()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What the shell sees
 # ---------------------------------------------------------------------------------------------------------------------
@@ -729,6 +964,8 @@ def test_a_signal_has_no_traceback(capsys, exits, number):
 def test_a_second_signal_does_not_wait_for_the_step(exits):
     common.STATUS.enter("dpo", finishes_step=True)
     common.STATUS.on_signal(common.signal.SIGTERM, None)  # no exception: the loop looks at it behind its step
+    common.STATUS.on_signal(common.signal.SIGTERM, None)  # torchrun hands on what a scheduler has told all processes
+    common.STATUS.signalled -= 2
     with pytest.raises(common.Stopped):
         common.STATUS.on_signal(common.signal.SIGTERM, None)
 
@@ -779,19 +1016,33 @@ def test_one_process_prints_one_line(warmup, align, tmp_path, script):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("case", ["all ranks meet it", "rank 0 alone meets it"])
-def test_two_processes_print_one_line(warmup, tmp_path, case):
+TOGETHER = {  # script -> the flags that are wrong, the one error line
+    "warmup_distill.py": ({"prompt_column": "q"}, "error: no column q, in .+, name it with --prompt-column"),
+    "dpo.py": (
+        {"pairs": "no.jsonl"},
+        "error: no pairs file, at no.jsonl, run warmup_distill.py first or check --pairs",
+    ),
+    "kd.py": (
+        {"batch_size": 3},
+        r"error: --batch-size 3 does not divide over 2 processes with .+, on the command line, .+",
+    ),
+    "eval.py": ({"data": "x=no.jsonl"}, "error: no such file, in --data x=no.jsonl, give NAME=FILE or FILE"),
+}
+
+
+@pytest.mark.parametrize("script", [*TOGETHER, "rank 0 alone"])
+def test_two_processes_print_one_line(warmup, align, distil, judge, tmp_path, script):
     """torchrun ends the other rank and reports in its own way; from us there is one line and no traceback, and no hang."""
     (tmp_path / "file").write_text("mine")
-    if case == "all ranks meet it":
-        argv, expected = warmup(prompt_column="q"), "error: no column q, in .+, name it with --prompt-column"
+    flags = {"warmup_distill.py": warmup, "dpo.py": align, "kd.py": distil, "eval.py": judge}
+    if script in TOGETHER:
+        changed, expected = TOGETHER[script]
+        argv = flags[script](**changed)
     else:  # rank 0 makes OUT while rank 1 waits for it
-        argv, expected = (
-            warmup(out=tmp_path / "file" / "out"),
-            r"error: OUT cannot be written \(.+\), at .+, give another --out",
-        )
-    result = launch(2, "warmup_distill.py", *argv, timeout=100)
-    assert result.returncode != 0
+        script, argv = "warmup_distill.py", warmup(out=tmp_path / "file" / "out")
+        expected = r"error: OUT cannot be written \(.+\), at .+, give another --out"
+    result = launch(2, script, *argv, timeout=100)
+    assert result.returncode == 1
     [line] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert re.fullmatch(expected, line), result.stderr
     last = [line for line in result.stderr.splitlines() if "traceback :" in line][-1]

@@ -7,6 +7,7 @@ To start Python and import torch is most of a test's time. So every rank forks o
 a process group of its own. The exit status of each job goes to JOBS.json.RANK.
 "die": {"at": "os.rename", "call": "checkpoint/step-000004"}: the process that calls this function with these words in
 its last argument or keyword arguments is killed before the call (on rank "rank", if given), and then all others are.
+With "signal": 15 it is sent that signal instead, once, and the others are left alone.
 "record": gradients before clipping go to OUT/gradients.pt; the weights stay as they are.
 """
 
@@ -41,16 +42,18 @@ def meet_in_store(name):
     )
 
 
-def die_at(at, call, marker, rank=RANK):
+def die_at(at, call, marker, rank=RANK, **kind):
     """Replaces the function `at` by one that kills this process when it is called with `call` in its arguments."""
+    number = kind.get("signal", signal.SIGKILL)
     module, name = at.rsplit(".", 1)
     module = importlib.import_module(module)
     function = getattr(module, name)
 
     def deadly(*args, **kwargs):
         if rank == RANK and call in f"{args[-1]} {kwargs}":
-            marker.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+            if number == signal.SIGKILL:
+                marker.touch()
+            os.kill(os.getpid(), number)
         return function(*args, **kwargs)
 
     setattr(module, name, deadly)
