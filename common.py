@@ -103,13 +103,17 @@ def run(main):
             dist.barrier()
             dist.destroy_process_group()
         return
+    # In each case first: no signal interrupts the last words. torchrun's SIGTERM comes just when a lost rank is noticed
     except UserError as error:
+        STATUS.leaving = True
         line, status = f"error: {error}", 2
     except BrokenPipeError:  # `| head` has read enough
         os._exit(128 + signal.SIGPIPE)
     except Stopped as error:
+        STATUS.leaving = True
         line, status = f"error: {error}, in stage {STATUS.stage}, {GO_ON}", 128 + (STATUS.signal or signal.SIGTERM)
     except (Exception, CheckpointException) as error:  # torch's is a BaseException
+        STATUS.leaving = True
         if (what := cause_outside(error)) is None:
             raise
         line, status = f"error: {what}, in stage {STATUS.stage}, {GO_ON}", 1

@@ -270,6 +270,8 @@ def run_broken(processes, job, moments, log):
             kill.update(command=script, last_words=[line for line in start.errors() if "in stage" in line])
             kill["at its end"] = "seconds after start-up" in start.log.read_text(errors="replace")
             seen.append(kill)
+            if silent(kill):
+                print(start.log.read_text(errors="replace")[-5000:], file=sys.stderr, flush=True)
             print(
                 f"{len(seen):3d} {script:17s} {kill['stage']:17s} {kill['killed']:10s} killed, the others gone"
                 f" {kill['ended after']:4.1f} s later: {'; '.join(kill['last_words'])[:150] or '-'}",

@@ -196,6 +196,28 @@ def test_all_ranks_stop_if_one_is_told(monkeypatch):
     assert left[0][1] == 143 and "after step 3" in left[0][0]
 
 
+@pytest.mark.parametrize("error", [UserError("a", "b", "c"), common.Stopped("stopped"), RuntimeError("gloo: closed")])
+def test_no_signal_interrupts_the_last_words(monkeypatch, error):
+    """A rank is lost: gloo fails here, and torchrun's SIGTERM comes while that is being put into words."""
+    monkeypatch.setattr(common, "STATUS", common.Status())
+    monkeypatch.setattr(common.signal, "signal", lambda *handler: None)
+    left, cause = [], common.cause_outside
+
+    def interrupted(*args):
+        common.STATUS.on_signal(signal.SIGTERM, None)
+        return cause(*args) if len(args) == 1 else left.append(args)
+
+    monkeypatch.setattr(common, "cause_outside", interrupted)
+    monkeypatch.setattr(common, "leave", interrupted)
+
+    def main():
+        raise error
+
+    common.run(main)
+    [(line, status)] = left
+    assert line.startswith("error: ") and status == {UserError: 2, RuntimeError: 1}.get(type(error), 143)
+
+
 def test_a_signal_behind_the_last_step_is_not_lost():
     status = common.Status()
     status.enter("dpo", finishes_step=True)
