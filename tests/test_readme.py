@@ -58,7 +58,7 @@ def test_functions_named_beside_a_file_exist():
 
 
 def test_flags_in_the_text_exist():
-    known = "".join(p.read_text(encoding="utf-8") for p in [*ROOT.glob("*.py"), *ROOT.glob("bench/*.py")])
+    known = "".join(p.read_text(encoding="utf-8") for p in ROOT.glob("**/*.py"))
     torchrun = {"--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint"}
     for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README)) - torchrun:
         assert f'"{flag}"' in known, flag
