@@ -54,7 +54,7 @@ def read_responses(file, path, metric, prompts):
     rows, todo = common.read_jsonl(file), "delete it or give another --out"
     keys = ("prompt_id", "prompt", "references", "metric")
     wanted = [(p["prompt_id"], p["text"], p["gold"], metric) for p in prompts]
-    if [tuple(row[key] for key in keys) for row in rows] != wanted:
+    if [tuple(row.get(key) for key in keys) if isinstance(row, dict) else None for row in rows] != wanted:
         raise UserError("the responses are to other prompts or scored otherwise", f"in {file}", todo)
     if any(weights.stat().st_mtime > file.stat().st_mtime for weights in Path(path).glob("*.safetensors")):
         raise UserError("the responses are older than the model", f"in {file}", todo)
@@ -66,7 +66,7 @@ def read_folder(folder, seeds=None):
     results = {}
     for file in sorted(folder.glob("*-seed*.jsonl")):
         name, _, seed = file.stem.rpartition("-seed")
-        if seeds is None or int(seed) in seeds:
+        if seed.isdigit() and (seeds is None or int(seed) in seeds):
             results.setdefault(name, {})[int(seed)] = common.read_jsonl(file)
     return results
 
@@ -105,8 +105,11 @@ def evaluate(path, sets, args, world, out, checker, teacher):
             question = {"teacher": args.distance, "eta": args.eta, "seed": args.seeds[0], "prompts": len(prompts)}
             question["content"] = [run_folder.fingerprint(p) for p in (path, args.distance)]  # as trained by now
             file = folder / f"{benchmark.name}-distance-{model_name(args.distance)}.json"
-            answer = common.read_json(file) if file.exists() else {}
-            if question.items() <= answer.items():
+            try:
+                answer = common.read_json(file) if file.exists() else {}
+            except ValueError:  # damaged: measured again
+                answer = {}
+            if isinstance(answer, dict) and question.items() <= answer.items():
                 row["distance"] = answer
             else:
                 jobs.append((file, question, benchmark, settings))
@@ -211,6 +214,8 @@ def check_args(args):
         "in nats, such as 4": (math.isfinite, ["eta"]),
     }
     common.check_ranges(args, rules)
+    for seed in (args.seed, *args.seeds):
+        check_range("--seed and --seeds", seed, 0 <= seed < 1 << 62, "from 0 to 2^62 - 1")
     for flag, values in (("model", list(map(model_name, args.model))), ("data", args.data), ("seeds", args.seeds)):
         check_range(f"--{flag}", " ".join(map(str, values)), len(set(values)) == len(values), "only once")
     return args

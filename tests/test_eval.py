@@ -715,3 +715,8 @@ def test_a_scorer_that_is_not_installed(monkeypatch):
     monkeypatch.setattr(scores.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="math-verify is not installed"):
         scores.check_installed("math")
+
+
+def test_seeds_beyond_an_integer():
+    with pytest.raises(UserError, match="--seed and --seeds is 18446744073709551616, on the command line"):
+        eval.parse_args(["--model", "m", "--data", "d", "--seeds", str(2**64)])
