@@ -139,6 +139,28 @@ def response_logps(sums, lengths, average):
     return logps[:, 0], logps[:, 1]
 
 
+def batch_loss(sums, reference, lengths, pair_count, chosen_tokens, args):
+    """A micro-batch's part of the step's loss: the mean over pairs, and for --nll-weight that over chosen tokens.
+
+    sums, reference: (b, 3) log-probs of policy and reference, as `PairModel` returns them. lengths: (b, 2) tokens of
+    chosen and rejected. pair_count, chosen_tokens: of the whole step, over all ranks and micro-batches.
+    Returns the loss and, to log, sums over the pairs (7,): loss, wins, both rewards, both log-probs, -log pi(y+|x).
+    """
+    average = args.logprobs == "mean"
+    chosen, rejected = response_logps(sums, lengths, average)  # (b,)
+    reference_logps = response_logps(reference, lengths, average)
+    losses, chosen_rewards, rejected_rewards = dpo_loss(
+        chosen, rejected, *reference_logps, args.beta, args.label_smoothing
+    )
+    nll = -(sums[:, 0] + sums[:, 1])  # (b,); read only if the shared part is there
+    loss = losses.sum() / pair_count
+    if args.nll_weight > 0:
+        loss = loss + args.nll_weight * nll.sum() / chosen_tokens
+    wins = (chosen_rewards > rejected_rewards).float()
+    logged = [losses, wins, chosen_rewards, rejected_rewards, chosen, rejected, nll]
+    return loss, torch.stack([values.detach().sum() for values in logged])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
@@ -222,30 +244,16 @@ def train(args, world, tokenizer, pairs, student_path, reference_path, out):
         # Counted over all ranks before the first backward: neither ranks nor accumulation change the gradient
         pair_count = len(batch)
         chosen_tokens = response_lengths[batch, 0].sum().item()
-        totals = torch.zeros(8, device=world.device)
+        totals = torch.zeros(8, device=world.device)  # what `batch_loss` logs; tokens computed, padding too
         for indices in micro_batches(batch, lengths, args.micro_batch_size, world):
             weight = float(len(indices) > 0)  # an idle rank runs a pair of weight 0: FSDP's collectives need it
             indices = indices or batch[:1]
             rows = collate_pairs([pairs[i] for i in indices], tokenizer.pad_token_id, with_shared, world.device)
-            sums = model(**rows)  # (b, 3)
-            counts = response_lengths[indices].to(world.device)
-            average = args.logprobs == "mean"
-            chosen, rejected = response_logps(sums, counts, average)
-            reference_chosen, reference_rejected = response_logps(reference[indices].to(world.device), counts, average)
-            losses, chosen_rewards, rejected_rewards = dpo_loss(
-                chosen, rejected, reference_chosen, reference_rejected, args.beta, args.label_smoothing
-            )
-            nll = -(sums[:, 0] + sums[:, 1])  # (b,) - log pi(y+|x); read only if the shared part is there
-            loss = losses.sum() / pair_count
-            if args.nll_weight > 0:
-                loss = loss + args.nll_weight * nll.sum() / chosen_tokens
+            of_batch = reference[indices].to(world.device), response_lengths[indices].to(world.device)
+            loss, sums = batch_loss(model(**rows), *of_batch, pair_count, chosen_tokens, args)
             (weight * world.size * loss).backward()  # FSDP averages gradients over ranks; the loss is already a mean
-            with torch.no_grad():
-                wins = (chosen_rewards > rejected_rewards).float()
-                values = [losses, wins, chosen_rewards, rejected_rewards, chosen, rejected, nll]
-                totals += weight * torch.stack(
-                    [*(v.sum() for v in values), torch.tensor(float(rows["token_ids"].numel()), device=world.device)]
-                )
+            totals[:7] += weight * sums
+            totals[7] += weight * rows["token_ids"].numel()
         lr = training.learning_rate(step, total_steps, args.lr, args.lr_warmup_ratio, args.lr_final_ratio)
         grad_norm = training.optimizer_step(model, optimizer, lr, args.max_grad_norm)
         totals = world.sum(totals.tolist())

@@ -22,20 +22,20 @@ MARGIN_BINS = [-10.0 + 0.5 * k for k in range(61)]  # nats, -10 .. 20; the outer
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def keep_all(record, prompt, context):
+def keep_all(record, prompt, run):
     """--keep all: every pair."""
     return True
 
 
-def keep_teacher(record, prompt, context):
+def keep_teacher(record, prompt, run):
     """--keep teacher: the teacher's mean log-prob of y+ is above that of y-."""
     mean = lambda values: sum(values) / len(values)
     return mean(record["chosen_teacher_logprobs"]) > mean(record["teacher_logprobs"])
 
 
-def keep_correct(record, prompt, context):
+def keep_correct(record, prompt, run):
     """--keep correct: y+ answers right and y- wrong, judged by the data's gold response."""
-    chosen, rejected = context.decode_text(record["chosen_ids"]), context.decode_text(record["response_ids"])
+    chosen, rejected = run.decode_text(record["chosen_ids"]), run.decode_text(record["response_ids"])
     return scores.is_correct(chosen, prompt["gold"]) and not scores.is_correct(rejected, prompt["gold"])
 
 
@@ -73,13 +73,13 @@ class KeepByReward:
             ids = self.tokenizer(prompt["text"] + response, return_tensors="pt").input_ids
         return self.model(ids.to(self.device)).logits[0, 0].item()
 
-    def __call__(self, record, prompt, context):
-        chosen, rejected = context.decode_text(record["chosen_ids"]), context.decode_text(record["response_ids"])
+    def __call__(self, record, prompt, run):
+        chosen, rejected = run.decode_text(record["chosen_ids"]), run.decode_text(record["response_ids"])
         return self.score(prompt, chosen) > self.score(prompt, rejected)
 
 
 def pair_filter(args, world):
-    """The function that --keep names: (record, prompt, context) -> bool."""
+    """The function that --keep names: (record, prompt, run) -> bool."""
     if args.keep.startswith("reward:"):
         return KeepByReward(args.keep.removeprefix("reward:"), args, world)
     return {"all": keep_all, "teacher": keep_teacher, "correct": keep_correct}[args.keep]

@@ -1,5 +1,6 @@
 """A run: what every stage of it needs, and its folder OUT, claimed by one run at a time, and taken up again."""
 
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -8,7 +9,9 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -25,11 +28,13 @@ LOCK = None  # file descriptor of OUT/.lock, of the run that this process is at
 
 
 class Run:
-    """What every stage needs; `teacher` is loaded when it is first asked for."""
+    """What every stage needs; `teacher` is loaded when it is first asked for, and the stages take their time with `clock`."""
 
     def __init__(self, args, world, tokenizer, eos_ids, out):
         self.args, self.world, self.tokenizer, self.eos_ids, self.out = args, world, tokenizer, eos_ids, out
         self.vocab_size, self.pad_id = len(tokenizer), tokenizer.pad_token_id
+        file = out / "speed.json"  # of an earlier start
+        self.clocks = common.read_json(file) if file.exists() else {}  # stage -> [tokens, seconds] on this rank
 
     def load(self, path, device=None):
         """A frozen model in the compute dtype, a plain replica."""
@@ -51,6 +56,29 @@ class Run:
     def decode_text(self, ids):
         """Ids of a response -> text for readers and answer checkers, special tokens left out."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    @contextlib.contextmanager
+    def clock(self, stage):
+        """Adds the time inside, and the `tokens` that are set on the yielded object, to `clocks[stage]`."""
+        lap, started = SimpleNamespace(tokens=0), time.perf_counter()
+        yield lap
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+        tokens, seconds = self.clocks.get(stage, (0, 0.0))
+        self.clocks[stage] = (tokens + lap.tokens, seconds + time.perf_counter() - started)
+
+    def save_clocks(self):
+        """OUT/speed.json, from which a run that goes on later takes them up."""
+        common.write_json(self.out / "speed.json", self.clocks)
+
+    def print_speed(self):
+        """Tokens a second of each stage; of those with a clock rank 0's."""
+        file = self.out / "metrics.jsonl"
+        steps = common.read_jsonl(file) if file.exists() else []
+        clocks = self.clocks | {"dpo": [sum(step[key] for step in steps) for key in ("tokens", "seconds")]}
+        for stage, (tokens, seconds) in clocks.items():
+            if tokens:
+                print(f"{stage:8} {tokens / seconds:10.0f} tokens/s")
 
 
 def start_run(out, args, inputs=()):

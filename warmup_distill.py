@@ -18,8 +18,6 @@ teacher's splice goes on from the cache of its check (`decode.rewind`), and no s
 (`decode.uniform_noise`), so pairs are the same for any number of processes.
 """
 
-import argparse
-import contextlib
 import math
 import time
 from pathlib import Path
@@ -42,40 +40,20 @@ from common import UserError, check_range
 from measure import closing_table
 from run_folder import Run, turns
 
-
-class Context(Run):
-    """A run that takes the time of its stages."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        file = self.out / "speed.json"  # of an earlier start
-        self.clocks = common.read_json(file) if file.exists() else {}  # stage -> [tokens, seconds] on this rank
-
-    @contextlib.contextmanager
-    def clock(self, stage):
-        """Adds the time inside, and the `tokens` that are set on the yielded object, to `clocks[stage]`."""
-        lap, started = argparse.Namespace(tokens=0), time.perf_counter()
-        yield lap
-        if self.world.device.type == "cuda":
-            torch.cuda.synchronize()
-        tokens, seconds = self.clocks.get(stage, (0, 0.0))
-        self.clocks[stage] = (tokens + lap.tokens, seconds + time.perf_counter() - started)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Steps 1 to 3: sample, check, splice
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def sample_responses(student, prompts, context):
+def sample_responses(student, prompts, run):
     """Step 1. N responses for each of P prompts, rows prompt by prompt.
 
     Returns P*N lists of ids and P*N lists of log q(y_t | x, y_<t), the latter at temperature 1 and not truncated,
     whatever the samples were drawn with.
     """
-    args, n = context.args, context.args.samples
-    device = context.world.device
-    rows = decode.prefill(student, [p["ids"] for p in prompts], context.pad_id, device)
+    args, n = run.args, run.args.samples
+    device = run.world.device
+    rows = decode.prefill(student, [p["ids"] for p in prompts], run.pad_id, device)
     rows = decode.expand(rows, n)
     prompt_ids, sample_ids = sample_names(prompts, n, device)
     start = torch.zeros_like(prompt_ids)
@@ -83,17 +61,17 @@ def sample_responses(student, prompts, context):
         args.seed, decode.STUDENT_STAGE, prompt_ids, sample_ids, start, args.temperature, args.top_p
     )
     budget = torch.full_like(prompt_ids, args.max_new_tokens)
-    return decode.decode(student, rows, choose, budget, context.eos_ids, context.vocab_size)
+    return decode.decode(student, rows, choose, budget, run.eos_ids, run.vocab_size)
 
 
-def check_responses(teacher, prompts, responses, context):
+def check_responses(teacher, prompts, responses, run):
     """Step 2. log p(y_t | x, y_<t) of every response token from one teacher forward.
 
     Returns rows and hidden states to splice from, and (P*N, T) log-probs, 0 beyond a response's end.
     """
-    rows = decode.prefill(teacher, [p["ids"] for p in prompts], context.pad_id, context.world.device)
-    rows = decode.expand(rows, context.args.samples)
-    return decode.score(teacher, rows, responses, context.vocab_size)
+    rows = decode.prefill(teacher, [p["ids"] for p in prompts], run.pad_id, run.world.device)
+    rows = decode.expand(rows, run.args.samples)
+    return decode.score(teacher, rows, responses, run.vocab_size)
 
 
 def first_mismatch(student_logprobs, teacher_logprobs, mask, eta):
@@ -112,13 +90,13 @@ def splice(response, position, continuation):
     return response[:position] + continuation
 
 
-def continue_by_teacher(teacher, rows, hidden, positions, lengths, prompts, context):
+def continue_by_teacher(teacher, rows, hidden, positions, lengths, prompts, run):
     """The teacher writes on from each response's token `positions` (B,), where that is under the response's `lengths` (B,).
 
     rows, hidden: from `check_responses`; decoding goes on in that cache, nothing is prefilled again.
     Returns B lists of ids and B lists of log-probs, empty for rows it does not touch.
     """
-    args, device = context.args, context.world.device
+    args, device = run.args, run.world.device
     chosen = (positions < lengths).nonzero()[:, 0]
     tokens, logprobs = [[] for _ in lengths], [[] for _ in lengths]
     if args.shard_teacher and len(chosen) == 0:  # its forwards need every rank: row 0 goes along and writes nothing
@@ -134,8 +112,8 @@ def continue_by_teacher(teacher, rows, hidden, positions, lengths, prompts, cont
         choose = decode.sampler(
             args.seed, decode.TEACHER_STAGE, prompt_ids, sample_ids, start, args.temperature, args.top_p
         )
-    any_rank = context.world.any if args.shard_teacher else bool
-    written = decode.decode(teacher, rows, choose, budget, context.eos_ids, context.vocab_size, any_rank)
+    any_rank = run.world.any if args.shard_teacher else bool
+    written = decode.decode(teacher, rows, choose, budget, run.eos_ids, run.vocab_size, any_rank)
     for row, ids, values in zip(chosen.tolist(), *written):
         tokens[row], logprobs[row] = ids, values
     return tokens, logprobs
@@ -147,25 +125,25 @@ def sample_names(prompts, n, device):
     return prompt_ids, torch.arange(n, device=device).repeat(len(prompts))
 
 
-def build_samples(student, teacher, prompts, context, keep):
+def build_samples(student, teacher, prompts, run, keep):
     """Steps 1 to 3 for one micro-batch of prompts -> one record a sample, as OUT/pairs/NNNNN.jsonl holds it."""
-    args, device = context.args, context.world.device
-    with context.clock("sample") as clock:
-        responses, student_logprobs = sample_responses(student, prompts, context)
+    args, device = run.args, run.world.device
+    with run.clock("sample") as clock:
+        responses, student_logprobs = sample_responses(student, prompts, run)
         clock.tokens = sum(map(len, responses))
-    with context.clock("check") as clock:
-        rows, hidden, teacher_logprobs = check_responses(teacher, prompts, responses, context)
+    with run.clock("check") as clock:
+        rows, hidden, teacher_logprobs = check_responses(teacher, prompts, responses, run)
         width = teacher_logprobs.shape[1]
         lengths = torch.tensor([len(r) for r in responses], device=device)
         mask = torch.arange(width, device=device) < lengths[:, None]  # (B, T)
         padded = torch.tensor([values + [0.0] * (width - len(values)) for values in student_logprobs], device=device)
         t_star = first_mismatch(padded, teacher_logprobs, mask, args.eta)  # (B,)
         clock.tokens = sum(map(len, responses))
-    with context.clock("splice") as clock:
+    with run.clock("splice") as clock:
         # The mismatched token itself is replaced, or (--replace after) kept. Without a mismatch all of y is kept
         positions = torch.where(t_star >= 0, t_star + int(args.replace == "after"), lengths)
         continuations, continuation_logprobs = continue_by_teacher(
-            teacher, rows, hidden, positions, lengths, prompts, context
+            teacher, rows, hidden, positions, lengths, prompts, run
         )
         clock.tokens = sum(map(len, continuations))
 
@@ -179,7 +157,7 @@ def build_samples(student, teacher, prompts, context, keep):
             "status": "untouched",
             "prompt": prompt["text"],
             "prompt_ids": prompt["ids"],
-            "ended": response[-1] in context.eos_ids,
+            "ended": response[-1] in run.eos_ids,
             "t_star": t,
             "prefix_len": position,
             "response_ids": response,
@@ -188,14 +166,14 @@ def build_samples(student, teacher, prompts, context, keep):
             "chosen_ids": splice(response, position, continuations[i]),
             "chosen_teacher_logprobs": rounded(teacher_values[:position] + continuation_logprobs[i]),
         }
-        record["chosen_ended"] = record["chosen_ids"][-1] in context.eos_ids
+        record["chosen_ended"] = record["chosen_ids"][-1] in run.eos_ids
         if t >= 0:
-            record["status"] = pair_status(record, seen, prompt, context, keep)
+            record["status"] = pair_status(record, seen, prompt, run, keep)
         records.append(record)
     return records
 
 
-def pair_status(record, seen, prompt, context, keep):
+def pair_status(record, seen, prompt, run, keep):
     """Whether a spliced sample becomes a pair, or why not; `seen` collects the pairs of the micro-batch."""
     key = (record["prompt_id"], tuple(record["chosen_ids"]), tuple(record["response_ids"]))
     if record["chosen_ids"] == record["response_ids"]:
@@ -203,7 +181,7 @@ def pair_status(record, seen, prompt, context, keep):
     if key in seen:
         return "duplicate"
     seen.add(key)
-    return "kept" if keep(record, prompt, context) else "filtered"
+    return "kept" if keep(record, prompt, run) else "filtered"
 
 
 def rounded(values):
@@ -234,7 +212,7 @@ def build_pairs(run, batches):
         if mine:
             common.write_jsonl(file, records)
         if world.rank == 0:
-            common.write_json(run.out / "speed.json", run.clocks)
+            run.save_clocks()
     run.drop_teacher()
 
 
@@ -317,16 +295,6 @@ def load_prompts(args, tokenizer):
     return data.PromptBatches(examples, tokenizer, args), data.load_eval_prompts(args, tokenizer, examples)
 
 
-def print_speed(run):
-    """Tokens a second of each stage; of sample, check and splice rank 0's."""
-    file = run.out / "metrics.jsonl"
-    steps = common.read_jsonl(file) if file.exists() else []
-    clocks = run.clocks | {"dpo": [sum(step[key] for step in steps) for key in ("tokens", "seconds")]}
-    for stage, (tokens, seconds) in clocks.items():
-        if tokens:
-            print(f"{stage:8} {tokens / seconds:10.0f} tokens/s")
-
-
 def main(argv=None):
     started = time.perf_counter()
     args = parse_args(argv)
@@ -344,7 +312,7 @@ def main(argv=None):
     batches, eval_prompts = load_prompts(args, tokenizer)
     # Behind all that can be wrong with the arguments: OUT then is theirs
     out = run_folder.start_run(args.out, args, [args.student, args.teacher, args.data])
-    run = Context(args, world, tokenizer, eos_ids, out)
+    run = Run(args, world, tokenizer, eos_ids, out)
 
     # Steps 1 to 3
     common.STATUS.enter("pairs")
@@ -372,7 +340,7 @@ def main(argv=None):
         size = args.prompts_per_batch * args.samples
         closing_table(run, students, teacher, eval_prompts, size, args.eta)
     if world.rank == 0:
-        print_speed(run)
+        run.print_speed()
         print(f"the run as a page: {report.write_report(out, tokenizer=tokenizer)}")
         print(f"{time.perf_counter() - started:.0f} seconds after start-up; the warmed-up student is {out / 'student'}")
 

@@ -27,6 +27,7 @@ import data
 import decode
 import models
 import pairs
+import run_folder
 import scores
 import warmup_distill
 
@@ -166,7 +167,7 @@ class Run:
         self.batches, _ = warmup_distill.load_prompts(self.args, self.tokenizer)
         self.prompts = [p for k in range(len(self.batches)) for p in self.batches[k] if self.batches.fits(p)]
         eos_ids = models.model_eos_ids([student, teacher], self.tokenizer)
-        self.context = warmup_distill.Context(self.args, self.world, self.tokenizer, eos_ids, out)
+        self.context = run_folder.Run(self.args, self.world, self.tokenizer, eos_ids, out)
         out.mkdir(parents=True, exist_ok=True)
         self.build()
 
