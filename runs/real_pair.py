@@ -44,15 +44,16 @@ def scored(folder):
 
 
 def collect():
-    """Writes what is finished."""
-    runs, seeds, seconds = {}, set(), 0
+    """Writes the seeds of which all arms are finished."""
+    runs, seconds = {}, 0
     for name in ("teacher", "student"):
         runs[name] = scored(FOLDER / name)
-    for folder in sorted(FOLDER.glob("*/*/eval/table.json")):
-        run, seed = folder.parent.parent, folder.parent.parent.parent.name
-        if run.name in ARMS:
-            seeds.add(int(seed))
-            runs[f"{run.name}/{seed}"] = row = scored(run)
+    whole = lambda folder: all((folder / arm / "eval/table.json").exists() for arm in ARMS)
+    seeds = sorted(int(folder.name) for folder in FOLDER.iterdir() if whole(folder))
+    for seed in seeds:
+        for arm in ARMS:
+            run = FOLDER / str(seed) / arm
+            runs[f"{arm}/{seed}"] = row = scored(run)
             steps = common.read_jsonl(run / "metrics.jsonl")
             row["steps"] = len(steps)
             row["loss"] = [round(steps[i]["loss"], 4) for i in (0, -1)]
@@ -60,7 +61,7 @@ def collect():
             if run.name == "warm":
                 mismatch = common.read_json(run / "mismatch.json")
                 row |= {key: mismatch[key] for key in ("samples", "replaced", "pairs")}
-    head = {"record": lab.record("real_pair", seconds), "seeds": sorted(seeds), "test": TEST}
+    head = {"record": lab.record("real_pair", seconds), "seeds": seeds, "test": TEST}
     lab.write_result(RESULT, head, runs)
 
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The four arms on a real pair, Qwen2.5-Coder 1.5B -> 0.5B Instruct, as far as a CPU reaches: 32 problems for the warm-up,
-# 128 for KD (8 steps of 16), 64 held-out problems of GSM8K's training file for the test. One seed is about 90 minutes on
-# one core with AMX, 12 GB of memory, 10 GB of disk at a time; resumes.
+# The four arms on a real pair, Qwen2.5-Coder 1.5B -> 0.5B Instruct, as far as a CPU reaches: 24 problems x 8 samples for
+# the warm-up, 128 problems for KD (8 steps of 16), 64 held-out problems of GSM8K's training file for the test, up to 512
+# tokens each: at 256 most of the teacher's responses are cut, and a shorter student would win by being short. About
+# 90 minutes a seed on one core with AMX, 12 GB of memory, 10 GB of disk at a time; resumes.
 #
 #     TEACHER=T STUDENT=S DATA=gsm8k_train.jsonl bash runs/real_pair.sh [SEED...]       -> runs/real_pair.json
 #
@@ -21,8 +22,8 @@ distil() { # distil STUDENT OUT SEED
 }
 
 evaluate() { # evaluate MODEL OUT: a model that has its responses is not needed any more
-    [ -f "$2/eval/table.json" ] || python eval.py --model "$1" --data gsm8k=out/real/test.jsonl --max-new-tokens 256 \
-        --dtype bfloat16 --threads 1 --out "$2"
+    [ -f "$2/eval/table.json" ] || python eval.py --model "$1" --data gsm8k=out/real/test.jsonl --max-new-tokens 512 \
+        --batch-size 64 --dtype bfloat16 --threads 1 --out "$2"
 }
 
 evaluate "$TEACHER" out/real/teacher
@@ -31,8 +32,8 @@ for seed in "${@:-0}"; do
     out=out/real/$seed
     if [ ! -f "$out/warm-kd/eval/table.json" ]; then
         if [ ! -d "$out/warm/student" ]; then
-            python warmup_distill.py $model --student "$STUDENT" --data out/real/train.jsonl --limit 32 --samples 8 \
-                --max-new-tokens 160 --prompts-per-batch 4 --beta 0.1 --lr 5e-6 --eval-limit 0 --seed "$seed" \
+            python warmup_distill.py $model --student "$STUDENT" --data out/real/train.jsonl --limit 24 --samples 8 \
+                --max-new-tokens 256 --prompts-per-batch 8 --beta 0.1 --lr 5e-6 --eval-limit 0 --seed "$seed" \
                 --save-every 1000 --out "$out/warm"
             rm -rf "$out/warm/checkpoint"
         fi

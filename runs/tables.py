@@ -269,19 +269,21 @@ def real_pair(result):
     runs, rows, of = result["runs"], [], {}
     arms = {"teacher": "teacher", "student": "student", "warm": "warm-up", "kd": "KD", "warm-kd": "warm-up + KD"}
     for arm, title in arms.items():
-        found = [run for name, run in runs.items() if name.split("/")[0] == arm]
-        if not found:
-            continue
-        row = [title, len(found)]
+        found = [runs[arm]] if arm in runs else [runs[f"{arm}/{seed}"] for seed in result["seeds"]]
+        row = [title, len(found) if arm not in runs else ""]
         for key, scale in (("accuracy", 1), ("rouge_l", 0.01)):
             of[arm, key] = [scale * statistics.fmean(values) for values in zip(*(r[key] for r in found), strict=True)]
             mean, half = t_interval([100 * value for value in of[arm, key]])
             row.append(f"{mean:.1f} ± {half:.1f}")
             base = {"warm": "student", "warm-kd": "kd"}.get(arm)
-            row.append(difference(of[arm, key], of[base, key]) if (base, key) in of else "")
+            row.append(difference(of[arm, key], of[base, key]) if base else "")
+        row.append(f"{100 * statistics.fmean(run['ended'] for run in found):.0f}")
         rows.append([*row, f"{statistics.fmean(run['tokens'] for run in found):.0f}"])
-    header = ["model", "seeds", "GSM8K accuracy, %", "to without", "Rouge-L", "to without", "tokens a response"]
-    text = f'{result["test"]} held-out problems; ± and brackets: 95% over problems; "to without": the same without the warm-up'
+    header = ["model", "seeds", "GSM8K accuracy, %", "to without", "Rouge-L", "to without", "finished, %", "tokens"]
+    text = (
+        f"{result['test']} held-out problems, 512 tokens at most; ± and brackets: 95% over problems, not over seeds; "
+        '"to without": minus the same without the warm-up'
+    )
     return table(header, rows) + "\n" + source(result["record"], text)
 
 
