@@ -125,6 +125,11 @@ def forward_bytes(shape, b, tokens, columns):
     return tokens * (b * (3 * shape.intermediate + 5 * shape.hidden) + columns)
 
 
+def scoring_bytes(shape, b, tokens, columns, vocab):
+    """A forward and then log-probs of its tokens: the layer, or a chunk's logits in float32 and their exponentials."""
+    return max(forward_bytes(shape, b, tokens, columns), 8 * vocab * min(decode.head_chunk(vocab), tokens))
+
+
 def sampling_bytes(rows, vocab, top_p):
     """A decode step's (rows, V) in float32: logits, the same over the temperature, probabilities; top-p sorts, too."""
     return rows * vocab * 4 * (3.25 if top_p == 1 else 9.25)
@@ -157,11 +162,13 @@ def recomputed_bytes(shape, b, rows, length, masked):
     return rows * length * (activation_bytes(shape, b, length, masked) + 3 * shape.intermediate * b)
 
 
-def chunk_bytes(b, vocab, loss, rows):
-    """lm_head and loss on one chunk: dpo.py's works on all of it; kd.py holds logits and gradient, works on an eighth."""
+def chunk_bytes(b, vocab, loss, tokens, chunk):
+    """lm_head and loss on the first chunk of `tokens`: dpo.py's works on all of it; kd.py holds logits and gradient,
+    works on an eighth of a whole chunk, which may be all the tokens there are."""
+    rows = min(tokens, chunk)
     if loss == "dpo":
         return 4 * vocab * rows * HEAD_COPIES[loss]
-    return vocab * (2 * b * rows + 4 * math.ceil(rows / 8) * HEAD_COPIES[loss])
+    return vocab * (2 * b * rows + 4 * min(rows, math.ceil(chunk / 8)) * HEAD_COPIES[loss])
 
 
 def head_rows(vocab, loss):
@@ -172,8 +179,8 @@ def head_rows(vocab, loss):
 def head_bytes(shape, b, vocab, loss, tokens):
     """A chunk and lm_head's gradient, summed over chunks in float32; or, when the chunks are done, that sum and the
     gradient in the compute dtype."""
-    rows = min(head_rows(vocab, loss), tokens)
-    return max(chunk_bytes(b, vocab, loss, rows) + 4 * shape.head, (4 + b) * shape.head)
+    chunk = chunk_bytes(b, vocab, loss, tokens, head_rows(vocab, loss))
+    return max(chunk + 4 * shape.head, (4 + b) * shape.head)
 
 
 def training_memory(stage, shape, b, size, beside, step):

@@ -218,8 +218,8 @@ def plan_warmup(args, size):
     shards, samples = size if args.shard_teacher else 1, known.count * n
     weights = [stages.weights("the teacher", teacher, shards), stages.weights("the student", student)]
     sampling, ones = stages.sampling(rows, args.top_p), [1] * (tokens - 1)  # the last token drawn is never fed
-    forward = costs.forward_bytes(teacher, stages.b, rows * tokens, longest + tokens)
-    scoring = "activations of one layer, and the mask", forward
+    forward = costs.scoring_bytes(teacher, stages.b, rows * tokens, longest + tokens, known.vocab)
+    scoring = "activations of one layer and the mask, or a chunk of logits", forward
     hidden = "hidden states of the check", rows * (tokens + 1) * teacher.hidden * stages.b
     stages.memory("sample", *weights, stages.cache(student, rows, longest, *ones), sampling)
     stages.memory("check", *weights, stages.cache(teacher, rows, longest, tokens), scoring)
@@ -256,9 +256,10 @@ def plan_preferences(stages, policy, reference, known):
     if reference:
         shards = 4 * (policy.total + reference.total) / stages.size
         gathered = stages.b * (reference.root + 3 * reference.block)
-        forward = costs.forward_bytes(reference, stages.b, stages.micro * known.longest, known.longest)
+        rows = stages.micro * known.longest, known.longest
+        forward = costs.scoring_bytes(reference, stages.b, *rows, stages.vocab)
         items = ("float32 weights of both / ranks", shards), ("gathered by FSDP", gathered)
-        stages.memory("reference", *items, ("activations of one layer, and the mask", forward))
+        stages.memory("reference", *items, ("activations of one layer and the mask, or a chunk of logits", forward))
     batches = math.ceil(known.count / stages.micro)
     shape, logits = reference or policy, known.count * known.logits
     stages.forwards("reference", shape, batches, known.count * known.row, known.row, logits)

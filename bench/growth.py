@@ -112,17 +112,13 @@ def measure(args):
 
 
 def predict(args, at):
-    """What costs.py's formulas give for each stage at one point: {stage: {"predicted_gib", "with_head_gib", "tflop"}}.
-
-    with_head_gib adds two terms that costs.py leaves out, since they are small beside a large model: the check's
-    logits, and that a micro-batch of fewer tokens than a chunk does not have its KD loss by eighths of these tokens.
-    """
+    """What costs.py's formulas give for each stage at one point: {stage: {"predicted_gib", "tflop"}}."""
     b, vocab, response = DTYPES[args.dtype].itemsize, at["vocabulary"], at["response"]
     with torch.device("meta"):
         shape = costs.read_shape(random_model(args.shape, DTYPES[args.dtype], "meta", vocab=vocab).config)
     rows, half, batch = at["batch"] * at["N"], response // 2, at["batch"]
     cache = lambda *updates: costs.cache_bytes(shape, b, rows, costs.cache_columns(at["prompt"], *updates))
-    forward = costs.forward_bytes(shape, b, rows * response, at["prompt"] + response)
+    forward = costs.scoring_bytes(shape, b, rows * response, at["prompt"] + response, vocab)
     sampling = costs.sampling_bytes(rows, vocab, 1)
     ones = [1] * (half - 1)  # the last token that is drawn is not fed
     flops = lambda *counts: costs.forward_flops(shape, *counts, vocab)
@@ -136,9 +132,6 @@ def predict(args, at):
         "check": flops(rows * response, at["prompt"] + response, rows * response),
         "splice": flops(rows * half, at["prompt"] + half + half / 2, rows * half),
     }
-    whole = dict(memory)
-    logits = min(rows * response, decode.head_chunk(vocab))
-    whole["check"] = cache(response) + max(forward, 8 * vocab * logits)  # float32, and their exponentials
     trained = {"dpo": (at["prompt"] + 3 * half, 3 * half), "kd": (at["prompt"] + response - 1, response)}
     for stage, (length, logits) in trained.items():
         loss = "dpo" if stage == "dpo" else "forward_kl"
@@ -148,13 +141,7 @@ def predict(args, at):
         memory[stage] = max(kept + head, b * shape.total)
         counts = batch * length, length, batch * logits
         work[stage] = costs.training_flops(shape, *counts, vocab, False) + flops(*counts) * (stage == "kd")
-        if stage == "kd":
-            chunk = costs.head_rows(vocab, loss)
-            again = min(batch * logits, math.ceil(chunk / 8)) - math.ceil(min(batch * logits, chunk) / 8)
-            head += 4 * vocab * again * costs.HEAD_COPIES[loss]
-        whole[stage] = max(kept + head, b * shape.total)
-    gib = lambda stage: {"predicted_gib": memory[stage] / 2**30, "with_head_gib": whole[stage] / 2**30}
-    return {stage: {**gib(stage), "tflop": work[stage] / 1e12} for stage in STAGES}
+    return {stage: {"predicted_gib": memory[stage] / 2**30, "tflop": work[stage] / 1e12} for stage in STAGES}
 
 
 def power(points, key):
@@ -242,13 +229,11 @@ def main(argv=None):
                 point = stages[stage][k]
                 point |= expected[stage]
                 seconds, gib = point["seconds"]["median"], point["gib"]["median"]
-                ratios = (
-                    f"{point[name]:6.3f}, ratio " + (f"{gib / point[name]:5.2f}" if gib > NOISE else "    -")
-                    for name in ("predicted_gib", "with_head_gib")
-                )
+                predicted = point["predicted_gib"]
+                ratio = f"{gib / predicted:5.2f}" if gib > NOISE else "    -"
                 print(
                     f"{axis:10} {value:7} {stage:7}{seconds:8.2f} s {seconds / point['tflop']:6.1f} s/TFLOP "
-                    f"{gib:6.3f} GiB, predicted {'; with logits '.join(ratios)}"
+                    f"{gib:6.3f} GiB, predicted {predicted:6.3f}, ratio {ratio}"
                 )
         if len(stages["sample"]) > 1:
             for key in ("seconds", "gib"):

@@ -25,31 +25,33 @@ RESULT = ROOT / "runs/eta_sweep.json"
 
 
 def sweep(records):
-    """{eta: rates and quartiles} of samples, dicts with prompt_id, student_logprobs and teacher_logprobs.
+    """{eta: rates and quartiles} of samples, dicts with group, student_logprobs and teacher_logprobs.
 
-    samples, tokens: shares above eta. prompts_half_width: half of the 95% interval of `samples`, from the spread of the
-    prompts' own rates: samples of one prompt are not independent. t_star: first, second and third quartile.
+    samples, tokens: shares above eta; behind: share of the tokens at t* and behind it, which the teacher writes anew.
+    half_width: half of the 95% interval of `samples`, from the spread of the groups' own rates. A group is what is drawn
+    independently: a prompt, or where each seed has models of its own, a seed. t_star: first, second, third quartile.
     """
     rows = {}
     margins = [
-        (r["prompt_id"], [q - p for q, p in zip(r["student_logprobs"], r["teacher_logprobs"], strict=True)])
+        (r["group"], [q - p for q, p in zip(r["student_logprobs"], r["teacher_logprobs"], strict=True)])
         for r in records
     ]
     total = sum(len(values) for _, values in margins)
     for eta in ETAS:
-        of_prompt, places, above = {}, Counter(), 0
-        for prompt, values in margins:
+        of_group, places, above, behind = {}, Counter(), 0, 0
+        for group, values in margins:
             first = next((t for t, value in enumerate(values) if value > eta), None)
-            of_prompt.setdefault(prompt, []).append(first is not None)
+            of_group.setdefault(group, []).append(first is not None)
             above += sum(value > eta for value in values)
             if first is not None:
                 places[first] += 1
-        rates = [statistics.fmean(found) for found in of_prompt.values()]
-        half = 1.96 * lab.mean_sd(rates)[1] / len(rates) ** 0.5  # over 30 prompts and more: the normal quantile
+                behind += len(values) - first
+        half = lab.t_interval([statistics.fmean(found) for found in of_group.values()])[1]
         rows[eta] = {
             "samples": round(sum(places.values()) / len(margins), 5),
-            "prompts_half_width": round(half, 5),
+            "half_width": round(half, 5),
             "tokens": round(above / total, 6),
+            "behind": round(behind / total, 5),
             "t_star": [lab.quantile(places, share) for share in (0.25, 0.5, 0.75)] if places else None,
         }
     return rows
@@ -87,16 +89,16 @@ def main(argv):
         task = lab.Toy(ROOT / "out/toy_dev", seed, "dev")
         jobs = [(eta, functools.partial(trained, task, eta)) for eta in TRAINED_ETAS]
         measured[seed] = lab.run_all(jobs, f"eta, seed {seed}")
-        # Prompts of different seeds are different prompts
+        # Each seed has a teacher, a student and prompts of its own
         found = read_samples(task.folder / "eta/4")
-        samples += [record | {"prompt_id": (seed, record["prompt_id"])} for record in found]
+        samples += [record | {"group": seed, "prompt_id": (seed, record["prompt_id"])} for record in found]
     sizes, runs = {"toy": size(samples)}, {f"toy/{eta}": row for eta, row in sweep(samples).items()}
     for eta in TRAINED_ETAS:
         results = [measured[seed][eta] for seed in DEV_SEEDS]
         columns = ("accuracy", "after_kd", "pairs", "teacher_tokens")
         runs[f"accuracy/{eta}"] = {c: [round(r[c], 4) for r in results] for c in columns}
     if argv:
-        real = read_samples(argv[0])
+        real = [record | {"group": record["prompt_id"]} for record in read_samples(argv[0])]
         sizes["real"] = size(real)
         runs |= {f"real/{eta}": row for eta, row in sweep(real).items()}
     seconds = sum(r["seconds"] for results in measured.values() for r in results.values())

@@ -5,8 +5,8 @@ there is not run again. What a script prints goes to `NAME/log`. Importing torch
 reason for one process: `command` gives the same line for a shell.
 
 Costs are counted in token positions that a model computes: prompts and responses while sampling and checking, padded
-rows in the training loops (their `tokens` in metrics.jsonl). Seconds are CPU seconds of the one thread that works: on
-a shared machine they do not depend on who else is there.
+rows in the training loops (their `tokens` in metrics.jsonl). Seconds are CPU seconds of the one thread that works; on a
+shared machine they still vary, since memory is shared.
 """
 
 import contextlib
@@ -19,9 +19,11 @@ import os
 import platform
 import shutil
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -35,7 +37,9 @@ import dpo
 import kd
 import measure
 import models
+import run_folder
 import toy
+import training
 import warmup_distill
 
 MAINS = {"warmup_distill": warmup_distill, "dpo": dpo, "kd": kd}
@@ -113,23 +117,30 @@ def call(script, settings, folder):
     return time.process_time() - started
 
 
-def resumable(folder, work, keep=()):
-    """work() -> dict, kept as FOLDER/result.json. A run that is there is not run again.
+def resumable(folder, work, settings, keep=()):
+    """work() -> dict, kept as FOLDER/result.json with its settings. A run that is there, of these, is not run again.
 
     All else in the folder goes afterwards but for `keep`; a folder without a result is what a killed run left.
     """
     folder = Path(folder)
     file = folder / "result.json"
-    if file.exists():
-        return common.read_json(file)
+    settings = [flag.replace(f"{ROOT}/", "") for flag in flags(settings)]
+    if file.exists() and (result := common.read_json(file))["settings"] == settings:
+        return result
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    result = work()
+    result = work() | {"settings": settings}
     for path in folder.iterdir():
         if path.name not in keep:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     common.write_json(file, result)
     return result
+
+
+def origin(folder):
+    """The settings of the run in a folder, for the settings of what goes on from there; nothing if no run made it."""
+    file = Path(folder) / "result.json"
+    return {"origin": common.read_json(file)["settings"] if file.exists() else None}
 
 
 def accuracy(model, file):
@@ -174,6 +185,7 @@ class Toy:
         return resumable(
             self.folder / "student",
             lambda: {"accuracy": accuracy(self.paths["student"], self.split)},
+            {"student": self.paths["student"]},
         )
 
     def warmup(self, name, position=None, **settings):
@@ -185,11 +197,12 @@ class Toy:
         settings = {**toy.WARMUP, **self.common, "student": self.paths["student"], **settings, "eval_limit": 0}
 
         def work():
-            with moved_mismatch(position, self.seed):
+            page = mock.patch.object(warmup_distill.report, "write_report")  # no part of the method's time
+            with moved_mismatch(position, self.seed), page:
                 seconds = call("warmup_distill", settings, folder)
             records = [r for file in (folder / "pairs").glob("*.jsonl") for r in common.read_jsonl(file)]
             pairs = common.read_jsonl(folder / "pairs.jsonl")
-            prompts = sum({p["prompt_id"]: len(p["prompt_ids"]) for p in pairs}.values())
+            prompts = sum({r["prompt_id"]: len(r["prompt_ids"]) for r in records}.values())
             sampled = prompts + sum(len(r["response_ids"]) for r in records)
             spliced = sum(len(r["chosen_ids"]) - r["prefix_len"] for r in records)
             aligned = dpo_tokens(folder, pairs)
@@ -202,10 +215,13 @@ class Toy:
                 "dpo_tokens": aligned,
             }
 
-        return resumable(folder, work, keep=("student", "pairs", "pairs.jsonl"))
+        return resumable(folder, work, settings | {"position": position}, keep=("student", "pairs", "pairs.jsonl"))
 
     def dpo(self, name, pairs_of, **settings):
-        """DPO alone on the pairs of the run `pairs_of`, at other settings. Costs are those of the warm-up with it."""
+        """DPO alone on the pairs of the run `pairs_of`, at other settings. Costs are those of the warm-up with it.
+
+        With beta 1e-9 nothing but SFT on the chosen responses is left, and that is what is counted.
+        """
         folder, pairs = self.folder / name, self.folder / pairs_of / "pairs.jsonl"
         inherited = {key: value for key, value in toy.WARMUP.items() if key in DPO_FLAGS}
         settings = {**inherited, "model": self.paths["student"], "pairs": pairs, "seed": self.seed, **settings}
@@ -213,8 +229,8 @@ class Toy:
         def work():
             seconds = call("dpo", settings, folder)
             steps = common.read_jsonl(folder / "metrics.jsonl")
-            before = common.read_json(self.folder / pairs_of / "result.json")
-            tokens = dpo_tokens(folder, common.read_jsonl(pairs))
+            before, rows = common.read_json(self.folder / pairs_of / "result.json"), common.read_jsonl(pairs)
+            tokens = sft_tokens(rows, settings) if settings.get("beta") == 1e-9 else dpo_tokens(folder, rows)
             return {
                 "accuracy": accuracy(folder / "student", self.split),
                 "margin": steps[-1]["margin"],
@@ -226,7 +242,7 @@ class Toy:
                 "teacher_tokens": before["teacher_tokens"],
             }
 
-        return resumable(folder, work, keep=("student",))
+        return resumable(folder, work, settings | origin(self.folder / pairs_of), keep=("student",))
 
     def kd(self, name, student, **settings):
         """Step 5 from the model folder `student`. Keeps no model."""
@@ -248,10 +264,12 @@ class Toy:
             if settings.get("mode") == "student":  # every row that is trained on was sampled before
                 result["student_tokens"] += trained
             elif settings.get("mode") == "teacher":
-                result["teacher_tokens"] += sum(len(next(v for v in r.values() if type(v) is list)) for r in responses)
+                tokenizer = models.load_tokenizer(settings["teacher"], False)
+                length = lambda r: len(tokenizer(r["prompt"]).input_ids) + len(r["response_ids"])
+                result["teacher_tokens"] += sum(length(r) for r in responses)
             return result
 
-        return resumable(folder, work)
+        return resumable(folder, work, settings | origin(Path(student).parent))
 
 
 # Flags of the toy's warm-up that dpo.py has, too
@@ -264,6 +282,13 @@ def dpo_tokens(folder, pairs):
         len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"]) - p["prefix_len"] for p in pairs
     )
     return reference + sum(step["tokens"] for step in common.read_jsonl(folder / "metrics.jsonl"))
+
+
+def sft_tokens(pairs, settings):
+    """Token positions of SFT on the chosen responses, over the same steps as DPO: no reference, no rejected suffix."""
+    size, seed, steps = settings["batch_size"], settings["seed"], range(settings["max_steps"])
+    batches = (training.batch_of_step(step, len(pairs), size, seed) for step in steps)
+    return sum(len(pairs[i]["prompt_ids"]) + len(pairs[i]["chosen_ids"]) for batch in batches for i in batch)
 
 
 @contextlib.contextmanager
@@ -294,6 +319,13 @@ def moved_mismatch(position, seed):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def commit():
+    """The checkout's commit, with a + behind it where code has changed since; "unknown" where there is no git."""
+    command = ["git", "-C", str(ROOT), "status", "--porcelain", "*.py", "*.sh"]
+    changed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return (run_folder.git_commit() or "unknown") + "+" * bool(changed)
+
+
 def record(script, seconds):
     """What a result file says of how it came to be."""
     model = next(
@@ -303,7 +335,7 @@ def record(script, seconds):
     return {
         "command": f"bash runs/{script}.sh",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": common.git_commit(),
+        "commit": commit(),
         "cpu": model.partition(":")[2].strip() + (" with AMX" if "amx_bf16" in flags_of_cpu else ""),
         "cores": os.cpu_count(),
         "torch": torch.__version__,

@@ -55,7 +55,8 @@ def source(record, rest):
     machine = (
         f"{record['cores']} cores of {record['cpu']}, torch {record['torch']}, transformers {record['transformers']}"
     )
-    return f"\n`{record['command']}`, {rest}; {machine}; commit {record['commit'][:7]}, {record['date']}."
+    commit = record["commit"][:7] + (" with scripts not yet committed" if record["commit"].endswith("+") else "")
+    return f"\n`{record['command']}`, {rest}; {machine}; commit {commit}, {record['date']}."
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,18 +80,14 @@ def compared(result, conditions):
     return rows
 
 
-COMPARED = ["KD alone, %", "warm-up + KD, %", "difference", "to KD with the warm-up's tokens", "to SFT on y+, + KD"]
+COMPARED = ["KD alone, %", "warm-up + KD, %", "warm-up minus none"]
+COMPARED += ["minus KD with the warm-up's tokens", "minus SFT on y+, then KD"]
 
 
 def ablation_gain(result):
     """Condition gold: the paper's setting."""
     rows = [row[1:] for row in compared(result, ["gold"])]
-    seeds = result["seeds"]["gold"]
-    return (
-        table(["loss", "KD steps", *COMPARED], rows)
-        + "\n"
-        + source(result["record"], f"{len(seeds)} seeds ({', '.join(map(str, seeds))}), 500 test problems each")
-    )
+    return table(["loss", "KD steps", *COMPARED], rows) + "\n" + ablation_source(result, ["gold"])
 
 
 def ablation_when(result):
@@ -99,16 +96,12 @@ def ablation_when(result):
     names = {"mismatch": "student with half of the facts wrong", "teacher": "no gold responses, KD on the teacher's"}
     names["student"] = "no gold responses, on-policy KD"
     rows = [[f"{names[row[0]]}", *row[1:]] for row in compared(result, conditions)]
-    seeds = ", ".join(f"{c} {len(result['seeds'][c])}" for c in conditions)
-    return (
-        table(["condition", "loss", "KD steps", *COMPARED], rows)
-        + "\n"
-        + source(result["record"], f"500 test problems a seed; seeds: {seeds}")
-    )
+    header = ["condition", "loss", "KD steps", *COMPARED]
+    return table(header, rows) + "\n" + ablation_source(result, conditions)
 
 
 STARTS = {
-    "none": "student",
+    "none": "student: KD alone",
     "warm-up": "warm-up (DPO + NLL)",
     "plain": "warm-up, plain DPO",
     "sft": "SFT on y+ of the same pairs",
@@ -117,21 +110,30 @@ STARTS = {
     "random": "spliced at a random position",
     "none + time": "KD alone, with the warm-up's CPU time",
     "none + tokens": "KD alone, with the warm-up's tokens",
+    "none + teacher tokens": "KD alone, with the warm-up's teacher tokens",
 }
 
 
 def ablation_controls(result):
-    """What of the warm-up it is that helps: each start, without KD and after 25 and 100 steps, minus the warm-up."""
+    """What of the warm-up it is that helps: each start before KD, and the warm-up minus it after KD."""
     runs, rows = result["runs"], []
     for start, title in STARTS.items():
         row = [title, percent(runs[f"gold/{start}"]["accuracy"]) if f"gold/{start}" in runs else ""]
-        for loss in ("forward_kl", "reverse_kl"):
+        for loss in LOSSES[:2]:
             for budget in BUDGETS[:2]:
-                ours, theirs = (runs[f"gold/{s}/{loss}/{budget}"]["accuracy"] for s in ("warm-up", start))
-                row.append(percent(ours) + " %" if start == "warm-up" else difference(theirs, ours))
+                ours, theirs = (runs[f"gold/{s}/{loss}/{budget}"] for s in ("warm-up", start))
+                steps = f", {theirs['steps']:.0f} steps" if start.startswith("none +") else ""
+                minus = difference(ours["accuracy"], theirs["accuracy"]) + steps
+                row.append(f"{percent(ours['accuracy'])} %" if start == "warm-up" else minus)
         rows.append(row)
-    header = ["start", "before KD, %", *(f"{loss}, {budget} steps" for loss in LOSSES[:2] for budget in BUDGETS[:2])]
-    return table(header, rows)
+    columns = (f"{loss}, {budget} steps: warm-up minus this" for loss in LOSSES[:2] for budget in BUDGETS[:2])
+    return table(["start", "before KD, %", *columns], rows) + "\n" + ablation_source(result, ["gold"])
+
+
+def ablation_source(result, conditions):
+    """The line under the ablation's tables."""
+    seeds = ", ".join(f"{len(result['seeds'][c])} ({c})" for c in conditions)
+    return source(result["record"], f"test sets of 500 problems, seeds: {seeds}")
 
 
 def total_cost(runs, name, key):
@@ -143,16 +145,17 @@ def total_cost(runs, name, key):
 def ablation_cost(result):
     """Accuracy beside what it cost, in thousands of token positions."""
     runs, rows = result["runs"], []
-    for condition in ("gold", "teacher"):
+    whose = {"gold": "gold", "teacher": "the teacher's", "student": "the student's (on-policy)"}
+    for condition, data in whose.items():
         for budget in BUDGETS:
-            for start in ("none", "warm-up", "sft", "none + tokens"):
+            for start in ("none", "warm-up", "sft", "none + tokens", "none + teacher tokens"):
                 name = f"{condition}/{start}/reverse_kl/{budget}"
                 if name in runs:
                     costs = (total_cost(runs, name, key) for key in ("teacher_tokens", "student_tokens"))
-                    data = {"gold": "gold", "teacher": "the teacher's"}[condition]
                     steps, scores = round(runs[name]["steps"]), percent(runs[name]["accuracy"])
                     rows.append([data, STARTS[start], steps, *(f"{cost / 1000:.0f} k" for cost in costs), scores])
-    return table(["responses", "start", "KD steps", "teacher tokens", "student tokens", "accuracy, %"], rows)
+    header = ["responses", "start", "KD steps", "teacher tokens", "student tokens", "accuracy, %"]
+    return table(header, rows) + "\n" + ablation_source(result, [c for c in whose if c in result["seeds"]])
 
 
 def ablation_figure(result):
@@ -182,20 +185,24 @@ def eta_rates(result):
         for kind in kinds:
             found = result["runs"][f"{kind}/{eta}"]
             low, middle, high = found["t_star"] or ("-", "-", "-")
-            half = 100 * found["prompts_half_width"]
+            half = 100 * found["half_width"]
             row += [f"{100 * found['samples']:.1f} ± {half:.1f}", f"{100 * found['tokens']:.2f}"]
-            row += [f"{middle} ({low} to {high})"]
+            row += [f"{100 * found['behind']:.1f}", f"{middle} ({low} to {high})"]
         rows.append(row)
     header = ["eta, nats"]
     for kind in kinds:
         name = {"toy": "toy", "real": "Qwen2.5-Coder 1.5B, 0.5B"}[kind]
-        header += [f"{name}: samples replaced, %", "tokens above, %", "t*: median (quartiles)"]
+        header += [f"{name}: samples replaced, %", "tokens above, %", "tokens from t* on, %", "t*: median (quartiles)"]
     sizes = "; ".join(
         f"{kind}: {s['samples']:,} samples of {s['prompts']} prompts, {s['tokens_a_sample']} tokens a sample, "
         f"{100 * s['at_length_limit']:.0f}% cut at the limit"
         for kind, s in result["sizes"].items()
     )
-    return table(header, rows) + "\n" + source(result["record"], f"± half of the 95% interval over prompts; {sizes}")
+    return (
+        table(header, rows)
+        + "\n"
+        + source(result["record"], f"± half of the 95% interval, toy: over seeds, real: over prompts; {sizes}")
+    )
 
 
 def eta_accuracy(result):
@@ -223,7 +230,7 @@ def eta_figure(result):
             points = []
             for key, row in result["runs"].items():
                 if key.startswith(f"{kind}/"):
-                    half = 100 * row["prompts_half_width"] if column == "samples" else 0
+                    half = 100 * row["half_width"] if column == "samples" else 0
                     points.append((float(key.split("/")[1]), 100 * row[column], half))
             lines[f"{name}: {unit}"] = points
     return chart(lines, "eta, nats", "replaced, %")

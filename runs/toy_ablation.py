@@ -17,12 +17,13 @@ Every arm ends in B steps of KD, B = 25, 100, 400 (on-policy: 25, 100). What dif
                no-splice  the teacher writes all of y+, for every sample (--eta=-1e9 makes t* = 0)
                no-splice-same   ... for the samples with a mismatch only
                random     y+ is spliced at a random position instead of t*
-    none + tokens, none + time   KD alone for as many more steps as the warm-up cost, in token positions that student and
-               teacher compute (lab.py), or in CPU seconds
+    none + tokens, none + teacher tokens, none + time    KD alone for as many more steps as the warm-up cost: in token
+               positions that student and teacher compute (lab.py), in those of the teacher alone, in CPU seconds
 
-Learning rates of KD are chosen for each loss and budget, for "none" and for "warm-up" apart; the other starts use those of
-"warm-up", KD with more steps that of the nearest budget. DPO's settings come from runs/dpo_sensitivity.json. The controls
-other than "sft" and "none + tokens" stop at 100 steps: at 400 there is little left to tell apart.
+Learning rates of KD are chosen for each loss and budget, for "none" and for "warm-up" apart, in the condition "gold"; the
+other starts use those of "warm-up", KD with more steps that of the nearest budget, the other conditions the same. DPO's
+settings come from runs/dpo_sensitivity.json. The controls other than "sft" and "none + tokens" stop at 100 steps: at 400
+there is little left to tell apart.
 """
 
 import functools
@@ -38,11 +39,12 @@ import common
 import toy
 
 BUDGETS = (25, 100, 400)
-RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 SELECT_SEEDS = (1, 2, 3)
 LOSSES = ("forward_kl", "reverse_kl", "skew_reverse_kl")
-STARTS = ("none", "warm-up", "sft", "none + tokens")
-CONTROLS = ("plain", "no-splice", "no-splice-same", "random", "none + time")  # not at the largest budget
+STARTS = ("none", "warm-up", "sft", "none + tokens", "none + teacher tokens")
+CONTROLS = ("plain", "no-splice", "no-splice-same", "random", "none + time")  # in "gold" alone
+SMALL_BUDGETS = (*CONTROLS, "none + teacher tokens")  # not at the largest
 # condition -> losses, largest budget, flags of kd.py
 CONDITIONS = {
     "gold": (LOSSES, 400, {}),
@@ -122,19 +124,23 @@ def rate_of(rates, loss, steps):
     return rates[f"{loss}/{min(BUDGETS, key=lambda budget: abs(math.log(steps / budget)))}"]
 
 
-def extra_steps(extra, warmup, runs, loss):
-    """How many KD steps cost what the warm-up cost. runs: {budget: result} of KD alone with this loss."""
-    short, long = runs[min(runs)], runs[max(runs)]
-    if extra == "none + tokens":
-        step = (long["student_tokens"] + long["teacher_tokens"]) / long["steps"]
-        return math.ceil((warmup["student_tokens"] + warmup["teacher_tokens"]) / step)
-    # The difference of two runs leaves out what every start of a script costs
-    step = (long["seconds"] - short["seconds"]) / (long["steps"] - short["steps"])
-    return math.ceil(warmup["seconds"] / step)
+def extra_steps(extra, warmup, alone, loss):
+    """How many KD steps cost what the warm-up cost. alone: {loss: {budget: result}} of KD alone.
+
+    Seconds of a step are the mean over all losses, since single runs vary.
+    """
+    if extra == "none + time":
+        # The difference of two runs leaves out what every start of a script costs
+        steps = [(runs[min(runs)], runs[max(runs)]) for runs in alone.values()]
+        step = statistics.fmean((b["seconds"] - a["seconds"]) / (b["steps"] - a["steps"]) for a, b in steps)
+        return math.ceil(warmup["seconds"] / step)
+    keys = ["teacher_tokens"] if extra == "none + teacher tokens" else ["student_tokens", "teacher_tokens"]
+    long = alone[loss][max(alone[loss])]
+    return math.ceil(sum(warmup[key] for key in keys) / sum(long[key] / long["steps"] for key in keys))
 
 
 def distil(task, condition, start, loss, budget, selected, alone):
-    """One KD run. alone: {budget: result} of "none", filled as it goes, for the number of extra steps."""
+    """One KD run. alone: {loss: {budget: result}} of "none", filled as it goes, for the number of extra steps."""
     flags, steps, rates = CONDITIONS[condition][2], budget, selected["rates"]["none"]
     model = task.paths["student"]
     if start.startswith("none +"):
@@ -148,7 +154,7 @@ def distil(task, condition, start, loss, budget, selected, alone):
         settings["limit"] = min(toy.KD["limit"], steps * toy.KD["batch_size"])
     result = task.kd(f"{condition}/{start}/{loss}/{budget}", model, **settings)
     if start == "none":
-        alone[budget] = result
+        alone.setdefault(loss, {})[budget] = result
     return result
 
 
@@ -157,18 +163,15 @@ def report(condition, seed):
     selected = common.read_json(SELECTED)
     settings = toy.Settings(misconceived=0.5) if condition == "mismatch" else toy.Settings()
     folder = "toy_mismatch" if condition == "mismatch" else "toy_test"
-    task, jobs = lab.Toy(ROOT / "out" / folder, seed, "test", settings), []
+    task, jobs, alone = lab.Toy(ROOT / "out" / folder, seed, "test", settings), [], {}
     losses, largest, _ = CONDITIONS[condition]
-    starts = STARTS + (CONTROLS if condition == "gold" else ())
-    for start in starts:
+    for start in STARTS + (CONTROLS if condition == "gold" else ()):  # "none" first: it fills `alone`
         if not start.startswith("none +"):
             job = functools.partial(make_start, task, start, selected["dpo"])
             jobs.append((f"{condition}/{start}", lambda job=job: job()[1]))
-    for loss in losses:
-        alone = {}
-        for start in starts:
+        for loss in losses:
             for budget in BUDGETS:
-                if budget <= largest and not (start in CONTROLS and budget == BUDGETS[-1]):
+                if budget <= largest and not (start in SMALL_BUDGETS and budget == BUDGETS[-1]):
                     job = functools.partial(distil, task, condition, start, loss, budget, selected, alone)
                     jobs.append((f"{condition}/{start}/{loss}/{budget}", job))
     results = lab.run_all(jobs, f"{condition}, seed {seed}")

@@ -13,6 +13,7 @@ from conftest import ROOT
 
 import common
 import toy
+import training
 
 RUNS = ROOT / "runs"
 sys.path.insert(0, str(RUNS))
@@ -62,16 +63,17 @@ def test_quantile_of_counts():
 
 
 def test_eta_sweep_by_hand():
-    """Two prompts, three samples, margins (0, 5), (1, 1), (9, 0, 6): rates by token, by sample, and the places of t*."""
+    """Two groups, three samples, margins (0, 5), (1, 1), (9, 0, 6): rates by token, by sample, and the places of t*."""
     zeros = lambda values: [0.0] * len(values)
     rows = [(0, [0.0, 5.0]), (0, [1.0, 1.0]), (1, [9.0, 0.0, 6.0])]
-    samples = [{"prompt_id": p, "student_logprobs": v, "teacher_logprobs": zeros(v)} for p, v in rows]
+    samples = [{"group": g, "student_logprobs": v, "teacher_logprobs": zeros(v)} for g, v in rows]
     swept = eta_sweep.sweep(samples)
     assert swept[4.0]["samples"] == pytest.approx(2 / 3, abs=1e-5)
     assert swept[4.0]["tokens"] == pytest.approx(3 / 7, abs=1e-6)
     assert swept[4.0]["t_star"] == [0, 0, 1]
-    # the prompts' rates are 1/2 and 1: s = 0.353553, half width 1.96 s / sqrt(2)
-    assert swept[4.0]["prompts_half_width"] == pytest.approx(0.49, abs=1e-4)
+    assert swept[4.0]["behind"] == pytest.approx(4 / 7, abs=1e-5)  # (5), and all of (9, 0, 6)
+    # the groups' rates are 1/2 and 1: s = 0.353553, half width t(1) s / sqrt(2) = 12.706 x 0.25
+    assert swept[4.0]["half_width"] == pytest.approx(3.1765, abs=1e-4)
     assert swept[0.5]["samples"] == 1
     assert swept[10.0]["t_star"] is None
 
@@ -221,13 +223,19 @@ def test_a_run_of_each_kind(task, pair_of_models, prompts_file):
     rows = [row for file in (task.folder / "warm/pairs").glob("*.jsonl") for row in common.read_jsonl(file)]
     pairs = common.read_jsonl(task.folder / "warm/pairs.jsonl")
     assert warm["pairs"] == len(pairs) > 0
-    prompts = {pair["prompt_id"]: len(pair["prompt_ids"]) for pair in pairs}
+    prompts = {row["prompt_id"]: len(row["prompt_ids"]) for row in rows}
     sampled = sum(prompts.values()) + sum(len(row["response_ids"]) for row in rows)
     assert warm["teacher_tokens"] == sampled + sum(len(row["chosen_ids"]) for row in rows)  # t* = 0: all of y+
     # The same pairs at the same settings: the same student, and the same costs
     assert {key: again[key] for key in ("accuracy", "student_tokens", "teacher_tokens")} == {
         key: warm[key] for key in ("accuracy", "student_tokens", "teacher_tokens")
     }
+    # SFT on the same pairs: no reference, no rejected suffix; each step's pairs at their own lengths
+    sft = task.dpo("sft", "warm", max_steps=2, batch_size=4, micro_batch_size=4, beta=1e-9, nll_weight=1.0)
+    batches = [training.batch_of_step(step, len(pairs), 4, task.seed) for step in range(2)]
+    tokens = sum(len(pairs[i]["prompt_ids"] + pairs[i]["chosen_ids"]) for batch in batches for i in batch)
+    assert sft["dpo_tokens"] == tokens < again["dpo_tokens"]
+    assert again["student_tokens"] - sft["student_tokens"] == again["dpo_tokens"] - tokens
     plain = few | {"limit": 8, "max_new_tokens": 40}
     by_mode = {
         mode: task.kd(mode, task.folder / "warm/student", mode=mode, **plain) for mode in ("gold", "teacher", "student")
@@ -235,7 +243,7 @@ def test_a_run_of_each_kind(task, pair_of_models, prompts_file):
     assert {path.name for path in (task.folder / "gold").iterdir()} == {"result.json"}
     gold, teacher, student = by_mode.values()
     assert gold["student_tokens"] == gold["teacher_tokens"] > 0
-    assert teacher["teacher_tokens"] > teacher["student_tokens"]  # it wrote the responses
+    assert teacher["teacher_tokens"] > teacher["student_tokens"] + 8 * 2  # it read the prompts, and wrote the responses
     assert student["student_tokens"] == 2 * student["teacher_tokens"]
     assert all(result["steps"] == 2 and 0 <= result["accuracy"] <= 1 for result in by_mode.values())
 
@@ -274,7 +282,7 @@ def test_real_training_and_test_problems_never_overlap():
 
 
 def test_rates_are_chosen_by_mean_and_of_equals_the_smallest():
-    value = {5e-4: [0.1, 0.9], 1e-3: [0.6, 0.6], 2e-3: [0.6, 0.6], 4e-3: [0.0, 0.0]}
+    value = {5e-4: [0.1, 0.9], 1e-3: [0.6, 0.6], 2e-3: [0.6, 0.6], 4e-3: [0.0, 0.0], 8e-3: [0.5, 0.5]}
     found = {
         f"{loss}/{budget}/{rate}": value[rate]
         for loss in toy_ablation.LOSSES
@@ -294,17 +302,6 @@ def test_rate_of_more_steps_is_that_of_the_nearest_budget():
         400,
         400,
     ]
-
-
-def test_extra_steps_by_hand():
-    """Tokens: 3,000 of the warm-up, 20 a KD step: 150. Seconds: (9 - 1.5) / 75 = 0.1 a step, 4.55 s: 46."""
-    runs = {
-        25: {"steps": 25, "student_tokens": 250, "teacher_tokens": 250, "seconds": 1.5},
-        100: {"steps": 100, "student_tokens": 1000, "teacher_tokens": 1000, "seconds": 9.0},
-    }
-    warmup = {"student_tokens": 2000, "teacher_tokens": 1000, "seconds": 4.55}
-    assert toy_ablation.extra_steps("none + tokens", warmup, runs, "forward_kl") == 150
-    assert toy_ablation.extra_steps("none + time", warmup, runs, "forward_kl") == 46
 
 
 def test_moved_mismatch_is_a_control_and_goes_away():
@@ -343,16 +340,38 @@ def test_a_finished_run_is_not_run_again(tmp_path):
         return {"accuracy": 0.5}
 
     for _ in range(2):
-        assert lab.resumable(tmp_path / "run", work, keep=("model",)) == {"accuracy": 0.5}
+        result = lab.resumable(tmp_path / "run", work, {"lr": 0.1}, keep=("model",))
+        assert result == {"accuracy": 0.5, "settings": ["--lr=0.1"]}
     assert len(calls) == 1
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"model", "result.json"}
+
+
+def test_a_run_of_other_settings_is_run_again(tmp_path):
+    """And so is what went on from there: its settings hold those of where it began."""
+    for lr in (0.1, 0.2):
+        result = lab.resumable(tmp_path / "run", lambda lr=lr: {"accuracy": lr}, {"lr": lr})
+        assert result["accuracy"] == lr
+    assert lab.origin(tmp_path / "run") == {"origin": ["--lr=0.2"]}
+    assert lab.origin(tmp_path) == {"origin": None}
+
+
+def test_extra_steps_by_hand():
+    """A warm-up of 1,000 and 500 tokens and 30 s; KD steps of 20 and 10 tokens, and of 0.2 s behind 5 s of start."""
+    warmup = {"student_tokens": 1000, "teacher_tokens": 500, "seconds": 30}
+    cost = lambda steps: {"student_tokens": 20 * steps, "teacher_tokens": 10 * steps, "seconds": 5 + 0.2 * steps}
+    run = lambda steps: {"steps": steps, **cost(steps)}
+    alone = {"forward_kl": {25: run(25), 100: run(100)}}
+    extra = [toy_ablation.extra_steps(f"none + {what}", warmup, alone, "forward_kl") for what in ("tokens", "time")]
+    assert extra == [50, 150]
+    alone["forward_kl"][100]["teacher_tokens"] = 900
+    assert toy_ablation.extra_steps("none + teacher tokens", warmup, alone, "forward_kl") == 56  # 500 / 9, rounded up
 
 
 def test_a_killed_run_begins_anew(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/args.json").write_text("{}")
     seen = []
-    lab.resumable(tmp_path / "run", lambda: seen.append([*(tmp_path / "run").iterdir()]) or {})
+    lab.resumable(tmp_path / "run", lambda: seen.append([*(tmp_path / "run").iterdir()]) or {}, {})
     assert seen == [[]]
 
 
@@ -361,8 +380,16 @@ def test_an_error_of_a_run_surfaces_and_leaves_no_result(tmp_path):
         raise common.UserError("what", "where", "what to do")
 
     with pytest.raises(common.UserError):
-        lab.run_all([("a", lambda: lab.resumable(tmp_path / "run", fail))], "test")
+        lab.run_all([("a", lambda: lab.resumable(tmp_path / "run", fail, {}))], "test")
     assert not (tmp_path / "run/result.json").exists()
+
+
+def test_record_has_commit_machine_and_versions():
+    record = lab.record("toy_ablation", 3.6)
+    assert record["command"] == "bash runs/toy_ablation.sh" and record["cpu_seconds"] == 4
+    assert re.fullmatch(r"([0-9a-f]{40}|unknown)\+?", record["commit"])
+    assert record.keys() == common.read_json(RUNS / "dpo_sensitivity.json")["record"].keys()
+    assert "not yet committed" in tables.source({**record, "commit": "1234567+"}, "")
 
 
 def test_result_file_is_json_with_one_run_a_line(tmp_path):
