@@ -163,11 +163,11 @@ def recomputed_bytes(shape, b, rows, length, masked):
 
 
 def chunk_bytes(b, vocab, loss, tokens, chunk):
-    """lm_head and loss on the first chunk of `tokens`: dpo.py's works on all of it; kd.py holds logits and gradient,
-    works on an eighth of a whole chunk, which may be all the tokens there are."""
+    """lm_head and loss on the first chunk of `tokens`. dpo.py's works on all of it, and a single chunk's logits stay for
+    the backward; kd.py holds logits and gradient, works on an eighth of a whole chunk, which may be all tokens."""
     rows = min(tokens, chunk)
     if loss == "dpo":
-        return 4 * vocab * rows * HEAD_COPIES[loss]
+        return 4 * vocab * rows * (HEAD_COPIES[loss] + (tokens <= chunk))
     return vocab * (2 * b * rows + 4 * min(rows, math.ceil(chunk / 8)) * HEAD_COPIES[loss])
 
 
@@ -180,6 +180,8 @@ def head_bytes(shape, b, vocab, loss, tokens):
     """A chunk and lm_head's gradient, summed over chunks in float32; or, when the chunks are done, that sum and the
     gradient in the compute dtype."""
     chunk = chunk_bytes(b, vocab, loss, tokens, head_rows(vocab, loss))
+    if loss == "dpo" and tokens <= head_rows(vocab, loss):  # nothing to sum
+        return chunk + b * shape.head
     return max(chunk + 4 * shape.head, (4 + b) * shape.head)
 
 

@@ -169,10 +169,11 @@ class Stages:
             f"activations, {self.micro} rows x {known.longest} tokens",
             costs.training_activations(*rows, checkpointing),
         )
-        chunk = min(costs.head_rows(self.vocab, loss), self.micro * known.longest)
+        tokens = self.micro * known.longest
+        chunk = min(costs.head_rows(self.vocab, loss), tokens)
         head = (
             f"lm_head: {chunk} x {self.vocab:,} logits, loss, gradient",
-            costs.head_bytes(*rows[:2], self.vocab, loss, chunk),
+            costs.head_bytes(*rows[:2], self.vocab, loss, tokens),
         )
         again = "one layer computed again, gradient of lm_head", costs.recomputed_bytes(*rows) + self.b * shape.head
         # A layer is computed again when the head is done: the larger of the two counts

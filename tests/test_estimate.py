@@ -236,10 +236,13 @@ def test_head_copies(name):
     assert head_peak(name, 48, 16) == pytest.approx(costs.chunk_bytes(2, 4000, name, 48, 16), rel=0.1)
 
 
-@pytest.mark.parametrize("name", [name for name in costs.HEAD_COPIES if name != "dpo"])
+@pytest.mark.parametrize("name", costs.HEAD_COPIES)
 def test_head_copies_of_few_tokens(name):
-    """An eighth of a chunk, so the KD loss takes all tokens at once: up to 30% under the formula, never above it."""
+    """An eighth of a chunk: the KD loss takes all tokens at once, up to 30% under the formula. DPO keeps one chunk's logits."""
     formula = costs.chunk_bytes(2, 4000, name, 6, 48)
+    if name == "dpo":
+        assert head_peak(name, 6, 48) == pytest.approx(formula, rel=0.01)
+        return
     assert formula == 4000 * 6 * (2 * 2 + 4 * costs.HEAD_COPIES[name])
     assert 0.7 * formula <= head_peak(name, 6, 48) <= formula
 
@@ -247,7 +250,7 @@ def test_head_copies_of_few_tokens(name):
 @pytest.mark.parametrize("stage", ["dpo", "kd"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("chunk", [16, 64])
+@pytest.mark.parametrize("chunk", [16, 64, 512])
 def test_peak_of_a_step(stage, dtype, checkpointing, chunk, monkeypatch):
     """Forward and backward of the production model, whole: activations, head, and its gradient."""
     vocab, b = 2000, dtype.itemsize
@@ -274,7 +277,9 @@ def test_peak_of_a_step(stage, dtype, checkpointing, chunk, monkeypatch):
     head = costs.head_bytes(shape, b, vocab, "dpo" if stage == "dpo" else "forward_kl", 320)
     if checkpointing:
         head = max(head, costs.recomputed_bytes(shape, b, 2, length, stage == "dpo") + b * shape.head)
-    assert peak.peak == pytest.approx(kept + head, rel=0.15)
+    # Of few tokens (512: a chunk for all) the KD loss takes up to 30% less than its copies at once
+    low = 0.7 if stage == "kd" and chunk == 512 else 0.85
+    assert low * (kept + head) <= peak.peak <= 1.15 * (kept + head)
 
 
 def test_states_of_a_trained_model(tmp_path, tokenizer):
