@@ -215,10 +215,18 @@ def eta_accuracy(result):
             pairs = round(mean_sd(row["pairs"])[0])
             other = difference(row["after_kd"], base) if eta != 4 else ""
             rows.append([f"{eta:g}", pairs, percent(row["accuracy"]), percent(row["after_kd"]), other])
-    kd = result["kd"]
+    none = read("dpo_sensitivity")["runs"]["no warm-up"]  # the same dev sets, the same KD
+    values = none["accuracy"], none["after_kd"]
+    rows.append(["no warm-up", 0, *map(percent, values), difference(values[1], base)])
     header = ["eta, nats", "pairs", "after the warm-up, %", "after KD, %", "after KD, to eta 4"]
-    text = f"{len(result['seeds'])} seeds, dev sets; KD: {kd['max_steps']} steps, {kd['loss']}"
+    text = f"{len(result['seeds'])} seeds, dev sets; {kd_words(result)}"
     return table(header, rows) + "\n" + source(result["record"], text)
+
+
+def kd_words(result):
+    """Which KD a table's "after KD" is."""
+    kd = result["kd"]
+    return f"KD: {kd['max_steps']} steps, {kd['loss']}, lr {kd['lr']:g}"
 
 
 def eta_figure(result):
@@ -247,7 +255,10 @@ def head_start(result):
             )
             rows.append([loss, budget, percent(alone), percent(warm), difference(warm, alone)])
     header = ["KD loss", "KD steps", "KD alone, %", "warm-up + KD, %", "difference, points"]
-    text = f"{len(result['seeds'])} seeds, dev sets, learning rates of KD chosen on the same, of four for each cell"
+    rates = len({name.split("/")[-1] for name in result["runs"]})
+    warmup = " ".join(f"{key} {value:g}" for key, value in result["dpo"]["warm-up"].items())
+    text = f"{len(result['seeds'])} seeds, dev sets, learning rates of KD chosen on the same, of {rates} for each cell"
+    text += f"; warm-up: {warmup}, the best on the dev sets of 5 seeds, these among them"
     return table(header, rows) + "\n" + source(result["record"], text)
 
 
@@ -266,8 +277,8 @@ def sensitivity(result, names=None):
         cells += ["" if row in (none, base) else difference(row["after_kd"], base["after_kd"])]
         rows.append([name, *cells])
     header = ["DPO", "after the warm-up, %", "after KD, %", "after KD, to no warm-up", "after KD, to default"]
-    kd, default = result["kd"], " ".join(f"{key} {value:g}" for key, value in result["default"].items())
-    text = f"{len(result['seeds'])} seeds, dev sets; default: {default}; KD: {kd['max_steps']} steps, {kd['loss']}"
+    default = " ".join(f"{key} {value:g}" for key, value in result["default"].items())
+    text = f"{len(result['seeds'])} seeds, dev sets; default: {default}; {kd_words(result)}"
     return table(header, rows) + "\n" + source(result["record"], text)
 
 
