@@ -129,7 +129,7 @@ def end_with_torchrun():
 
 
 def cause_outside(error):
-    """What the machine, not this program, has done: one line for a lost rank or a disk that refuses, else None."""
+    """What the machine, not this program, has done: one line for a lost rank, full memory, a disk that refuses; else None."""
     if isinstance(error, CheckpointException):  # wraps what the ranks met
         return cause_outside(next(iter(error.failures.values()))[0]) if error.failures else None
     text = one_line(error)
@@ -139,6 +139,9 @@ def cause_outside(error):
         )
     if isinstance(error, SafetensorError) and "os error" in text:
         return f"the disk refuses ({text}): make room or give another --out"
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+        less = "less --micro-batch-size or --activation-checkpointing in training, less --prompts-per-batch before it"
+        return f"out of memory ({text[:160]}): {less}"
     if isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "NCCL", "onnection reset")):
         return f"another rank is gone ({text[:160]})"
     return None

@@ -57,6 +57,9 @@ def add_arguments(parser):
 def add_eval_arguments(group, default):
     """The flags that name the held-out prompts of a closing table. default: what is done without them, for the help."""
     group.add_argument("--eval-data", help=f"held-out prompts, read as --data is; without them: {default}")
+    group.add_argument(
+        "--eval-config", help="configuration of --eval-data; of the same hub id as --data: --data-config"
+    )
     group.add_argument("--eval-split", default="test", help="split of --eval-data, if it is a hub id")
 
 
@@ -275,7 +278,8 @@ class PromptBatches:
 def load_eval_prompts(args, tokenizer, examples):
     """The closing table's prompts: the first --eval-limit that fit, of --eval-data, or else of the given examples."""
     if args.eval_data is not None:
-        changes = {"data": args.eval_data, "limit": args.eval_limit, "split": args.eval_split}
+        config = args.eval_config or (args.data_config if args.eval_data == args.data else None)
+        changes = {"data": args.eval_data, "data_config": config, "limit": 0, "split": args.eval_split}
         examples = read_examples(Namespace(**{**vars(args), **changes}))
     if not args.eval_limit or not examples:
         return []

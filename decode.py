@@ -11,7 +11,7 @@ token, and the hidden state that the next token's logits come from.
 
 Rows are consumed: each call may change the cache of the rows it is given.
 The random number behind a sampled token depends on the sample and its position alone (`uniform_noise`), so a sample
-does not depend on its batch, its rank, or the number of processes.
+does not depend on its rank, nor, up to the rounding of logits, on its batch (bfloat16 rounds enough to change a token).
 """
 
 import itertools
@@ -238,7 +238,7 @@ def expand(rows, n):
 
 
 @torch.no_grad()
-def decode(model, rows, choose, budget, eos_ids, vocab_size, any_rank=bool):
+def decode(model, rows, choose, budget, eos_ids, vocab_size, any_rank=None):
     """Decodes each row until a token of `eos_ids` (which is kept) or until `budget` tokens.
 
     choose(logits (b, V), indices (b,), step) -> (b,) token ids; `indices` says which of the B rows these are.
@@ -254,15 +254,18 @@ def decode(model, rows, choose, budget, eos_ids, vocab_size, any_rank=bool):
     token = torch.zeros_like(budget)  # nothing is fed before step 1
     check_every = 1 if device.type == "cpu" else 8  # each check makes the host wait for the device
     for step in itertools.count():
-        if step % check_every == 0 or (any_rank is bool and step == width):
+        if step % check_every == 0 or (any_rank is None and step == width):
             running = (~finished).nonzero()[:, 0]
-            if not any_rank(len(running) > 0):
+            goes_on = len(running) > 0
+            if not (any_rank(goes_on) if any_rank else goes_on):
                 break
-            if step == 0 and 0 < len(running) < size or 0 < len(running) <= 0.75 * len(indices):
+            idle_from_the_start = step == 0 and len(running) < size
+            worth_a_copy = len(running) <= 0.75 * len(indices)  # of the cache
+            if goes_on and (idle_from_the_start or worth_a_copy):
                 rows, indices, finished = rows.select(running), indices[running], finished[running]
                 token = token[running]
         if step > 0:
-            rows = advance(model, rows, token)
+            rows = advance(model, rows, token, ~finished)
         logits = next_logits(model, rows.hidden, vocab_size)  # (b, V)
         token = choose(logits, indices, step)  # (b,)
         if step < width:
@@ -277,11 +280,14 @@ def decode(model, rows, choose, budget, eos_ids, vocab_size, any_rank=bool):
     )
 
 
-def advance(model, rows, token):
-    """Feeds one token (b,) a row: the rows one column further."""
+def advance(model, rows, token, running):
+    """Feeds one token (b,) a row: the rows one column further, those that are `running` (b,) one position.
+
+    A finished row in the batch must not walk on: a model with learned positions has no more of them than its context.
+    """
     visible = F.pad(rows.visible, (0, 1), value=True)  # (b, C + 1)
     hidden = forward_tokens(model, rows.cache, token[:, None], visible[:, None], rows.next_position[:, None])
-    return Rows(rows.cache, visible, rows.next_position + 1, hidden[:, 0])
+    return Rows(rows.cache, visible, rows.next_position + running, hidden[:, 0])
 
 
 @torch.no_grad()

@@ -261,7 +261,7 @@ def train(args, world, tokenizer, pairs, student_path, reference_path, out):
         metrics = {"stage": "dpo", "step": step + 1, **metrics, "grad_norm": grad_norm, "lr": lr}
         training.check_finite(metrics, [pairs[i].get("prompt_id", i) for i in batch], out)
         if not warned and reference_path == student_path:
-            warned = warn_if_chosen_falls(metrics, args.beta, world)
+            warned = warn_if_chosen_falls(metrics, args, chosen_tokens / pair_count, world)
         metrics.update(training.speed(totals[-1], time.perf_counter() - started, world))
         if world.rank == 0:
             common.append_jsonl(metrics_file, metrics)
@@ -296,13 +296,14 @@ def step_metrics(totals, pair_count, chosen_tokens, args):
     }
 
 
-def warn_if_chosen_falls(metrics, beta, world):
+def warn_if_chosen_falls(metrics, args, mean_length, world):
     """DPO's known failure: the loss falls while the chosen responses, too, become less likely. True if it warned."""
-    fall = -metrics["chosen_reward"] / beta
+    fall = -metrics["chosen_reward"] / args.beta * (mean_length if args.logprobs == "mean" else 1)
     if fall <= 10 or world.rank > 0:
         return fall > 10
+    behind = "" if needs_shared(args) else ", counted behind the shared prefix"
     tqdm.write(
-        f"warning: step {metrics['step']}: the chosen responses' log-prob is {fall:.1f} nats under the reference's; "
+        f"warning: step {metrics['step']}: the chosen responses' log-prob is {fall:.1f} nats under the reference's{behind}; "
         "a smaller --lr, a larger --beta or --nll-weight 1 holds it"
     )
     return True

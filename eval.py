@@ -24,7 +24,6 @@ import statistics
 from pathlib import Path
 
 import torch.distributed as dist
-from transformers import AutoConfig
 
 import benchmarks
 import common
@@ -79,18 +78,13 @@ def evaluate(path, sets, args, world, out, checker, teacher):
     folder = out / model_name(path)
     tokenizer = models.load_tokenizer(path, args.trust_remote_code)
     eos_ids = models.model_eos_ids([path], tokenizer, args.trust_remote_code)
-    config = AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code)
-    context = getattr(config, "max_position_embeddings", math.inf)
     if args.distance:
         theirs = models.load_tokenizer(args.distance, args.trust_remote_code)
         models.check_same_tokenizer(tokenizer, theirs, path, args.distance)
     jobs, table = [], {}
     for benchmark, examples in sets:
         new_tokens = args.max_new_tokens or benchmark.max_new_tokens
-        limit = min(args.max_prompt_tokens, context - new_tokens)
-        if limit < 1:
-            what = f"{new_tokens} new tokens leave no room for a prompt in a context of {context}"
-            raise UserError(what, f"in {path}", "lower --max-new-tokens")
+        limit = models.prompt_limit([path], args.max_prompt_tokens, new_tokens, args.trust_remote_code)
         prompts, skipped = benchmarks.encode(examples, tokenizer, args.template, limit)
         row = {"metric": benchmark.metric, "skipped": skipped, "max_prompt_tokens": limit}
         table[benchmark.name] = row

@@ -149,7 +149,7 @@ class ChunkedHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, token_losses, chunk):
-        """hidden (M, D). weight (V, D). bias (V,) or None. token_losses(logits (m, V), slice of M) -> (m,) losses.
+        """hidden (M, D). weight (V, D). bias (V,) or None. token_losses(logits (m, V), slice of M) -> K losses, each (m,).
 
         Returns the first loss's sum, to differentiate, and the sums of all of them (K,), to log.
         """
@@ -371,6 +371,7 @@ def main(argv=None):
     if args.toy:
         toy.fill_in(args, world)
     tokenizer, eos_ids = models.shared_tokenizer(args.student, args.teacher, args.trust_remote_code)
+    models.fit_into_context(args, world)
     examples = data.read_examples(args)
     prompts, long_prompts = data.encode_prompts(examples, tokenizer, args.template, args.max_prompt_tokens)
     eval_prompts = data.load_eval_prompts(args, tokenizer, [])

@@ -87,7 +87,7 @@ def write_responses(model, prompts, sample_ids, stage, greedy, run):
     start = torch.zeros_like(names[0])
     choose = decode.greedy if greedy else decode.sampler(run.args.seed, stage, *names, start, 1.0, 1.0)
     rows = decode.prefill(model, [p["ids"] for p in prompts], run.tokenizer.pad_token_id, run.world.device)
-    any_rank = run.world.any if run.args.shard_teacher and stage == decode.KD_TEACHER_STAGE else bool
+    any_rank = run.world.any if run.args.shard_teacher and stage == decode.KD_TEACHER_STAGE else None
     return decode.decode(model, rows, choose, start + run.args.max_new_tokens, run.eos_ids, run.vocab_size, any_rank)[0]
 
 

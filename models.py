@@ -89,6 +89,27 @@ def model_eos_ids(paths, tokenizer, trust_remote_code=False):
     return sorted(ids)
 
 
+def prompt_limit(paths, most, new_tokens, trust_remote_code=False):
+    """The longest prompt, `most` or less, that leaves `new_tokens` room in the context of each model; UserError if none."""
+    for path in paths:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        context = getattr(config, "max_position_embeddings", math.inf)
+        most = min(most, context - new_tokens)
+        if most < 1:
+            what = f"{new_tokens} new tokens leave no room for a prompt in a context of {context}"
+            raise UserError(what, f"in {path}", "lower --max-new-tokens")
+    return most
+
+
+def fit_into_context(args, world):
+    """Lowers --max-prompt-tokens where student or teacher has no room for it and --max-new-tokens, and says so."""
+    paths = filter(None, [args.student, args.teacher])
+    limit = prompt_limit(paths, args.max_prompt_tokens, args.max_new_tokens, args.trust_remote_code)
+    if limit < args.max_prompt_tokens and world.rank == 0:
+        print(f"prompts may have {limit} tokens: the models' context is no longer, less {args.max_new_tokens} new ones")
+    args.max_prompt_tokens = limit
+
+
 def tokenizer_fingerprint(tokenizer):
     """16 hex digits that two tokenizers share if and only if (but for chance) their vocabularies are equal."""
     vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])

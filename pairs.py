@@ -70,7 +70,9 @@ class KeepByReward:
             text = data.render_chat(self.tokenizer, turns)
             ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
         else:
-            ids = self.tokenizer(prompt["text"] + response, return_tensors="pt").input_ids
+            text = prompt["text"] + response  # may begin with bos as text: not a second one
+            begun = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
+            ids = self.tokenizer(text, add_special_tokens=not begun, return_tensors="pt").input_ids
         return self.model(ids.to(self.device)).logits[0, 0].item()
 
     def __call__(self, record, prompt, run):
@@ -253,10 +255,11 @@ def check_pair(pair, tokenizer, fingerprint, where):
         raise UserError(
             "the ids were made with another tokenizer", where, "use the model that the pairs were made with"
         )
+    vocab_size = len(tokenizer)  # slow: not once an id
     for key in ("prompt_ids", "chosen_ids", "rejected_ids"):
         ids = pair.get(key)
-        if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < len(tokenizer) for i in ids):
-            raise UserError(f"{key} is not a list of ids below {len(tokenizer)}", where, "use the pairs' own tokenizer")
+        if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < vocab_size for i in ids):
+            raise UserError(f"{key} is not a list of ids below {vocab_size}", where, "use the pairs' own tokenizer")
         if not ids:
             raise UserError(f"{key} is empty", where, "mend or delete the line")
     if pair["chosen_ids"] == pair["rejected_ids"]:

@@ -24,6 +24,8 @@ import training
 from common import UserError, one_line
 
 OUR_FILES = ("pairs", "pairs.jsonl", "reference.json", "responses", "metrics.jsonl", "checkpoint", "student")
+# Arguments that may change when a run goes on: what it makes is the same up to rounding
+FREE_ARGS = ("out", "device", "micro_batch_size", "activation_checkpointing")
 LOCK = None  # file descriptor of OUT/.lock, of the run that this process is at
 
 
@@ -84,8 +86,8 @@ class Run:
 def start_run(out, args, inputs=()):
     """Makes OUT, or takes it up again. OUT/args.json says which arguments and which files made what is in there.
 
-    args: the namespace of `parse_args`; --out may differ, and --device, which changes no more than rounding if --dtype
-    is given. inputs: paths of models and data, whose content must be the same, too. Returns OUT as a Path.
+    args: the namespace of `parse_args`; FREE_ARGS may differ (--device changes no more than rounding if --dtype is
+    given). inputs: paths of models and data, whose content must be the same, too. Returns OUT as a Path.
     Raises UserError when OUT is no folder, another run is at work in it, or it holds a run of other arguments or inputs.
     """
     out = Path(out)
@@ -136,7 +138,7 @@ def refuse_if_different(out, ours, inputs, theirs, their_inputs):
     different = [
         f"--{key.replace('_', '-')} {theirs.get(key)} there, {ours.get(key)} now"
         for key in sorted(ours.keys() | theirs.keys())
-        if key not in ("out", "device") and ours.get(key) != theirs.get(key)
+        if key not in FREE_ARGS and ours.get(key) != theirs.get(key)
     ]
     different += [f"{p} has changed since" for p, content in inputs.items() if their_inputs.get(p, content) != content]
     if different:

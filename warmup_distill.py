@@ -14,8 +14,8 @@ The steps, in the order of this file; q is the student, p the teacher, x a promp
 
 Everything stays in token ids from sampling to loss: decoding to text and tokenizing again would move the splice point.
 Where the paper is silent, the README's ledger names our reading and the flag that changes it. Ours, and exact: the
-teacher's splice goes on from the cache of its check (`decode.rewind`), and no sample depends on its batch or rank
-(`decode.uniform_noise`), so pairs are the same for any number of processes.
+teacher's splice goes on from the cache of its check (`decode.rewind`); a token's random number depends on its place alone
+(`decode.uniform_noise`) and batches are cut from the prompts alone, so pairs are the same for any number of processes.
 """
 
 import math
@@ -112,7 +112,7 @@ def continue_by_teacher(teacher, rows, hidden, positions, lengths, prompts, run)
         choose = decode.sampler(
             args.seed, decode.TEACHER_STAGE, prompt_ids, sample_ids, start, args.temperature, args.top_p
         )
-    any_rank = run.world.any if args.shard_teacher else bool
+    any_rank = run.world.any if args.shard_teacher else None
     written = decode.decode(teacher, rows, choose, budget, run.eos_ids, run.vocab_size, any_rank)
     for row, ids, values in zip(chosen.tolist(), *written):
         tokens[row], logprobs[row] = ids, values
@@ -203,7 +203,11 @@ def build_pairs(run, batches):
         student, teacher, keep = models_loaded
         prompts = batches[k]
         fitting = [prompt for prompt in prompts if batches.fits(prompt)]
-        records = build_samples(student, teacher, fitting, run, keep) if fitting else []
+        sampled = fitting
+        if args.shard_teacher and not fitting:  # its forwards need every rank: the start of a prompt goes along
+            sampled = [prompts[0] | {"ids": prompts[0]["ids"][: args.max_prompt_tokens]}]
+        records = build_samples(student, teacher, sampled, run, keep) if sampled else []
+        records = records if fitting else []
         for prompt in prompts:
             if not batches.fits(prompt):
                 length = {"prompt": prompt["text"], "prompt_tokens": len(prompt["ids"])}
@@ -309,6 +313,7 @@ def main(argv=None):
     if args.toy:
         toy.fill_in(args, world)
     tokenizer, eos_ids = models.shared_tokenizer(args.student, args.teacher, args.trust_remote_code)
+    models.fit_into_context(args, world)
     batches, eval_prompts = load_prompts(args, tokenizer)
     # Behind all that can be wrong with the arguments: OUT then is theirs
     out = run_folder.start_run(args.out, args, [args.student, args.teacher, args.data])
@@ -337,7 +342,8 @@ def main(argv=None):
         students = {"student before": args.student, "student after": out / "student"}
         # A sharded teacher is one that fits on no single device: the table does without it
         teacher = None if args.shard_teacher else lambda: run.teacher
-        size = args.prompts_per_batch * args.samples
+        # As many rows at once as in sampling, but batches for 8 ranks; from the prompts alone, as all batches are
+        size = min(args.prompts_per_batch * args.samples, math.ceil(len(eval_prompts) / 8))
         closing_table(run, students, teacher, eval_prompts, size, args.eta)
     if world.rank == 0:
         run.print_speed()

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from conftest import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 import decode
 
@@ -612,6 +612,17 @@ def test_other_ranks_that_go_on_change_nothing(models, budget, extra):
     with_others = fast_decode(model, prefill(model, PROMPTS), fast_sampler(5), torch.tensor(budget), any_rank=any_rank)
     assert left < 0
     assert_same(with_others, alone)
+
+
+def test_positions_end_with_the_context():
+    """Learned positions, a context of prompt and response and no more: a row that is done walks no further than it."""
+    config = GPT2Config(vocab_size=22, n_positions=24, n_embd=32, n_layer=2, n_head=2)
+    model = GPT2LMHeadModel(config).eval()
+    rows, hidden, _ = decode.score(model, prefill(model, [[5] * 8] * 5), [[6] * 16] * 5, 22)
+    start = torch.tensor([15, 0, 0, 0, 0])
+    rows = decode.rewind(rows, start, hidden)
+    tokens, _ = decode.decode(model, rows, decode.greedy, 16 - start, [-1], 22)
+    assert list(map(len, tokens)) == [1, 16, 16, 16, 16]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

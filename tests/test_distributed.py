@@ -75,10 +75,14 @@ class Runs:
         self.jobs, self.codes, self.process = {}, {}, {}
         for count in (7, 10):
             common.write_jsonl(root / f"pairs-{count}.jsonl", make_pairs(count))
+        long = "123456789+123456789:"
+        rows = [{"prompt": prompt, "response": "3"} for prompt in ("1+2:", long, "199+877:", long, long)]
+        common.write_jsonl(root / "long.jsonl", rows)
 
-    def method(self, name, flags, **extra):
+    def method(self, name, flags, data=None, **extra):
         """A job of warmup_distill.py."""
-        models = ["--teacher", self.models["teacher"], "--student", self.models["student"], "--data", self.prompts_file]
+        data = ["--data", str(data or self.prompts_file)]
+        models = ["--teacher", self.models["teacher"], "--student", self.models["student"], *data]
         flags = f"--template none --lr 1e-3 {SHARED} {flags}"
         return name, {"main": "warmup_distill", "argv": [*models, *flags.split()], **extra}
 
@@ -119,6 +123,8 @@ class Runs:
             yield self.method("turns-sharded", TURNS + " --shard-teacher")
         if n == 2:
             yield self.method("no-pair", TURNS + " --shard-teacher --eta 100")
+            for name, flag in (("long", ""), ("long-sharded", " --shard-teacher")):
+                yield self.method(name, f"{TURNS} --max-prompt-tokens 12{flag}", self.root / "long.jsonl")
             yield self.dpo("bfloat16", TRAIN + " --dtype bfloat16")
             for at, call in DEATHS:
                 rank = {"rank": 1} if at.endswith("Writer") else {}
@@ -311,8 +317,7 @@ def test_bfloat16(runs):
 @pytest.mark.parametrize("n", [2, 3])
 def test_sharded_teacher(runs, n):
     """Same tokens, log-probs to 1e-4: also in turns where a rank has no mismatch, or (the last) no micro-batch."""
-    read = lambda name: [common.read_jsonl(f) for f in sorted(runs.out(n, name).glob("pairs/*.jsonl"))]
-    ours, usual = read("turns-sharded"), read("turns")
+    ours, usual = (pair_shards(runs.out(n, name)) for name in ("turns-sharded", "turns"))
     touched = [any(r["t_star"] >= 0 for r in batch) for batch in usual]
     turns = [touched[k : k + n] for k in range(0, len(touched), n)]
     assert any(any(turn) and not all(turn) for turn in turns[:-1]) and len(turns[-1]) < n and touched[-1]
@@ -321,6 +326,18 @@ def test_sharded_teacher(runs, n):
             assert a.keys() == b.keys()
             for key in b:
                 assert a[key] == (pytest.approx(b[key], abs=1.1e-4) if "logprobs" in key or key == "margin" else b[key])
+
+
+def test_sharded_teacher_and_a_batch_of_long_prompts(runs):
+    """A rank whose prompts are all over the limit takes part in the others' forwards: no hang, the same tokens."""
+    ours, usual = (pair_shards(runs.out(2, name)) for name in ("long-sharded", "long"))
+    assert [[r["status"] == "too_long" for r in batch] for batch in ours] == [[False], [True], [False], [True], [True]]
+    tokens = [[(r["status"], r.get("response_ids"), r.get("chosen_ids")) for r in batch] for batch in ours]
+    assert tokens == [[(r["status"], r.get("response_ids"), r.get("chosen_ids")) for r in batch] for batch in usual]
+
+
+def pair_shards(out):
+    return [common.read_jsonl(file) for file in sorted(out.glob("pairs/*.jsonl"))]
 
 
 def test_no_pair_at_all(runs, pair_of_models):

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import kills
 import long_run
@@ -217,6 +218,46 @@ def test_no_signal_interrupts_the_last_words(monkeypatch, error):
     common.run(main)
     [(line, status)] = left
     assert line.startswith("error: ") and status == {UserError: 2, RuntimeError: 1}.get(type(error), 143)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), MemoryError()]
+)
+def test_full_memory_is_one_line(monkeypatch, error):
+    """With the flags that need less of it, and the stage."""
+    left = []
+    monkeypatch.setattr(common, "STATUS", common.Status())
+    monkeypatch.setattr(common, "leave", lambda *args: left.append(args))
+
+    def main():
+        common.STATUS.enter("dpo")
+        raise error
+
+    common.run(main)
+    [(line, status)] = left
+    assert line.startswith("error: out of memory (") and status == 1
+    assert all(flag in line for flag in ("--micro-batch-size", "--activation-checkpointing", "--prompts-per-batch"))
+    assert f"in stage dpo, {common.GO_ON}" in line
+
+
+@pytest.mark.parametrize("which", ["dpo", "kd"])
+def test_less_memory_goes_on_in_the_same_folder(align, distil, tmp_path, monkeypatch, which):
+    """After running out of memory: smaller micro-batches, activations computed again; the same weights but for rounding."""
+    run = align if which == "dpo" else distil
+    whole, append = run("--epochs 2", out="whole"), common.append_jsonl
+
+    def full(file, row):
+        if row["step"] == 3:
+            raise torch.OutOfMemoryError
+        append(file, row)
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(common, "append_jsonl", full)
+        run("--epochs 2")
+    ended = weights(run("--epochs 2 --micro-batch-size 1 --activation-checkpointing"))
+    assert newest_checkpoint(tmp_path / "out") > 2
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(ended[name], value, rtol=0, atol=1e-5)
 
 
 def test_a_signal_behind_the_last_step_is_not_lost():
@@ -521,8 +562,17 @@ def test_chosen_log_prob_that_falls_is_told_once(align, capsys):
     align("--lr 1 --epochs 3 --lr-warmup-ratio 0 --beta 0.01 --max-grad-norm 1e9")
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     assert len(lines) == 1
-    pattern = r"warning: step \d+: the chosen responses' log-prob is (\d+\.\d) nats under the reference's; .*"
+    pattern = r"warning: step \d+: the chosen responses' log-prob is (\d+\.\d) nats under the reference's, counted behind the shared prefix; .*"
     assert float(re.fullmatch(pattern, lines[0])[1]) > 10
+
+
+def test_fall_of_a_mean_log_prob_is_that_of_the_response():
+    """beta 0.5, chosen reward -0.1: 0.2 nats; of a mean over 60 tokens 12 nats a response."""
+    args, world = dpo.parse_args(["--model", "M", "--pairs", "P", "--beta", "0.5"]), SimpleNamespace(rank=1)
+    fell = lambda: dpo.warn_if_chosen_falls({"chosen_reward": -0.1}, args, 60, world)
+    assert not fell()
+    args.logprobs = "mean"
+    assert fell()
 
 
 def test_warnings_about_pairs_are_printed(warm_up, capsys):

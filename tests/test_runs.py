@@ -435,7 +435,7 @@ def test_result_files_say_how_they_came_to_be(name):
 def test_a_number_that_was_changed_by_hand_is_found(tmp_path, monkeypatch, capsys):
     """--check names the block; --write mends it."""
     result = {"record": dict.fromkeys(("command", "date", "commit", "cpu", "cores", "torch", "transformers"), "x")}
-    result |= {"seeds": [1, 2], "kd": {"loss": "forward_kl", "max_steps": 25}, "default": {"beta": 0.5}}
+    result |= {"seeds": [1, 2], "kd": {"loss": "forward_kl", "max_steps": 25, "lr": 1e-3}, "default": {"beta": 0.5}}
     row = {"accuracy": [0.5, 0.7], "after_kd": [0.6, 0.8]}
     result["runs"] = {"no warm-up": row, "default": row}
     (tmp_path / "dpo_sensitivity.json").write_text(json.dumps(result))

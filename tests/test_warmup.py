@@ -595,11 +595,36 @@ def test_sharded_teacher_is_left_out_of_the_table(argv, tmp_path, capsys):
 
 
 def test_eval_data_has_a_split_of_its_own(argv, tmp_path, monkeypatch, prompts_file):
-    """--eval-data HUB_ID is read from its test split, whatever --split says of the training data."""
+    """--eval-data HUB_ID is read from its test split and, where it is another id, its own configuration."""
     asked, load_rows = [], data.load_rows
     monkeypatch.setattr(data, "load_rows", lambda *a: asked.append(a) or load_rows(*a))
     warmup_distill.main([*argv, "--eval-data", prompts_file, "--data-config", "main"])
     assert asked == [(prompts_file, "main", "train"), (prompts_file, "main", "test")]
+    for flags, config in (((), None), (("--eval-config", "other"), "other")):
+        asked.clear()
+        copy = shutil.copy(prompts_file, tmp_path / f"{config}.jsonl")
+        flags = [*flags, "--out", str(tmp_path / f"out-{config}")]
+        warmup_distill.main([*argv, "--eval-data", str(copy), "--data-config", "main", *flags])
+        assert asked == [(prompts_file, "main", "train"), (str(copy), config, "test")]
+
+
+def test_eval_limit_counts_prompts_that_fit(tmp_path, tokenizer):
+    """The first two that fit, though a prompt over the limit is among the first two rows."""
+    file = write_prompts(tmp_path / "eval.jsonl", ["1+2:", "123456789+123456789:", "3+4:", "5+6:"])
+    flags = ["--eval-data", file, "--eval-limit", "2", "--max-prompt-tokens", "12", "--template", "none"]
+    args = warmup_distill.parse_args(["--teacher", "T", "--student", "S", "--data", file, *flags])
+    prompts = data.load_eval_prompts(args, tokenizer, [])
+    assert [p["prompt_id"] for p in prompts] == [0, 2]
+
+
+def test_prompts_leave_room_in_the_context(argv, tmp_path, capsys):
+    """Models with 256 positions: 250 new tokens leave 6 for the prompt, of 8 tokens; 260 leave none."""
+    out = ["--out", str(tmp_path / "short")]
+    with pytest.raises(common.UserError, match="all .* prompts are over --max-prompt-tokens 6"):
+        warmup_distill.main([*argv, *out, "--max-new-tokens", "250"])
+    assert "prompts may have 6 tokens" in capsys.readouterr().out
+    with pytest.raises(common.UserError, match="260 new tokens leave no room for a prompt in a context of 256"):
+        warmup_distill.main([*argv, *out, "--max-new-tokens", "260"])
 
 
 def weights(folder):
@@ -620,7 +645,8 @@ def test_main_writes_what_it_promises(argv, tmp_path, pair_of_models, capsys):
     assert written == {"args.json", "pairs", "pairs.jsonl", "mismatch.json", "metrics.jsonl", "checkpoint", "student",
                        "summary.json", "speed.json", ".lock", "report.html"}  # fmt: skip
     run = json.loads((out / "args.json").read_text())
-    assert run["args"] == vars(warmup_distill.parse_args(argv))
+    asked = vars(warmup_distill.parse_args(argv))
+    assert run["args"] == asked | {"max_prompt_tokens": 256 - asked["max_new_tokens"]}  # the models' context is 256
     assert run["versions"]["torch"] == torch.__version__
 
     # The closing table says what summary.json and mismatch.json say
