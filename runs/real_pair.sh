@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The four arms on a real pair, Qwen2.5-Coder 1.5B -> 0.5B Instruct, as far as a CPU reaches: 24 problems x 8 samples for
-# the warm-up, 128 problems for KD (8 steps of 16), 64 held-out problems of GSM8K's training file for the test, up to 512
+# the warm-up (6 DPO steps of 16 pairs), 128 problems for KD (8 steps of 16), 64 held-out problems of GSM8K's training file for the test, up to 512
 # tokens each: at 256 most of the teacher's responses are cut, and a shorter student would win by being short. About
 # 90 minutes a seed on one core with AMX, 17 GB of memory, 10 GB of disk at a time; resumes.
 #
@@ -10,7 +10,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
-export MALLOC_MMAP_THRESHOLD_=4194304 # rows differ in length: without it glibc's freed blocks add up to 22 GB
+export MALLOC_MMAP_THRESHOLD_=33554432 # rows differ in length: without it glibc keeps what is freed, up to 22 GB
 python runs/real_pair.py split "$DATA"
 model="--teacher $TEACHER --dtype bfloat16 --threads 1 --max-prompt-tokens 384 --batch-size 16 --micro-batch-size 1"
 
@@ -34,7 +34,7 @@ for seed in "${@:-0}"; do
     if [ ! -f "$out/warm-kd/eval/table.json" ]; then
         if [ ! -d "$out/warm/student" ]; then
             python warmup_distill.py $model --student "$STUDENT" --data out/real/train.jsonl --limit 24 --samples 8 \
-                --max-new-tokens 256 --prompts-per-batch 8 --beta 0.1 --lr 5e-6 --eval-limit 0 --seed "$seed" \
+                --max-new-tokens 256 --prompts-per-batch 8 --beta 0.1 --lr 5e-6 --max-steps 6 --eval-limit 0 --seed "$seed" \
                 --save-every 1000 --out "$out/warm"
             rm -rf "$out/warm/checkpoint"
         fi
