@@ -10,10 +10,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
-# Rows differ in length: without a fixed threshold glibc keeps what is freed, up to 22 GB. Large pages: a third of the time
-export MALLOC_MMAP_THRESHOLD_=33554432 GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 python runs/real_pair.py split "$DATA"
-model="--teacher $TEACHER --dtype bfloat16 --threads 1 --max-prompt-tokens 384 --batch-size 16 --micro-batch-size 1"
+model="--teacher $TEACHER --dtype bfloat16 --threads 1 --max-prompt-tokens 384 --batch-size 16 --micro-batch-size 4 --activation-checkpointing"
 
 distil() { # distil STUDENT OUT SEED
     if [ ! -d "$2/student" ]; then
