@@ -23,6 +23,8 @@ import decode
 import models
 from common import DTYPES, UserError, check_range, one_line, write_jsonl
 
+FILE_BYTES = 1 << 29  # of a rank's shards in one file of a checkpoint
+
 # ---------------------------------------------------------------------------------------------------------------------
 # FSDP2 and the optimizer
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,6 +215,20 @@ def training_state(model, optimizer):
     return tensors
 
 
+def file_of_tensors(tensors, world):
+    """{name: 1, 2, ...}, which file of a checkpoint a tensor is in: a rank has FILE_BYTES of shards in each, or one tensor.
+
+    The writer holds two copies of a file in memory, so a checkpoint in one file would take twice what is trained.
+    """
+    files, number, size = {}, 1, 0
+    for name, tensor in tensors.items():
+        share = tensor.numel() * tensor.element_size() / world.size
+        if size and size + share > FILE_BYTES:
+            number, size = number + 1, 0
+        files[name], size = number, size + share
+    return files
+
+
 def save_checkpoint(folder, model, optimizer, step, world):
     """Writes folder/step-000123, whole or not at all; older ones then go.
 
@@ -224,8 +240,10 @@ def save_checkpoint(folder, model, optimizer, step, world):
         shutil.rmtree(partial, ignore_errors=True)  # of an attempt that failed
         partial.mkdir(parents=True)
     world.barrier()
-    writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-    dcp.save(training_state(model, optimizer), storage_writer=writer)
+    tensors = training_state(model, optimizer)
+    files = file_of_tensors(tensors, world)
+    writer = HuggingFaceStorageWriter(str(partial), save_distributed=True, fqn_to_index_mapping=files)
+    dcp.save(tensors, storage_writer=writer)
     world.barrier()
     if world.rank == 0:
         sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The four arms on a real pair, Qwen2.5-Coder 1.5B -> 0.5B Instruct, as far as a CPU reaches: 24 problems x 8 samples for
-# the warm-up (6 DPO steps of 16 pairs), 128 problems for KD (8 steps of 16), 64 held-out problems of GSM8K's training
+# the warm-up (3 DPO steps of 16 pairs), 64 problems for KD (4 steps of 16), 64 held-out problems of GSM8K's training
 # file for the test, up to 512 tokens each: at 256 most of the teacher's responses are cut, and a shorter student would
-# win by being short. About 90 minutes a seed on one core with AMX, 17 GB of memory, 10 GB of disk at a time; resumes.
+# win by being short. About an hour a seed on one core with AMX, 18 GB of memory, 10 GB of disk at a time; resumes.
 #
 #     TEACHER=T STUDENT=S DATA=gsm8k_train.jsonl bash runs/real_pair.sh [SEED...]       -> runs/real_pair.json
 #
@@ -15,7 +15,7 @@ model="--teacher $TEACHER --dtype bfloat16 --threads 1 --max-prompt-tokens 384 -
 
 distil() { # distil STUDENT OUT SEED
     if [ ! -d "$2/student" ]; then
-        python kd.py $model --student "$1" --data out/real/train.jsonl --limit 128 --max-new-tokens 256 \
+        python kd.py $model --student "$1" --data out/real/train.jsonl --limit 64 --max-new-tokens 256 \
             --lr 1e-5 --seed "$3" --save-every 1000 --out "$2"
         rm -rf "$2/checkpoint"
     fi
@@ -33,7 +33,7 @@ for seed in "${@:-0}"; do
     if [ ! -f "$out/warm-kd/eval/table.json" ]; then
         if [ ! -d "$out/warm/student" ]; then
             python warmup_distill.py $model --student "$STUDENT" --data out/real/train.jsonl --limit 24 --samples 8 \
-                --max-new-tokens 256 --prompts-per-batch 8 --beta 0.1 --lr 5e-6 --max-steps 6 --eval-limit 0 --seed "$seed" \
+                --max-new-tokens 256 --prompts-per-batch 8 --beta 0.1 --lr 5e-6 --max-steps 3 --eval-limit 0 --seed "$seed" \
                 --save-every 1000 --out "$out/warm"
             rm -rf "$out/warm/checkpoint"
         fi

@@ -27,6 +27,7 @@ import common
 import dpo
 import kd
 import run_folder
+import training
 import warmup_distill
 from common import UserError
 
@@ -258,6 +259,27 @@ def test_less_memory_goes_on_in_the_same_folder(align, distil, tmp_path, monkeyp
     assert newest_checkpoint(tmp_path / "out") > 2
     for name, value in weights(whole).items():
         torch.testing.assert_close(ended[name], value, rtol=0, atol=1e-5)
+
+
+def test_checkpoint_of_many_files(align, tmp_path, monkeypatch):
+    """Gone on with as from one file: the same weights, bit for bit."""
+    whole, append = align("--epochs 2", out="whole"), common.append_jsonl
+    assert len([*whole.glob("checkpoint/*/*.safetensors")]) == 1
+    monkeypatch.setattr(training, "FILE_BYTES", 4096)
+
+    def stop(file, row):
+        if row["step"] == 3:
+            raise common.Stopped("stopped")
+        append(file, row)
+
+    with monkeypatch.context() as patch, pytest.raises(common.Stopped):
+        patch.setattr(common, "append_jsonl", stop)
+        align("--epochs 2")
+    files = [*(tmp_path / "out").glob("checkpoint/*/*.safetensors")]
+    tensors = [load_file(file) for file in files]
+    assert len(files) > 3 and all(len(t) == 1 or sum(v.nbytes for v in t.values()) <= 4096 for t in tensors)
+    ended = weights(align("--epochs 2"))
+    assert all(torch.equal(ended[name], value) for name, value in weights(whole).items())
 
 
 def test_a_signal_behind_the_last_step_is_not_lost():
