@@ -92,7 +92,10 @@ def model_eos_ids(paths, tokenizer, trust_remote_code=False):
 def prompt_limit(paths, most, new_tokens, trust_remote_code=False):
     """The longest prompt, `most` or less, that leaves `new_tokens` room in the context of each model; UserError if none."""
     for path in paths:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        try:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        except LOAD_ERRORS:
+            continue  # `load_model` says what is wrong with it
         context = getattr(config, "max_position_embeddings", math.inf)
         most = min(most, context - new_tokens)
         if most < 1:
@@ -101,13 +104,14 @@ def prompt_limit(paths, most, new_tokens, trust_remote_code=False):
     return most
 
 
-def fit_into_context(args, world):
-    """Lowers --max-prompt-tokens where student or teacher has no room for it and --max-new-tokens, and says so."""
+def fit_into_context(args):
+    """Lowers --max-prompt-tokens where student or teacher has no room for it and --max-new-tokens. Returns lines to print."""
     paths = filter(None, [args.student, args.teacher])
     limit = prompt_limit(paths, args.max_prompt_tokens, args.max_new_tokens, args.trust_remote_code)
-    if limit < args.max_prompt_tokens and world.rank == 0:
-        print(f"prompts may have {limit} tokens: the models' context is no longer, less {args.max_new_tokens} new ones")
-    args.max_prompt_tokens = limit
+    asked, args.max_prompt_tokens = args.max_prompt_tokens, limit
+    if limit == asked:
+        return []
+    return [f"prompts may have {limit} tokens: the models' context has no more beside {args.max_new_tokens} new ones"]
 
 
 def tokenizer_fingerprint(tokenizer):

@@ -313,11 +313,13 @@ def main(argv=None):
     if args.toy:
         toy.fill_in(args, world)
     tokenizer, eos_ids = models.shared_tokenizer(args.student, args.teacher, args.trust_remote_code)
-    models.fit_into_context(args, world)
+    notes = models.fit_into_context(args)
     batches, eval_prompts = load_prompts(args, tokenizer)
     # Behind all that can be wrong with the arguments: OUT then is theirs
     out = run_folder.start_run(args.out, args, [args.student, args.teacher, args.data])
     run = Run(args, world, tokenizer, eos_ids, out)
+    if world.rank == 0:
+        print(*notes, sep="\n", end="\n" * len(notes))
 
     # Steps 1 to 3
     common.STATUS.enter("pairs")

@@ -537,7 +537,8 @@ def test_out_with_other_arguments(warmup, tmp_path):
     files = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     expected = (
         "OUT holds a run with other arguments (--eta 1.0 there, 2.0 now; --keep all there, teacher now; "
-        f"--max-new-tokens 3 there, 4 now; --shard-teacher False there, True now), in {tmp_path / 'out'}, give another --out"
+        "--max-new-tokens 3 there, 4 now; --max-prompt-tokens 253 there, 252 now; "
+        f"--shard-teacher False there, True now), in {tmp_path / 'out'}, give another --out"
     )
     argv = [*warmup(eta=2, keep="teacher", max_new_tokens=4, device="auto", micro_batch_size=1)]
     argv += ["--shard-teacher", "--activation-checkpointing"]
