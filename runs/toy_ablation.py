@@ -4,7 +4,7 @@
     python runs/toy_ablation.py report CONDITION SEED...  the report seeds: two processes can share them
     python runs/toy_ablation.py collect                   what is finished -> runs/toy_ablation.json
 
-Every arm ends in B steps of KD, B = 25, 100, 400 (on-policy: 25, 100). What differs is what they train on and where they start:
+Every arm ends in B steps of KD, B = 25, 100 and in "gold" 400. What differs is what they train on and where they start:
 
     condition  gold       KD on the data's responses (CE and KD in equal parts), as in the paper
                mismatch   the same with a student that has half of the facts wrong instead of a quarter
@@ -22,8 +22,8 @@ Every arm ends in B steps of KD, B = 25, 100, 400 (on-policy: 25, 100). What dif
 
 Learning rates of KD are chosen for each loss and budget, for "none" and for "warm-up" apart, in the condition "gold"; the
 other starts use those of "warm-up", KD with more steps that of the nearest budget, the other conditions the same. DPO's
-settings come from runs/dpo_sensitivity.json. The controls other than "sft" and "none + tokens" stop at 100 steps: at 400
-there is little left to tell apart.
+settings come from runs/dpo_sensitivity.json. The other conditions and the controls other than "sft" and "none + tokens" stop
+at 100 steps: at 400 there is little left to tell apart.
 """
 
 import functools
@@ -48,8 +48,8 @@ SMALL_BUDGETS = (*CONTROLS, "none + teacher tokens")  # not at the largest
 # condition -> losses, largest budget, flags of kd.py
 CONDITIONS = {
     "gold": (LOSSES, 400, {}),
-    "mismatch": (LOSSES[:2], 400, {}),
-    "teacher": (LOSSES[:2], 400, {"mode": "teacher"}),
+    "mismatch": (LOSSES[:2], 100, {}),
+    "teacher": (LOSSES[:2], 100, {"mode": "teacher"}),
     "student": (LOSSES[1:2], 100, {"mode": "student"}),
 }
 RESULT, SELECTED = ROOT / "runs/toy_ablation.json", ROOT / "runs/toy_selected.json"

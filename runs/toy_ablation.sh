@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # When does the warm-up pay? Four arms and their controls on the toy, 10 seeds, test sets: runs/toy_ablation.py says which.
-# About 3 hours of CPU time, two processes of one thread; resumes.
+# About 2 hours of CPU time, two processes of one thread; resumes.
 #
 #     bash runs/toy_ablation.sh           -> runs/toy_ablation.json
 #
