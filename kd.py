@@ -371,15 +371,15 @@ def main(argv=None):
     if args.toy:
         toy.fill_in(args, world)
     tokenizer, eos_ids = models.shared_tokenizer(args.student, args.teacher, args.trust_remote_code)
-    notes = models.fit_into_context(args)
+    note = models.fit_into_context(args)
     examples = data.read_examples(args)
     prompts, long_prompts = data.encode_prompts(examples, tokenizer, args.template, args.max_prompt_tokens)
     eval_prompts = data.load_eval_prompts(args, tokenizer, [])
     inputs = filter(None, [args.student, args.teacher, args.data])
     out = run_folder.start_run(args.out, args, inputs)  # behind all that can be wrong with the arguments
     run = Run(args, world, tokenizer, eos_ids, out)
-    if world.rank == 0:
-        print(*notes, sep="\n", end="\n" * len(notes))
+    if note and world.rank == 0:
+        print(note)
     if not (out / "student").exists():
         common.STATUS.enter("reading or making the responses")
         examples = read_training_data(run, prompts, long_prompts)

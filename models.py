@@ -105,13 +105,13 @@ def prompt_limit(paths, most, new_tokens, trust_remote_code=False):
 
 
 def fit_into_context(args):
-    """Lowers --max-prompt-tokens where student or teacher has no room for it and --max-new-tokens. Returns lines to print."""
+    """Lowers --max-prompt-tokens where student or teacher has no room for it and --max-new-tokens. Returns a note, "" if none."""
     paths = filter(None, [args.student, args.teacher])
     limit = prompt_limit(paths, args.max_prompt_tokens, args.max_new_tokens, args.trust_remote_code)
     asked, args.max_prompt_tokens = args.max_prompt_tokens, limit
     if limit == asked:
-        return []
-    return [f"prompts may have {limit} tokens: the models' context has no more beside {args.max_new_tokens} new ones"]
+        return ""
+    return f"prompts may have {limit} tokens: the models' context has no more beside {args.max_new_tokens} new ones"
 
 
 def tokenizer_fingerprint(tokenizer):

@@ -203,11 +203,10 @@ def build_pairs(run, batches):
         student, teacher, keep = models_loaded
         prompts = batches[k]
         fitting = [prompt for prompt in prompts if batches.fits(prompt)]
-        sampled = fitting
+        records = build_samples(student, teacher, fitting, run, keep) if fitting else []
         if args.shard_teacher and not fitting:  # its forwards need every rank: the start of a prompt goes along
-            sampled = [prompts[0] | {"ids": prompts[0]["ids"][: args.max_prompt_tokens]}]
-        records = build_samples(student, teacher, sampled, run, keep) if sampled else []
-        records = records if fitting else []
+            stand_in = prompts[0] | {"ids": prompts[0]["ids"][: args.max_prompt_tokens]}
+            build_samples(student, teacher, [stand_in], run, keep)
         for prompt in prompts:
             if not batches.fits(prompt):
                 length = {"prompt": prompt["text"], "prompt_tokens": len(prompt["ids"])}
@@ -313,13 +312,13 @@ def main(argv=None):
     if args.toy:
         toy.fill_in(args, world)
     tokenizer, eos_ids = models.shared_tokenizer(args.student, args.teacher, args.trust_remote_code)
-    notes = models.fit_into_context(args)
+    note = models.fit_into_context(args)
     batches, eval_prompts = load_prompts(args, tokenizer)
     # Behind all that can be wrong with the arguments: OUT then is theirs
     out = run_folder.start_run(args.out, args, [args.student, args.teacher, args.data])
     run = Run(args, world, tokenizer, eos_ids, out)
-    if world.rank == 0:
-        print(*notes, sep="\n", end="\n" * len(notes))
+    if note and world.rank == 0:
+        print(note)
 
     # Steps 1 to 3
     common.STATUS.enter("pairs")
@@ -344,7 +343,7 @@ def main(argv=None):
         students = {"student before": args.student, "student after": out / "student"}
         # A sharded teacher is one that fits on no single device: the table does without it
         teacher = None if args.shard_teacher else lambda: run.teacher
-        # As many rows at once as in sampling, but batches for 8 ranks; from the prompts alone, as all batches are
+        # As many rows as in sampling, but 8 batches or more for the ranks; their number itself must change no batch
         size = min(args.prompts_per_batch * args.samples, math.ceil(len(eval_prompts) / 8))
         closing_table(run, students, teacher, eval_prompts, size, args.eta)
     if world.rank == 0:

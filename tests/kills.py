@@ -143,28 +143,26 @@ def at_work(out):
     return lock.exists() and f":{lock.stat().st_ino} " in Path("/proc/locks").read_text()
 
 
+# What lies in OUT -> the stage that a run is in; the first that is there tells
+TRACES = {
+    ".pairs.jsonl.*.partial": "merge",  # each start merges again
+    "student": "closing table",
+    ".student.partial": "saving the model",
+    "checkpoint/.step-*.partial": "checkpoint",
+    "metrics.jsonl": "training",
+    "responses": "responses",
+    "reference.json": "training",
+    "mismatch.json": "reference",
+    "pairs.jsonl": "merge",
+}
+
+
 def stage_of(out):
     """The stage that a run is in, as its files tell."""
     there = lambda pattern: any(out.glob(pattern))
     if not at_work(out):
         return "start-up"
-    if there(".pairs.jsonl.*.partial"):  # each start merges again
-        return "merge"
-    if there("student"):
-        return "closing table"
-    if there(".student.partial"):
-        return "saving the model"
-    if there("checkpoint/.step-*.partial"):
-        return "checkpoint"
-    if there("metrics.jsonl"):
-        return "training"
-    if there("responses"):
-        return "responses"
-    if there("mismatch.json"):
-        return "training" if there("reference.json") else "reference"
-    if there("pairs.jsonl"):
-        return "merge"
-    return "pairs"
+    return next((stage for pattern, stage in TRACES.items() if there(pattern)), "pairs")
 
 
 @dataclass

@@ -59,32 +59,26 @@ def align(inputs, pairs_file, tmp_path):
     return run
 
 
-@pytest.fixture
-def warm_up(inputs, tmp_path):
-    """The same for warmup_distill.py."""
+def starter(script, few, inputs, tmp_path):
+    """run(flags="", out="out", ...) starts warmup_distill.py or kd.py here and returns OUT; more: other inputs, by name."""
 
     def run(flags="", out="out", **changed):
         paths = [word for name, path in {**inputs, **changed}.items() for word in (f"--{name}", str(path))]
-        few = "--template none --limit 6 --samples 2 --max-new-tokens 8 --prompts-per-batch 2 --eta 1 --eval-limit 0"
-        argv = [*paths, "--out", str(tmp_path / out), *SMALL.split(), *few.split(), *flags.split()]
-        warmup_distill.main(argv)
+        script.main([*paths, "--out", str(tmp_path / out), *f"--template none --limit 6 {SMALL} {few} {flags}".split()])
         return tmp_path / out
 
     return run
+
+
+@pytest.fixture
+def warm_up(inputs, tmp_path):
+    few = "--samples 2 --max-new-tokens 8 --prompts-per-batch 2 --eta 1 --eval-limit 0"
+    return starter(warmup_distill, few, inputs, tmp_path)
 
 
 @pytest.fixture
 def distil(inputs, tmp_path):
-    """The same for kd.py."""
-
-    def run(flags="", out="out", **changed):
-        paths = [word for name, path in {**inputs, **changed}.items() for word in (f"--{name}", str(path))]
-        few = "--template none --limit 6 --max-new-tokens 40 --prompts-per-batch 2 --eval-limit 0"
-        argv = [*paths, "--out", str(tmp_path / out), *SMALL.split(), *few.split(), *flags.split()]
-        kd.main(argv)
-        return tmp_path / out
-
-    return run
+    return starter(kd, "--max-new-tokens 40 --prompts-per-batch 2 --eval-limit 0", inputs, tmp_path)
 
 
 def weights(out):
@@ -222,7 +216,12 @@ def test_no_signal_interrupts_the_last_words(monkeypatch, error):
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), MemoryError()]
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    ],
 )
 def test_full_memory_is_one_line(monkeypatch, error):
     """With the flags that need less of it, and the stage."""

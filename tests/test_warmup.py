@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from conftest import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -25,6 +26,7 @@ from transformers import (
 import common
 import data
 import decode
+import kd
 import models
 import pairs
 import run_folder
@@ -471,13 +473,11 @@ def test_keep_correct(build, tmp_path, tokenizer):
     assert counts["kept"] > 0 and counts["filtered"] > 0
 
 
-@pytest.mark.parametrize(
-    "chat_template", [False, True], ids=["reward model on text", "reward model with chat template"]
-)
-def test_keep_reward(build, tmp_path, tokenizer, chat_template):
+@pytest.mark.parametrize("kind", ["on text", "on text, adds bos", "with chat template"])
+def test_keep_reward(build, tmp_path, tokenizer, kind):
     """--keep reward:MODEL: a random scorer with one label, asked here for one text at a time.
 
-    The toy's chat template is <bos> + the contents, so both kinds of reward tokenizer see the same text.
+    The toy's chat template is <bos> + the contents, so all kinds of reward tokenizer see the same text, one bos in it.
     """
     torch.manual_seed(5)
     config = LlamaConfig(vocab_size=22, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_labels=1,
@@ -485,8 +485,11 @@ def test_keep_reward(build, tmp_path, tokenizer, chat_template):
     LlamaForSequenceClassification(config).eval().save_pretrained(tmp_path / "reward")
     scorer = LlamaForSequenceClassification.from_pretrained(tmp_path / "reward").eval()
     own = AutoTokenizer.from_pretrained(build().args.student)
-    if not chat_template:
+    if kind != "with chat template":
         own.chat_template = None
+    if kind == "on text, adds bos":
+        bos = [("<bos>", own.bos_token_id)]
+        own.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=bos)
     own.save_pretrained(tmp_path / "reward")
 
     @torch.no_grad()
@@ -608,6 +611,16 @@ def test_eval_data_has_a_split_of_its_own(argv, tmp_path, monkeypatch, prompts_f
         assert asked == [(prompts_file, "main", "train"), (str(copy), config, "test")]
 
 
+@pytest.mark.parametrize("limit, size", [(3, 1), (17, 3), (40, 5)])
+def test_closing_table_has_work_for_eight_ranks(argv, prompts_file, monkeypatch, limit, size):
+    """8 batches or more where there are prompts for them, but no more rows than in sampling; ranks do not count."""
+    sizes = []
+    monkeypatch.setattr(warmup_distill, "closing_table", lambda *arguments: sizes.append(arguments[4]))
+    flags = ["--eval-data", prompts_file, "--eval-split", "train", "--eval-limit", str(limit)]
+    warmup_distill.main([*argv, *flags, "--samples", "1", "--prompts-per-batch", "5"])
+    assert sizes == [size]
+
+
 def test_eval_limit_counts_prompts_that_fit(tmp_path, tokenizer):
     """The first two that fit, though a prompt over the limit is among the first two rows."""
     file = write_prompts(tmp_path / "eval.jsonl", ["1+2:", "123456789+123456789:", "3+4:", "5+6:"])
@@ -627,6 +640,9 @@ def test_prompts_leave_room_in_the_context(argv, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("prompts may have 216 tokens: the models' context has no more")
     with pytest.raises(common.UserError, match="260 new tokens leave no room for a prompt in a context of 256"):
         warmup_distill.main([*argv, *out, "--max-new-tokens", "260"])
+    shared = argv[: argv.index("--samples")]  # models and data, for kd.py
+    with pytest.raises(common.UserError, match="260 new tokens leave no room"):
+        kd.main([*shared, *out, "--max-new-tokens", "260", "--device", "cpu", "--threads", "1"])
 
 
 def weights(folder):
