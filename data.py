@@ -163,8 +163,11 @@ def read_examples(args):
     examples = Examples(rows, args.data, columns)
     if not examples:
         raise UserError("no rows", f"in {args.data}", "give data with at least one row")
-    for _ in examples:  # a bad row is an error now, not after hours
-        pass
+    try:
+        for _ in examples:  # a bad row is an error now, not after hours
+            pass
+    except DATA_ERRORS as error:
+        raise UserError(f"the data cannot be read ({one_line(error)})", f"in {args.data}", "check its columns")
     return examples
 
 

@@ -14,13 +14,18 @@ The random number behind a sampled token depends on the sample and its position 
 does not depend on its rank, nor, up to the rounding of logits, on its batch (bfloat16 rounds enough to change a token).
 """
 
+import inspect
 import itertools
 import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from transformers import LlamaModel
 from transformers.cache_utils import Cache, DynamicLayer
+
+# The keyword of a KV cache: transformers 5.24 renamed it, for all its models
+CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
 # What each use of `uniform_noise` passes as its stage, so that no two draw the same numbers: the warm-up's student and
 # teacher, evaluation, kd.py's student and teacher, the order of an epoch
@@ -207,8 +212,8 @@ def forward_tokens(model, cache, token_ids, attention, positions):
         input_ids=token_ids,
         attention_mask=attention[:, None],  # 4-D bool: taken by sdpa as it is
         position_ids=positions,
-        past_key_values=cache,
         use_cache=True,
+        **{CACHE: cache},
     )
     return output.last_hidden_state
 

@@ -3,6 +3,7 @@
 The loops themselves are written out in dpo.py and kd.py.
 """
 
+import functools
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 import common
 import decode
@@ -41,9 +43,8 @@ def load_trainable(path, args, tokenizer, world):
     lm = models.load_model(path, torch.float32, "cpu", args.trust_remote_code)  # fully_shard moves its shard to the GPU
     models.check_vocabulary(lm, tokenizer, path)
     if args.activation_checkpointing:
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        for block in decoder_blocks(lm):
-            block.training = True  # transformers asks for it; all else stays in eval mode: no dropout
+        for block in decoder_blocks(lm):  # by torch: transformers has renamed its own switch
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     return lm
 
 

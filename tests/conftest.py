@@ -8,12 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import toy
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
+settings.register_profile("ci", derandomize=True, database=None, deadline=None)
+settings.register_profile("search", max_examples=2000, deadline=None)  # pytest --hypothesis-profile search
+settings.load_profile("ci")
 
 
 def make_model(family, seed, width=16, layers=2, rows=None, std=0.3, **kwargs):
@@ -73,7 +77,13 @@ def launch(processes, script, *args, timeout=300, cwd=None, env=None):
     if processes:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command += [str(ROOT / script), *map(str, args)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(env or {})}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONWARNINGS": "error::FutureWarning",
+    }
+    environment.update(env or {})
     return subprocess.run(
         command, check=False, capture_output=True, text=True, timeout=timeout, cwd=cwd, env=environment
     )

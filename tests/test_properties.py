@@ -26,7 +26,7 @@ import training
 import warmup_distill
 from common import UserError
 
-FAST = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FAST = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 FEW = settings(FAST, max_examples=15)  # each reads a file with `datasets`, 20 ms
 TOKENIZER = toy.make_tokenizer()
 
