@@ -1,6 +1,4 @@
-"""The embedded default: a synthetic task, a tiny teacher and a tiny student, made here in half a minute, no download.
-
-    python toy.py --out out/toy --seed 0
+"""The embedded default: a synthetic task, a tiny teacher and a tiny student, made in half a minute, no download.
 
 Task: 3-digit addition with the carries written out, units first, one character a token; a step: digit+digit+carry=sum.
 
@@ -12,36 +10,37 @@ teacher any wrong token has next to no probability, and the threshold eta of the
 
 Student: a smaller Llama with misconceptions. A quarter of the 200 facts (digit, digit, carry) -> sum is off by one,
 always the same way, in everything it is trained on; the digit and the carry of a wrong sum go on through the response.
-**So the paper's premise, a student that is confidently wrong where the teacher is not, is true here by construction.**
-The toy shows that the code does what the paper says; it is no evidence that the premise holds for real models. (A
-student that was merely trained too little showed no effect of the warm-up at all.)
+It is sure of what it writes, so of 2,000 samples (250 prompts) 859 repeat another one's mistake.
 
-What comes out are ordinary Hugging Face folders and JSONL files: no other file knows that it runs on a toy.
-Nothing in this file comes from a paper.
+**So the paper's premise, a student that is confidently wrong where the teacher is not, is true here by construction.** The toy
+shows that the code does what the paper says; it is no evidence that the premise holds for real models. Nothing in this
+file comes from a paper.
+
+The folder toy/ holds what this script writes with seed 0. To make it again and compare:
+
+    python toy/make.py --out out/toy-0 --seed 0
+    diff -r -x make.py -x __pycache__ toy out/toy-0
+
+The problems and the misconceptions depend on the seed alone. The weights also depend on the processor and on the
+versions of torch and transformers. The models are ordinary Hugging Face folders, the data are JSONL files.
 """
 
+import argparse
+import json
 import math
 import random
-import shutil
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import transformers
-from tokenizers import Tokenizer, decoders
-from tokenizers.models import BPE
+from tokenizers import Tokenizer, decoders, models
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import common
-from common import UserError
 
-# Defaults of warmup_distill.py and of kd.py on the toy, by the names of their flags.
-# One thread: a second one makes models of this size slower.
-BOTH = {"max_prompt_tokens": 16, "max_new_tokens": 48, "max_steps": 60, "batch_size": 32, "micro_batch_size": 32}
-BOTH |= {"lr": 5e-4, "dtype": "float32", "threads": 1}
-WARMUP = BOTH | {"limit": 250, "prompts_per_batch": 25, "beta": 0.5, "nll_weight": 1.0, "eval_limit": 500}
-KD = BOTH | {"limit": 1000, "loss": "reverse_kl"}
+class ToyError(Exception):
+    """The toy cannot be made; the message is one line for the user."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +61,13 @@ class Settings:
 
     # At 400 steps a teacher has just learnt the task; with an unlucky initialisation it has not, hence min_accuracy.
     teacher: Recipe = Recipe(64, 192, batch_size=64, lr=3e-3, steps=400, min_accuracy=0.99)
+    # At 400 steps a student repeats itself less (6 duplicates of 2,000 samples, not 859), but it is another student: it
+    # also copies digits wrongly, and the teacher corrects 99% of its samples.
     student: Recipe = Recipe(32, 96, batch_size=32, lr=6e-3, steps=800)
     misconceived: float = 0.25  # share of the facts that the student has wrong
     train: int = 4000  # problems in train.jsonl
     dev: int = 500
     test: int = 500
-    version: int = 2  # raise it when a change to this file changes what `build` writes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ def misconceived_facts(rng, share):
 
 
 def solve(a, b, facts):
-    """a + b written out, step by step, by one who believes `facts`.
+    """a + b written out step by step, with the sums in `facts`.
 
     >>> solve(199, 877, correct_facts())
     '9+7+0=16;9+7+1=17;1+8+1=10=1076'
@@ -104,7 +104,8 @@ def solve(a, b, facts):
         steps.append(f"{x}+{y}+{carry}={written}")
         carry, digit = divmod(written, 10)
         total = f"{digit}{total}"
-    return f"{';'.join(steps)}={carry or ''}{total}"
+    answer = f"{carry}{total}" if carry > 0 else total
+    return f"{';'.join(steps)}={answer}"
 
 
 def to_example(problem, facts):
@@ -124,19 +125,19 @@ def draw_splits(seed, settings):
 # The models
 # ---------------------------------------------------------------------------------------------------------------------
 
-SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]  # ids 0, 1, 2, 3
+SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}  # ids 0, 1, 2, 3
 CHARACTERS = "0123456789+-*=:;, "  # the task does not use "-", "*", "," and " "; any other character is <unk>
 
 
 def make_tokenizer():
     """One token a character, 22 in all; adds no token unasked. Its chat template: <bos> and the messages' contents."""
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *CHARACTERS])}
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL.values(), *CHARACTERS])}
     # BPE without merges splits into characters; Fuse joins them again with nothing in between.
-    characters = Tokenizer(BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    characters = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     characters.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=characters,
-        **{f"{token.strip('<>')}_token": token for token in SPECIAL},
+        **SPECIAL,
         chat_template="{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}",
         clean_up_tokenization_spaces=False,
     )
@@ -144,28 +145,20 @@ def make_tokenizer():
 
 def make_model(recipe, tokenizer, seed):
     """A LlamaForCausalLM with random weights."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=recipe.hidden_size,
-        intermediate_size=recipe.intermediate_size,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=256,
-        initializer_range=0.05,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    sizes = {"hidden_size": recipe.hidden_size, "intermediate_size": recipe.intermediate_size}
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 256}
+    weights = {"initializer_range": 0.05, "tie_word_embeddings": True}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # as in `make_tokenizer`
+    config = LlamaConfig(vocab_size=len(tokenizer), **sizes, **shape, **weights, **special)
     with torch.random.fork_rng(devices=[]):  # leaves the caller's random state alone
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)
 
 
 def collate(examples, tokenizer):
-    """Token ids and labels, both (B, T), padded on the right; a label is -100 but on the response and its <eos>."""
+    """Token ids and labels, both (B, T), padded on the right; labels are -100 except on the response and its <eos>."""
     prompts = [f"<bos>{example['prompt']}" for example in examples]
-    texts = [f"{prompt}{example['response']}<eos>" for prompt, example in zip(prompts, examples)]
+    texts = [f"<bos>{example['prompt']}{example['response']}<eos>" for example in examples]
     batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
     prompt_lengths = torch.tensor([len(ids) for ids in tokenizer(prompts)["input_ids"]])
     in_prompt = torch.arange(batch["input_ids"].shape[1]) < prompt_lengths[:, None]  # (B, T)
@@ -174,9 +167,9 @@ def collate(examples, tokenizer):
 
 
 def train(model, recipe, draw, name):
-    """Trains on `draw(batch size)` -> (ids, labels); returns the greedy accuracy on problems drawn afterwards."""
+    """Trains on `draw(batch size)` -> (ids, labels); returns the greedy accuracy on 500 problems drawn afterwards."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
-    for step in tqdm(range(recipe.steps), desc=f"toy {name}"):
+    for step in tqdm(range(recipe.steps), desc=f"toy {name}", ncols=100):
         cosine = (1 + math.cos(math.pi * step / recipe.steps)) / 2
         optimizer.param_groups[0]["lr"] = recipe.lr * (0.05 + 0.95 * cosine)
         ids, labels = draw(recipe.batch_size)
@@ -192,30 +185,29 @@ def train(model, recipe, draw, name):
 
 
 def build_model(folder, recipe, facts, held_out, seed):
-    """Trains a model on fresh problems outside `held_out`, solved with `facts`, and writes it to `folder`."""
+    """Trains a model on fresh problems outside `held_out`, solved with `facts`, and writes it to `folder`.
+
+    The folder's name (teacher, student) and the seed decide initialisation and problems. Raises ToyError if five
+    initialisations stay below `recipe.min_accuracy`.
+    """
     tokenizer = make_tokenizer()
     rng = random.Random(f"{seed} {folder.name}")
 
     def draw(size):
-        problems = []
-        while len(problems) < size:
+        examples = []
+        while len(examples) < size:
             problem = rng.randrange(len(OPERANDS) ** 2)
             if problem not in held_out:
-                problems.append(problem)
-        return collate([to_example(problem, facts) for problem in problems], tokenizer)
+                examples.append(to_example(problem, facts))
+        return collate(examples, tokenizer)
 
-    for attempt in range(5):
+    for attempt in range(1, 6):
         model = make_model(recipe, tokenizer, rng.getrandbits(32))
-        if train(model, recipe, draw, folder.name + ", again" * (attempt > 0)) >= recipe.min_accuracy:
-            break
-    else:
-        raise UserError(
-            f"five times the {folder.name} did not learn its task", f"with seed {seed}", "give another seed"
-        )
-    partial = folder.with_name(f".{folder.name}.partial")  # renamed when whole, as common.write_atomic does for files
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.rename(folder)
+        if train(model, recipe, draw, f"{folder.name}, attempt {attempt}") >= recipe.min_accuracy:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            return
+    raise ToyError(f"five times the {folder.name} did not learn its task, with seed {seed}, give another seed")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -229,63 +221,29 @@ def paths_in(root):
     return {Path(name).stem: str(Path(root) / name) for name in names}
 
 
-def is_built(root, seed, settings=Settings()):
-    """Whether `root` holds all that `build` writes for this seed and these settings."""
-    try:
-        written = common.read_json(Path(root) / "settings.json")
-    except (OSError, ValueError):
-        return False
-    return written == {"seed": seed, **asdict(settings)} and all(Path(p).exists() for p in paths_in(root).values())
-
-
 def build(root, seed=0, settings=Settings()):
-    """Makes the toy in the folder `root` unless it is there; returns its paths by name, as `paths_in` does.
+    """Makes the toy in `root`, a new or empty folder; returns its paths by name, as `paths_in` does.
 
-    The seed decides problems, misconceptions and models. settings.json is written last: what a killed build left, or
-    one with another seed or other settings, is made again. Raises UserError if `root` holds what is not the toy's.
+    settings.json, with the seed and the settings, is written last: a folder without it is not complete.
+    Raises ToyError if `root` is not empty, OSError if it cannot be written.
     """
     root, paths = Path(root), paths_in(root)
-    if is_built(root, seed, settings):
-        return paths
-    clear(root, {Path(path).name for path in paths.values()})
+    root.mkdir(parents=True, exist_ok=True)
+    if any(root.iterdir()):
+        raise ToyError(f"the folder is not empty, at {root}, give a new or empty one")
     splits = draw_splits(seed, settings)
-    for name, problems in splits.items():
-        common.write_jsonl(paths[name], [to_example(problem, correct_facts()) for problem in problems])
     held_out = {*splits["dev"], *splits["test"]}
     misconceived = misconceived_facts(random.Random(f"{seed}/misconceptions"), settings.misconceived)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # faster at this size, and the weights do not depend on the number of cores
-    try:
-        build_model(Path(paths["teacher"]), settings.teacher, correct_facts(), held_out, seed)
-        build_model(Path(paths["student"]), settings.student, misconceived, held_out, seed)
-    finally:
-        torch.set_num_threads(threads)
-    common.write_json(root / "settings.json", {"seed": seed, **asdict(settings)})
+    build_model(Path(paths["teacher"]), settings.teacher, correct_facts(), held_out, seed)
+    build_model(Path(paths["student"]), settings.student, misconceived, held_out, seed)
+    torch.set_num_threads(threads)
+    for name, problems in splits.items():
+        lines = [json.dumps(to_example(problem, correct_facts())) + "\n" for problem in problems]
+        Path(paths[name]).write_text("".join(lines), encoding="utf-8")
+    (root / "settings.json").write_text(json.dumps({"seed": seed, **asdict(settings)}, indent=2) + "\n")
     return paths
-
-
-def fill_in(args, world):
-    """What a script does where no models and data are named: builds the toy in out/toy and names what is in there."""
-    if world.rank == 0:
-        build("out/toy", args.seed)
-    world.barrier()
-    paths = paths_in("out/toy")
-    args.teacher, args.student, args.data = paths["teacher"], args.student or paths["student"], paths["train"]
-    args.eval_data = args.eval_data or paths["dev"]
-
-
-def clear(root, names):
-    """Makes the folder `root` and removes `names`, settings.json and what a killed build left half-written from it."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        ours = [p for p in root.iterdir() if p.name in {"settings.json", *names} or p.name.endswith(".partial")]
-        others = sorted(set(root.iterdir()) - set(ours))
-        if others and not (root / "settings.json").exists():  # a folder of someone else's, such as a run's OUT
-            raise UserError(f"{others[0].name} is not the toy's", f"in {root}", "give a new or empty folder to the toy")
-        for path in sorted(ours, key=lambda path: path.name != "settings.json"):  # from here on it is not built
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    except OSError as error:
-        raise UserError(f"the toy cannot be written ({common.one_line(error)})", f"at {root}", "give another folder")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -293,19 +251,26 @@ def clear(root, names):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def parse_args(argv=None):
-    parser = common.ArgumentParser(__doc__)
-    parser.add_argument("--out", default="out/toy", help="folder for the toy")
-    parser.add_argument("--seed", type=int, default=0, help="decides problems, misconceptions and models")
-    return parser.parse_args(argv)
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with an error message of one line."""
+
+    def error(self, message):
+        raise ToyError(f"{message}, on the command line, see {self.prog} --help")
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    transformers.utils.logging.disable_progress_bar()
-    for name, path in build(args.out, args.seed).items():
-        print(f"{name:8s} {path}")
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--out", help="folder for the toy, new or empty (default: out/toy-SEED)")
+    parser.add_argument("--seed", type=int, default=0, help="decides problems, misconceptions and models (default: 0)")
+    try:
+        args = parser.parse_args(argv)
+        out = f"out/toy-{args.seed}" if args.out is None else args.out
+        for name, path in build(out, args.seed).items():
+            print(f"{name:8s} {path}")
+    except (ToyError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
-    common.run(main)
+    main()
