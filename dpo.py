@@ -17,20 +17,13 @@ positions only. Loss and gradient are those of the two-row computation (tests/te
 
 import math
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
-import common
-import decode
-import estimate
-import models
-import run_folder
-import training
-from common import UserError
-from pairs import read_pairs, shared_length
-from training import batch_of_step, micro_batches
+from lib import data, decode, models, runs, training
+from lib.runs import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss
@@ -62,6 +55,16 @@ def dpo_loss(
 # ---------------------------------------------------------------------------------------------------------------------
 # Exact prefix sharing
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def shared_length(chosen, rejected):
+    """How many leading ids two responses share: at least t*, more where the teacher drew y_t* again."""
+    length = 0
+    for a, b in zip(chosen, rejected):
+        if a != b:
+            break
+        length += 1
+    return length
 
 
 def collate_pairs(pairs, pad_id, with_shared, device):
@@ -144,7 +147,7 @@ def batch_loss(sums, reference, lengths, pair_count, chosen_tokens, args):
 
     sums, reference: (b, 3) log-probs of policy and reference, as `PairModel` returns them. lengths: (b, 2) tokens of
     chosen and rejected. pair_count, chosen_tokens: of the whole step, over all ranks and micro-batches.
-    Returns the loss and, to log, sums over the pairs (7,): loss, wins, both rewards, both log-probs, -log pi(y+|x).
+    Returns the loss, and {name: sum over the pairs} to log.
     """
     average = args.logprobs == "mean"
     chosen, rejected = response_logps(sums, lengths, average)  # (b,)
@@ -152,13 +155,14 @@ def batch_loss(sums, reference, lengths, pair_count, chosen_tokens, args):
     losses, chosen_rewards, rejected_rewards = dpo_loss(
         chosen, rejected, *reference_logps, args.beta, args.label_smoothing
     )
-    nll = -(sums[:, 0] + sums[:, 1])  # (b,); read only if the shared part is there
+    nll = -(sums[:, 0] + sums[:, 1])  # (b,), counts only where the shared part is computed
     loss = losses.sum() / pair_count
     if args.nll_weight > 0:
         loss = loss + args.nll_weight * nll.sum() / chosen_tokens
-    wins = (chosen_rewards > rejected_rewards).float()
-    logged = [losses, wins, chosen_rewards, rejected_rewards, chosen, rejected, nll]
-    return loss, torch.stack([values.detach().sum() for values in logged])
+    logged = {"dpo_loss": losses, "wins": (chosen_rewards > rejected_rewards).float()}
+    logged |= {"chosen_reward": chosen_rewards, "rejected_reward": rejected_rewards}
+    logged |= {"chosen_logp": chosen, "rejected_logp": rejected, "nll": nll}
+    return loss, {name: values.detach().sum() for name, values in logged.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -168,36 +172,16 @@ def batch_loss(sums, reference, lengths, pair_count, chosen_tokens, args):
 
 @torch.no_grad()
 def reference_logprobs(model, pairs, lengths, pad_id, with_shared, micro_batch_size, world):
-    """(number of pairs, 3) float32 on the CPU: what `PairModel` says of each pair before training."""
+    """(number of pairs, 3) float32 on the CPU: what `PairModel` returns for each pair, under a model that stays."""
     sums = torch.zeros(len(pairs), 3, device=world.device)
-    batches = micro_batches(range(len(pairs)), lengths, micro_batch_size, world)
-    for indices in tqdm(batches, desc="reference", disable=world.rank > 0, leave=False):
-        batch = [pairs[i] for i in indices] or pairs[:1]  # an idle rank still takes part in FSDP's collectives
-        values = model(**collate_pairs(batch, pad_id, with_shared, world.device))
+    batches = training.micro_batches(range(len(pairs)), lengths, micro_batch_size, world)
+    for indices in runs.progress(batches, desc="reference", world=world, leave=False):
+        used = indices or [0]  # an idle rank computes a pair, too: FSDP's collectives need every rank
+        values = model(**collate_pairs([pairs[i] for i in used], pad_id, with_shared, world.device))
         sums[indices] = values[: len(indices)]
     model.reshard()  # FSDP leaves its root gathered after a forward: checkpoints and optimizers must see the shards
     torch.distributed.all_reduce(sums)  # each row is non-zero on one rank only: the sum is exact
     return sums.cpu()
-
-
-def load_reference(args, world, tokenizer, pairs, lengths, policy, policy_path, reference_path, out):
-    """log pi_ref of all pairs: computed once, since a frozen model's log-probs never change; kept in OUT/reference.json.
-
-    Where the reference is the policy before its first step, no second model is loaded.
-    """
-    file = out / "reference.json"
-    try:
-        return torch.tensor(common.read_json(file)).view(len(pairs), 3)
-    except (OSError, ValueError, TypeError, RuntimeError):
-        pass  # not there, or damaged
-    if reference_path != policy_path:
-        policy = load_policy(reference_path, args, tokenizer, world)[0]
-    with_shared, pad_id = needs_shared(args), tokenizer.pad_token_id
-    reference = reference_logprobs(policy, pairs, lengths, pad_id, with_shared, args.micro_batch_size, world)
-    world.barrier()  # every rank has looked for the file before it is written
-    if world.rank == 0:
-        common.write_json(file, reference.tolist())
-    return reference
 
 
 def needs_shared(args):
@@ -207,106 +191,179 @@ def needs_shared(args):
 
 def load_policy(path, args, tokenizer, world):
     """A model to train: float32 parameters, sharded. Returns (PairModel, the language model in it)."""
-    lm = training.load_trainable(path, args, tokenizer, world)
-    return training.shard(PairModel(lm, len(tokenizer)), lm, models.compute_dtype(args.dtype, world), world), lm
+    lm = training.load_trainable(path, args, tokenizer)
+    dtype = models.compute_dtype(args.dtype, world.device)
+    return training.shard(PairModel(lm, len(tokenizer)), lm, dtype, world), lm
 
 
 def train(args, world, tokenizer, pairs, student_path, reference_path, out):
     """Trains the student on the pairs; writes OUT/metrics.jsonl, OUT/checkpoint, OUT/student. Resumes what it finds.
 
-    Returns the last step's metrics, or None if OUT/student was already there.
+    pairs: as `write_pairs` returns them. Returns the last step's metrics, None if OUT/student was there already.
     """
-    if (out / "student").exists():
+    if world.first(lambda: (out / "student").exists()):
+        if world.rank == 0:
+            print(f"dpo: {out / 'student'} was there already")
         return None
     accumulation = training.accumulation_steps(args, world)
-    with_shared = needs_shared(args)
-    lengths = [len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in pairs]
-    response_lengths = torch.tensor([[len(p["chosen_ids"]), len(p["rejected_ids"])] for p in pairs])  # (n, 2)
+    with_shared, pad_id = needs_shared(args), tokenizer.pad_token_id
+    lengths = pairs["tokens"][:]
+    response_lengths = torch.tensor(
+        [pairs["chosen_tokens"][:], pairs["rejected_tokens"][:]], dtype=torch.long
+    ).T  # (n, 2)
     model, lm = load_policy(student_path, args, tokenizer, world)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, betas=tuple(args.adam_betas), weight_decay=args.weight_decay
+    # log pi_ref never changes: computed once, before the first step and before a checkpoint is loaded
+    reference_model = (
+        model if reference_path == student_path else load_policy(reference_path, args, tokenizer, world)[0]
     )
-    reference = load_reference(args, world, tokenizer, pairs, lengths, model, student_path, reference_path, out)
-    first_step = training.load_checkpoint(out / "checkpoint", model, optimizer)
-    total_steps = (args.max_steps or args.epochs * math.ceil(len(pairs) / args.batch_size)) if pairs else 0
+    reference = reference_logprobs(reference_model, pairs, lengths, pad_id, with_shared, args.micro_batch_size, world)
+    del reference_model
+    training.release_memory()
+    optimizer = training.make_optimizer(model, args)
+    first_step = training.load_checkpoint(out / "checkpoint", model, optimizer, world)
+    total_steps = (args.max_steps or args.epochs * math.ceil(len(pairs) / args.batch_size)) if len(pairs) else 0
     metrics_file = training.open_metrics(out / "metrics.jsonl", first_step, world)
     metrics, warned = None, False
     if world.rank == 0:
-        print(
-            f"dpo: {len(pairs)} pairs, {total_steps} steps of {args.batch_size} pairs"
-            f" = {world.size} processes x {accumulation} micro-batches"
-        )
-    common.STATUS.enter("dpo", finishes_step=True)
-    bar = tqdm(total=total_steps, initial=first_step, desc="dpo", unit="step", disable=world.rank > 0)
-    for step in range(first_step, total_steps):
-        started = time.perf_counter()
-        batch = batch_of_step(step, len(pairs), args.batch_size, args.seed)
-        # Counted over all ranks before the first backward: neither ranks nor accumulation change the gradient
-        pair_count = len(batch)
-        chosen_tokens = response_lengths[batch, 0].sum().item()
-        totals = torch.zeros(8, device=world.device)  # what `batch_loss` logs; tokens computed, padding too
-        for indices in micro_batches(batch, lengths, args.micro_batch_size, world):
-            weight = float(len(indices) > 0)  # an idle rank runs a pair of weight 0: FSDP's collectives need it
-            indices = indices or batch[:1]
-            rows = collate_pairs([pairs[i] for i in indices], tokenizer.pad_token_id, with_shared, world.device)
-            of_batch = reference[indices].to(world.device), response_lengths[indices].to(world.device)
-            loss, sums = batch_loss(model(**rows), *of_batch, pair_count, chosen_tokens, args)
-            (weight * world.size * loss).backward()  # FSDP averages gradients over ranks; the loss is already a mean
-            totals[:7] += weight * sums
-            totals[7] += weight * rows["token_ids"].numel()
-        lr = training.learning_rate(step, total_steps, args.lr, args.lr_warmup_ratio, args.lr_final_ratio)
-        grad_norm = training.optimizer_step(model, optimizer, lr, args.max_grad_norm)
-        totals = world.sum(totals.tolist())
-        metrics = step_metrics(totals, pair_count, chosen_tokens, args)
-        metrics = {"stage": "dpo", "step": step + 1, **metrics, "grad_norm": grad_norm, "lr": lr}
-        training.check_finite(metrics, [pairs[i].get("prompt_id", i) for i in batch], out)
-        if not warned and reference_path == student_path:
-            warned = warn_if_chosen_falls(metrics, args, chosen_tokens / pair_count, world)
-        metrics.update(training.speed(totals[-1], time.perf_counter() - started, world))
-        if world.rank == 0:
-            common.append_jsonl(metrics_file, metrics)
-        bar.update()
-        bar.set_postfix(loss=f"{metrics['loss']:.3f}", accuracy=f"{metrics['accuracy']:.2f}")
-        stops = world.stops()
-        if stops or (step + 1) % args.save_every == 0 or step + 1 == total_steps:
-            training.save_checkpoint(out / "checkpoint", model, optimizer, step + 1, world)
-        if stops:
-            raise common.Stopped(f"stopped after step {step + 1}, whose checkpoint is written")
+        shares = f"{world.size} processes x {accumulation} micro-batches"
+        print(f"dpo: {len(pairs)} pairs, {total_steps} steps of {args.batch_size} pairs = {shares}")
+    bar = runs.progress(desc="dpo", world=world, total=total_steps, initial=first_step, unit="step")
+    with training.stop_signals() as stop:
+        for step in range(first_step, total_steps):
+            started = time.perf_counter()
+            batch = training.batch_of_step(step, len(pairs), args.batch_size, args.seed)
+            # Division over ranks and accumulation: by the counts of the whole step, known before the first backward.
+            # FSDP averages gradients over ranks, so each rank's loss is multiplied by their number
+            pair_count, chosen_tokens = len(batch), response_lengths[batch, 0].sum().item()
+            totals = {}
+            for indices in training.micro_batches(batch, lengths, args.micro_batch_size, world):
+                weight = float(len(indices) > 0)  # an idle rank computes a pair of weight 0
+                used = indices or batch[:1]
+                rows = collate_pairs([pairs[i] for i in used], pad_id, with_shared, world.device)
+                constants = reference[used].to(world.device), response_lengths[used].to(world.device)
+                loss, sums = batch_loss(model(**rows), *constants, pair_count, chosen_tokens, args)
+                (weight * world.size * loss).backward()
+                for name, value in {**sums, "tokens": rows["token_ids"].numel()}.items():
+                    totals[name] = totals.get(name, 0) + weight * value
+            lr = training.learning_rate(step, total_steps, args)
+            grad_norm = training.optimizer_step(model, optimizer, lr, args.max_grad_norm)
+            totals = dict(zip(totals, world.sum([float(value) for value in totals.values()]), strict=True))
+            metrics = {"stage": "dpo", "step": step + 1, **step_metrics(totals, pair_count, chosen_tokens, args)}
+            metrics |= {"grad_norm": grad_norm, "lr": lr}
+            training.check_finite(metrics, [pairs[i]["prompt_id"] for i in batch], out)
+            if not warned and reference_path == student_path:
+                warned = warn_if_chosen_falls(metrics, args, chosen_tokens / pair_count, world)
+            metrics |= training.speed(totals["tokens"], time.perf_counter() - started, world)
+            if world.rank == 0:
+                runs.append_jsonl(metrics_file, metrics)
+            bar.update()
+            bar.set_postfix(loss=f"{metrics['loss']:.3f}", wins=f"{metrics['wins']:.2f}")
+            stopped = world.any(stop)
+            if stopped or (step + 1) % args.save_every == 0 or step + 1 == total_steps:
+                training.save_checkpoint(out / "checkpoint", model, optimizer, step + 1, world)
+            if stopped:
+                raise runs.Stopped(step + 1)
     bar.close()
-    common.STATUS.enter("dpo, saving the model")
-    training.save_model(out / "student", model, lm, tokenizer, common.DTYPES[args.save_dtype], world)
+    training.save_model(out / "student", model, lm, tokenizer, runs.DTYPES[args.save_dtype], world)
     return metrics
 
 
 def step_metrics(totals, pair_count, chosen_tokens, args):
-    """Sums over the step's pairs on all ranks -> what metrics.jsonl holds; each is defined in the README."""
-    loss, wins, chosen_reward, rejected_reward, chosen, rejected = (total / pair_count for total in totals[:6])
-    metrics = {"loss": loss, "dpo_loss": loss}
+    """{name: sum over the step's pairs on all ranks} -> what metrics.jsonl holds; each is defined in the README."""
+    means = {name: total / pair_count for name, total in totals.items() if name not in ("nll", "tokens")}
+    metrics = {"loss": means["dpo_loss"], **means, "margin": means["chosen_reward"] - means["rejected_reward"]}
     if args.nll_weight > 0:
-        metrics["nll"] = totals[6] / chosen_tokens
-        metrics["loss"] = loss + args.nll_weight * metrics["nll"]
-    return {
-        **metrics,
-        "margin": chosen_reward - rejected_reward,
-        "accuracy": wins,
-        "chosen_reward": chosen_reward,
-        "rejected_reward": rejected_reward,
-        "chosen_logp": chosen,
-        "rejected_logp": rejected,
-    }
+        metrics["nll"] = totals["nll"] / chosen_tokens
+        metrics["loss"] += args.nll_weight * metrics["nll"]
+    return metrics
 
 
 def warn_if_chosen_falls(metrics, args, mean_length, world):
     """DPO's known failure: the loss falls while the chosen responses, too, become less likely. True if it warned."""
     fall = -metrics["chosen_reward"] / args.beta * (mean_length if args.logprobs == "mean" else 1)
-    if fall <= 10 or world.rank > 0:
-        return fall > 10
-    behind = "" if needs_shared(args) else ", counted behind the shared prefix"
-    tqdm.write(
-        f"warning: step {metrics['step']}: the chosen responses' log-prob is {fall:.1f} nats under the reference's{behind}; "
-        "a smaller --lr, a larger --beta or --nll-weight 1 holds it"
-    )
-    return True
+    if fall > 10 and world.rank == 0:
+        runs.tqdm.write(
+            f"warning: step {metrics['step']}: the chosen responses' log-prob is {fall:.1f} nats under the reference's; "
+            "a smaller --lr, a larger --beta or --nll-weight 1 holds it"
+        )
+    return fall > 10
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Preference pairs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_pairs(path, tokenizer, out, world):
+    """A preference file as OUT/pairs.arrow, written by rank 0: a `Dataset` of prompt_id, ids and numbers of tokens."""
+    ids = {name: ["int32"] for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+    counts = {name: "int64" for name in ("prompt_id", "tokens", "chosen_tokens", "rejected_tokens")}
+    file = out / "pairs.arrow"
+    world.first(lambda: data.write_arrow(file, read_pairs(path, tokenizer), **ids, **counts))
+    return data.open_arrow(file)
+
+
+def read_pairs(path, tokenizer):
+    """Yields the preference pairs of a JSONL file, as ids. Raises UserError that names the first bad line.
+
+    Rows are either this project's (prompt_ids, chosen_ids, rejected_ids) or TRL's: prompt, chosen, rejected as text, or
+    as lists of messages; then what both conversations begin with is the prompt, if there is no list of messages for it.
+    """
+    if not Path(path).is_file():
+        raise UserError("no pairs file", f"at {path}", "run warmup_distill.py first or check --pairs")
+    fingerprint, vocab_size = models.tokenizer_fingerprint(tokenizer), len(tokenizer)
+    for number, row in runs.iterate_jsonl(path):
+        where = f"in {path} line {number}"
+        if not isinstance(row, dict) or not (
+            {"chosen_ids", "rejected_ids"} <= row.keys() or {"chosen", "rejected"} <= row.keys()
+        ):
+            raise UserError("no columns chosen and rejected", where, "see the README for the format")
+        pair = row if "chosen_ids" in row else tokenize_pair(row, tokenizer, where)
+        if pair.get("tokenizer", fingerprint) != fingerprint:
+            what = "the ids were made with another tokenizer"
+            raise UserError(what, where, "use the model that the pairs were made with")
+        for key in ("prompt_ids", "chosen_ids", "rejected_ids"):
+            ids = pair.get(key)
+            if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < vocab_size for i in ids):
+                raise UserError(f"{key} is not a list of ids below {vocab_size}", where, "use the pairs' own tokenizer")
+            if not ids:
+                raise UserError(f"{key} is empty", where, "repair or delete the line")
+        if pair["chosen_ids"] == pair["rejected_ids"]:
+            raise UserError("chosen equals rejected", where, "repair or delete the line")
+        prompt, chosen, rejected = (len(pair[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids"))
+        counts = {"tokens": prompt + chosen + rejected, "chosen_tokens": chosen, "rejected_tokens": rejected}
+        prompt_id = pair["prompt_id"] if type(pair.get("prompt_id")) is int else number - 1
+        yield {**pair, **counts, "prompt_id": prompt_id}
+
+
+def tokenize_pair(row, tokenizer, where):
+    """A TRL-style row -> ids. Text responses get the eos token; messages go through the chat template."""
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids
+    if all(isinstance(text, str) for text in (prompt, chosen, rejected)):
+        responses = [encode(text) + [tokenizer.eos_token_id] for text in (chosen, rejected)]
+        return {
+            "prompt_ids": encode(data.with_bos(tokenizer, prompt)),
+            "chosen_ids": responses[0],
+            "rejected_ids": responses[1],
+        }
+    if not (data.is_conversation(chosen) and data.is_conversation(rejected)):
+        raise UserError("prompt, chosen and rejected are not all text or all messages", where, "repair the line")
+    if not tokenizer.chat_template:
+        raise UserError("the pair is a conversation, the tokenizer has no chat template", where, "give text")
+    if not data.is_conversation(prompt):
+        shared = shared_length(chosen, rejected)
+        if not shared and not isinstance(prompt, str):
+            raise UserError("there is no prompt, and the conversations share none", where, "repair the line")
+        prompt = chosen[:shared] if shared else [{"role": "user", "content": prompt}]
+        chosen, rejected = chosen[shared:], rejected[shared:]
+    text = data.render_chat(tokenizer, prompt, add_generation_prompt=True)
+    rendered = [data.render_chat(tokenizer, prompt + turns) for turns in (chosen, rejected)]
+    if not all(conversation.startswith(text) for conversation in rendered):
+        what = "the chat template writes a prompt otherwise than as the beginning of its conversation"
+        raise UserError(what, where, "give prompt, chosen and rejected as text")
+    responses = [encode(conversation.removeprefix(text)) for conversation in rendered]
+    return {"prompt_ids": encode(text), "chosen_ids": responses[0], "rejected_ids": responses[1]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -317,60 +374,45 @@ def warn_if_chosen_falls(metrics, args, mean_length, world):
 def add_arguments(parser):
     """The flags of the DPO stage; `warmup_distill.py` has them too."""
     group = parser.add_argument_group("DPO")
-    group.add_argument("--beta", type=float, default=0.1, help="strength of the pull to the reference; 0.1 as in DPO")
-    group.add_argument("--label-smoothing", type=float, default=0.0, help="conservative DPO: P(preference is wrong)")
+    group.add_argument("--beta", type=runs.ABOVE_0, default=0.1, help="strength of the pull to the reference")
+    smoothing = runs.ranged(float, lambda x: 0 <= x < 0.5, "from 0 to below 0.5")
     group.add_argument(
-        "--nll-weight", type=float, default=0.0, help="adds this times -log pi(chosen) per token; not in the paper"
+        "--label-smoothing", type=smoothing, default=0.0, help="conservative DPO: P(preference is wrong)"
     )
-    group.add_argument(
-        "--logprobs", choices=["sum", "mean"], default="sum", help="a response's log-prob: sum as in DPO, or mean"
-    )
+    nll_help = "adds this times -log pi(chosen) per token; not in the paper"
+    group.add_argument("--nll-weight", type=runs.NOT_NEGATIVE, default=0.0, help=nll_help)
+    logprobs_help = "a response's log-prob: sum as in DPO, or mean over its tokens"
+    group.add_argument("--logprobs", choices=["sum", "mean"], default="sum", help=logprobs_help)
 
 
 def parse_args(argv=None):
-    parser = common.ArgumentParser(__doc__)
+    parser = runs.ArgumentParser(__doc__)
     parser.add_argument("--model", required=True, help="the policy to train: folder or hub id")
     parser.add_argument("--pairs", required=True, help="JSONL: OUT/pairs.jsonl or TRL-style prompt, chosen, rejected")
     parser.add_argument("--reference", help="folder or hub id of the reference model; default: --model itself")
     parser.add_argument("--out", default="out/dpo", help="folder of the run; the trained model is OUT/student")
-    common.add_arguments(parser)
+    runs.add_arguments(parser)
     add_arguments(parser)
-    training.add_training_arguments(parser, lr=5e-7)
-    return check_args(parser.parse_args(argv))
-
-
-def check_args(args):
-    """Raises UserError for values that make no sense."""
-    training.check_training_args(args)
-    rules = {
-        "above 0": (lambda x: 0 < x < math.inf, ["beta"]),
-        "in [0, 0.5)": (lambda x: 0 <= x < 0.5, ["label_smoothing"]),
-        "0 or more": (lambda x: 0 <= x < math.inf, ["nll_weight"]),
-    }
-    common.check_ranges(args, rules)
-    return args
+    training.add_arguments(parser, lr=5e-7)
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.dry_run is not None:
-        return estimate.dry_run(args)
-    world = common.start_processes(args.device, args.threads)
+    world = runs.start_processes(args.device, args.threads)
     training.accumulation_steps(args, world)  # its error belongs before the work
     tokenizer, _ = models.shared_tokenizer(args.model, args.reference, args.trust_remote_code)
-    pairs = read_pairs(args.pairs, tokenizer)
-    if not pairs:
+    inputs = [path for path in (args.model, args.reference, args.pairs) if path]
+    out = runs.start_run(args.out, args, world, inputs)
+    pairs = write_pairs(args.pairs, tokenizer, out, world)
+    if not len(pairs):
         raise UserError("no pairs", f"in {args.pairs}", "lower --eta or use more prompts")
-    out = run_folder.start_run(args.out, args, filter(None, [args.model, args.reference, args.pairs]))
-    metrics = train(args, world, tokenizer, pairs, args.model, args.reference or args.model, out)
+    reference_path = args.model if args.reference is None else args.reference
+    metrics = train(args, world, tokenizer, pairs, args.model, reference_path, out)
     if world.rank == 0:
-        last = (
-            "it was finished before"
-            if metrics is None
-            else f"loss {metrics['loss']:.4f} accuracy {metrics['accuracy']:.3f}"
-        )
-        print(f"{len(pairs)} pairs -> {out / 'student'} ({last})")
+        end = f" (loss {metrics['loss']:.4f}, wins {metrics['wins']:.3f})" if metrics else ""
+        print(f"{len(pairs)} pairs -> {out / 'student'}{end}; its curves: python -m tools.report {out}")
 
 
 if __name__ == "__main__":
-    common.run(main)
+    runs.run(main)

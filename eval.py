@@ -9,15 +9,14 @@ seeds 10 to 50, Rouge-L F with the stemmer, the best over the references, times 
 greedy responses, in percent; a greedy response needs no second seed, so the first one names its file.
 Deviations from MiniLLM's protocol: a prompt is never cut (theirs loses its response marker after 256 tokens): one that
 is over the limit is skipped and counted. They forbid repeated 6-grams: off here, on with --preset minillm. Their stream
-of random numbers differs with the number of GPUs; here every token's depends on its place alone.
+of random numbers differs with the number of GPUs; here that of a token depends on its position alone.
 
 Every response is in OUT/eval/<model>/<set>-seed<seed>.jsonl with its score. A file that is there is done, so a killed
-run goes on. Batches are cut from the order of the prompts: files and table are the same for any number of processes.
+run continues. Batches are cut from the order of the prompts: files and table are the same for any number of processes.
 """
 
 import argparse
 import functools
-import json
 import math
 import re
 import statistics
@@ -25,17 +24,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-import benchmarks
-import common
-import decode
-import measure
-import models
-import run_folder
-import scores
-from common import UserError, check_range
+from lib import benchmarks, decode, measure, models, runs, scoring
+from lib.runs import UserError, check_range
+from warmup_distill import first_mismatch
 
 # What all response files of one OUT/eval have in common
-SETTINGS = ("temperature", "top_p", "max_new_tokens", "no_repeat_ngram_size", "batch_size", "dtype")
+SETTINGS = ("temperature", "top_p", "max_new_tokens", "no_repeat_ngram_size", "batch_size", "dtype", "accept_changes")
 PRESETS = {"none": {}, "minillm": {"no_repeat_ngram_size": 6, "template": "alpaca"}}
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -50,7 +44,7 @@ def model_name(path):
 
 def read_responses(file, path, metric, prompts):
     """The rows of a response file. Raises UserError if they are not of these prompts, or older than the model."""
-    rows, todo = common.read_jsonl(file), "delete it or give another --out"
+    rows, todo = runs.read_jsonl(file), "delete it or give another --out"
     keys = ("prompt_id", "prompt", "references", "metric")
     wanted = [(p["prompt_id"], p["text"], p["gold"], metric) for p in prompts]
     if [tuple(row.get(key) for key in keys) if isinstance(row, dict) else None for row in rows] != wanted:
@@ -60,103 +54,124 @@ def read_responses(file, path, metric, prompts):
     return rows
 
 
-def read_folder(folder, seeds=None):
-    """{set: {seed: rows}} of all response files in a folder, of `seeds` alone if given."""
+def read_folder(name):
+    """{set: {seed: rows}} of the response files in a folder that --compare names."""
     results = {}
-    for file in sorted(folder.glob("*-seed*.jsonl")):
-        name, _, seed = file.stem.rpartition("-seed")
-        if seed.isdigit() and (seeds is None or int(seed) in seeds):
-            results.setdefault(name, {})[int(seed)] = common.read_jsonl(file)
+    for file in sorted(Path(name).glob("*-seed*.jsonl")):
+        benchmark, _, seed = file.stem.rpartition("-seed")
+        if seed.isdigit():
+            results.setdefault(benchmark, {})[int(seed)] = runs.read_jsonl(file)
+    if not results:
+        raise UserError(f"{name} is no --model and no folder of response files", "in --compare", "name one of these")
     return results
 
 
+def read_distance(file, question):
+    """The distance in `file` if it is the answer to `question`; else, or if the file is damaged, None."""
+    try:
+        answer = runs.read_json(file)
+    except (FileNotFoundError, ValueError):
+        return None
+    return answer if isinstance(answer, dict) and question.items() <= answer.items() else None
+
+
 def evaluate(path, sets, args, world, out, checker, teacher):
-    """Writes the response files of one model that are not there yet. Returns {set: counts, distance} for the table.
+    """Makes the response and distance files of one model that are not there yet.
 
     sets: list of (Benchmark, examples). teacher: () -> the model of --distance, loaded once.
+    Returns ({set: its line of the table}, {set: {seed: rows}}), the same on every rank.
     """
-    folder = out / model_name(path)
-    tokenizer = models.load_tokenizer(path, args.trust_remote_code)
-    eos_ids = models.model_eos_ids([path], tokenizer, args.trust_remote_code)
-    if args.distance:
+    tokenizer, tokens = models.shared_tokenizer(path, None, args.trust_remote_code)
+    if args.distance is not None:
         theirs = models.load_tokenizer(args.distance, args.trust_remote_code)
         models.check_same_tokenizer(tokenizer, theirs, path, args.distance)
-    jobs, table = [], {}
-    for benchmark, examples in sets:
-        new_tokens = args.max_new_tokens or benchmark.max_new_tokens
+    folder, table, results, missing = out / model_name(path), {}, {}, []
+    for benchmark, examples in sets:  # what can be refused is refused before the model is loaded
+        name, new_tokens = benchmark.name, args.max_new_tokens if args.max_new_tokens else benchmark.max_new_tokens
         limit = models.prompt_limit([path], args.max_prompt_tokens, new_tokens, args.trust_remote_code)
         prompts, skipped = benchmarks.encode(examples, tokenizer, args.template, limit)
-        row = {"metric": benchmark.metric, "skipped": skipped, "max_prompt_tokens": limit}
-        table[benchmark.name] = row
-        settings = (prompts, tokenizer, eos_ids, new_tokens, args.batch_size)
-        for seed in seeds_of(benchmark, args):
-            file = folder / f"{benchmark.name}-seed{seed}.jsonl"
+        table[name] = {"metric": benchmark.metric, "skipped": skipped, "max_prompt_tokens": limit}
+        results[name] = {}
+        settings = (prompts, tokens, tokenizer, new_tokens, args.batch_size)
+        # A greedy response has no randomness: one seed is enough
+        for seed in args.seeds if benchmark.metric == "rouge" else args.seeds[:1]:
+            file = folder / f"{name}-seed{seed}.jsonl"
             if file.exists():
-                read_responses(file, path, benchmark.metric, prompts)
+                results[name][seed] = read_responses(file, path, benchmark.metric, prompts)
             else:
-                jobs.append((file, seed, benchmark, settings))
-        if args.distance:
+                missing.append((benchmark, seed, None, file, settings))
+        if args.distance is not None:
             question = {"teacher": args.distance, "eta": args.eta, "seed": args.seeds[0], "prompts": len(prompts)}
-            question["content"] = [run_folder.fingerprint(p) for p in (path, args.distance)]  # as trained by now
-            file = folder / f"{benchmark.name}-distance-{model_name(args.distance)}.json"
-            try:
-                answer = common.read_json(file) if file.exists() else {}
-            except ValueError:  # damaged: measured again
-                answer = {}
-            if isinstance(answer, dict) and question.items() <= answer.items():
-                row["distance"] = answer
-            else:
-                jobs.append((file, question, benchmark, settings))
+            question["content"] = [runs.fingerprint(p) for p in (path, args.distance)]  # as they are trained now
+            file = folder / f"{name}-distance-{model_name(args.distance)}.json"
+            table[name]["distance"] = read_distance(file, question)
+            if table[name]["distance"] is None:
+                missing.append((benchmark, args.seeds[0], question, file, settings))
     world.barrier()  # every rank has looked before the first one writes
-    if not jobs:
-        return table
-    folder.mkdir(parents=True, exist_ok=True)
-    model = models.load_model(path, models.compute_dtype(args.dtype, world), world.device, args.trust_remote_code)
-    models.check_vocabulary(model, tokenizer, path)
-    for file, task, benchmark, settings in jobs:
-        if file.suffix == ".json":
-            result = task | measure.distance(model, teacher(), *settings, args.eta, task["seed"], world)
-            table[benchmark.name]["distance"] = result
-            if world.rank == 0:
-                common.write_json(file, result)
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        model = models.load_frozen(path, args, world, tokenizer)
+    for benchmark, seed, question, file, settings in missing:
+        if question is None:
+            rows = respond(model, *settings, benchmark.metric, seed, args, world, checker, file.stem)
+            results[benchmark.name][seed] = rows
+            world.first(lambda: runs.write_jsonl(file, rows))
         else:
-            rows = respond(model, *settings, benchmark.metric, task, args, world, checker, file.stem)
-            if world.rank == 0:
-                common.write_jsonl(file, rows)
-    return table
+            found = measure.distance(model, teacher(), *settings, seed, world, args.eta, first_mismatch)
+            table[benchmark.name]["distance"] = question | found
+            world.first(lambda: runs.write_json(file, question | found))
+    for name, by_seed in results.items():
+        table[name] |= scoring.summarise(by_seed)
+    return table, results
 
 
-def respond(model, prompts, tokenizer, eos_ids, max_new_tokens, batch_size, metric, seed, args, world, checker, title):
+def respond(model, prompts, tokens, tokenizer, max_new_tokens, batch_size, metric, seed, args, world, checker, title):
     """One scored response to each prompt, of all ranks, in order."""
-    greedy = lambda batch: decode.greedy
-    sampled = lambda batch: measure.sampler(batch, seed, args, world.device)
-    chooser = greedy if metric == "math" else sampled
-    rows = []
-    for prompt, ids, text in measure.generate(
-        model, prompts, chooser, tokenizer, eos_ids, max_new_tokens, batch_size, world, title
-    ):
-        score, check_failed = scores.score_response(text, prompt["gold"], metric, checker)
-        rows.append(
-            {
-                "prompt_id": prompt["prompt_id"],
-                "prompt": prompt["text"],
-                "response": text,
-                "score": score,
-                "metric": metric,
-                "references": prompt["gold"],
-                "tokens": len(ids),
-                "ended": ids[-1] in eos_ids,
-                "check_failed": check_failed,
-            }
-        )
+
+    def chooser(batch):
+        if metric == "math":
+            return decode.greedy
+        return measure.sampler(batch, seed, world.device, args.temperature, args.top_p, args.no_repeat_ngram_size)
+
+    settings, rows = (tokens, tokenizer, max_new_tokens, batch_size, world, title), []
+    for batch, responses, texts in measure.generate(model, prompts, chooser, *settings):
+        for prompt, ids, text in zip(batch, responses, texts):
+            score, check_failed = scoring.score_response(text, prompt["gold"], metric, checker)
+            row = {"prompt_id": prompt["prompt_id"], "prompt": prompt["text"], "response": text, "score": score}
+            row |= {"metric": metric, "references": prompt["gold"], "tokens": len(ids)}
+            rows.append(row | {"ended": ids[-1] in tokens.eos_ids, "check_failed": check_failed})
     parts = [None] * world.size
     dist.all_gather_object(parts, rows)
     return sorted((row for part in parts for row in part), key=lambda row: row["prompt_id"])
 
 
-def seeds_of(benchmark, args):
-    """The seeds of a set: all for sampled responses, the first for greedy ones, which have no randomness."""
-    return args.seeds if benchmark.metric == "rouge" else args.seeds[:1]
+def print_table(table):
+    """The table as Markdown, then what it leaves out, then the comparison."""
+    for number, (model, row) in enumerate(table["models"].items()):
+        if number == 0:
+            titles = [f"{name} ({scoring.TITLES[s['metric']]})" for name, s in row["sets"].items()]
+            print("\n| model | " + " | ".join([*titles, "average"]) + " |\n|" + "---|" * (len(titles) + 2))
+        spreads = ["" if s["std"] is None else f" ± {s['std']:.2f}" for s in row["sets"].values()]
+        cells = [f"{s['mean']:.2f}{spread}" for s, spread in zip(row["sets"].values(), spreads)]
+        print("| " + " | ".join([model, *cells, f"{row['average']:.2f}"]) + " |")
+    for model, name, s in ((m, name, s) for m, row in table["models"].items() for name, s in row["sets"].items()):
+        print(
+            f"{model}, {name}: {s['examples']} examples, {len(s['seeds'])} seed(s); {s['skipped']} prompts over the "
+            f"limit of {s['max_prompt_tokens']} tokens skipped; {s['unfinished']:.1%} of responses cut at the token "
+            f"limit; {s['check_failed']} answers scored 0 because their check hung or crashed"
+        )
+        if "distance" in s:
+            d = s["distance"]
+            print(
+                f"{model}, {name}: KL(p,q) {d['kl_teacher_student']:.4f}, KL(q,p) {d['kl_student_teacher']:.4f} nats a "
+                f"token from {d['teacher']}; margin above {d['eta']:g} in {d['replaced_tokens']:.2%} of tokens, "
+                f"{d['replaced_samples']:.2%} of samples"
+            )
+    if "compare" in table:
+        print("\n{b} minus {a}, {resamples} resamples".format(**table["compare"]))
+        for name, c in table["compare"]["sets"].items():
+            numbers = f"{c['difference']:+.2f} [{c['low']:+.2f}, {c['high']:+.2f}]"
+            print(f"{name}: {numbers}, {c['share']:.1%} of resamples in favour, {c['examples']} examples")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,11 +180,11 @@ def seeds_of(benchmark, args):
 
 
 def parse_args(argv=None):
-    parser = common.ArgumentParser(__doc__)
+    parser = runs.ArgumentParser(__doc__)
     parser.add_argument("--model", nargs="+", default=[], help="folders or hub ids")
     parser.add_argument("--data", nargs="+", default=[], help=f"{', '.join(benchmarks.BENCHMARKS)}, NAME=FILE or FILE")
     parser.add_argument("--out", default="out", help="results go to OUT/eval")
-    common.add_arguments(parser)
+    runs.add_arguments(parser)
     group = parser.add_argument_group("prompts")
     group.add_argument("--metric", choices=["rouge", "math"], help="of files that have none of the known names")
     group.add_argument("--limit", type=int, default=0, help="use the first LIMIT rows of each set; 0: all")
@@ -184,20 +199,16 @@ def parse_args(argv=None):
     group.add_argument("--no-repeat-ngram-size", type=int, default=0, help="never sample an n-gram twice; 0: off")
     group.add_argument("--batch-size", type=int, default=32, help="prompts decoded at once by one process")
     group = parser.add_argument_group("comparisons")
-    group.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two of --model, or folders of response files")
+    pair = {"nargs": 2, "metavar": ("A", "B"), "default": []}
+    group.add_argument("--compare", **pair, help="two of --model, or folders of response files")
     group.add_argument("--resamples", type=int, default=10_000, help="of the paired bootstrap; --seed decides them")
     group.add_argument("--distance", metavar="TEACHER", help="measure each model's distance from this one")
     group.add_argument("--eta", type=float, default=4.0, help="threshold of the margin log q - log p, nats")
-    preset = PRESETS[parser.parse_args(argv).preset]
-    parser.set_defaults(**preset)
-    return check_args(parser.parse_args(argv))
-
-
-def check_args(args):
-    """Raises UserError for values that make no sense."""
+    parser.set_defaults(**PRESETS[parser.parse_args(argv).preset])  # a flag that is given wins
+    args = parser.parse_args(argv)
     if bool(args.model) != bool(args.data) or not (args.model or args.compare):
         raise UserError("--model and --data go together", "on the command line", "give both, or --compare alone")
-    if args.distance and not args.model:
+    if args.distance is not None and not args.model:
         raise UserError("--distance needs --model and --data", "on the command line", "give them")
     rules = {
         "above 0": (lambda x: 0 < x < math.inf, ["temperature"]),
@@ -207,67 +218,50 @@ def check_args(args):
         "of 1 or more": (lambda x: x >= 1, ["batch_size", "resamples"]),
         "in nats, such as 4": (math.isfinite, ["eta"]),
     }
-    common.check_ranges(args, rules)
+    runs.check_ranges(args, rules)
     for seed in (args.seed, *args.seeds):
         check_range("--seed and --seeds", seed, 0 <= seed < 1 << 62, "from 0 to 2^62 - 1")
-    for flag, values in (("model", list(map(model_name, args.model))), ("data", args.data), ("seeds", args.seeds)):
-        check_range(f"--{flag}", " ".join(map(str, values)), len(set(values)) == len(values), "only once")
+    for flag, values in (("--model", [model_name(path) for path in args.model]), ("--seeds", args.seeds)):
+        check_range(flag, " ".join(map(str, values)), len(set(values)) == len(values), "only once")
     return args
-
-
-def comparand(name, args, out):
-    """The folder of response files that one name of --compare means."""
-    folder = out / model_name(name) if name in args.model else Path(name)
-    if name not in args.model and not list(folder.glob("*-seed*.jsonl")):
-        raise UserError(f"{name} is no --model and no folder of response files", "in --compare", "name one of these")
-    return folder
 
 
 def main(argv=None):
     args = parse_args(argv)
-    world = common.start_processes(args.device, args.threads)
-    out = Path(args.out) / "eval"
+    world, out = runs.start_processes(args.device, args.threads), Path(args.out) / "eval"
     found = [benchmarks.find(spec, args.metric) for spec in args.data]
-    names = [benchmark.name for benchmark in found]
-    check_range("--data", " ".join(args.data), len(set(names)) == len(names), "with each name once")
-    for metric in {benchmark.metric for benchmark in found}:
-        scores.check_installed(metric)
+    different = len({benchmark.name for benchmark in found}) == len(found)
+    check_range("--data", " ".join(args.data), different, "with each name once")
+    for benchmark in found:
+        scoring.check_installed(benchmark.metric)
     sets = [(benchmark, benchmarks.load(benchmark, args.limit)) for benchmark in found]
-    folders = [comparand(name, args, out) for name in args.compare or ()]
+    results = {name: read_folder(name) for name in args.compare if name not in args.model}
     settings = {key: getattr(args, key) for key in SETTINGS}
-    settings["dtype"] = str(models.compute_dtype(args.dtype, world)).removeprefix("torch.")
+    settings["dtype"] = str(models.compute_dtype(args.dtype, world.device)).removeprefix("torch.")
     if args.model:
-        run_folder.start_run(out, argparse.Namespace(**settings))
-    elif world.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
+        runs.start_run(out, argparse.Namespace(**settings), world)
 
     @functools.cache
     def teacher():
-        dtype = models.compute_dtype(args.dtype, world)
-        model = models.load_model(args.distance, dtype, world.device, args.trust_remote_code)
-        models.check_vocabulary(model, models.load_tokenizer(args.distance, args.trust_remote_code), args.distance)
-        return model
+        tokenizer = models.load_tokenizer(args.distance, args.trust_remote_code)
+        return models.load_frozen(args.distance, args, world, tokenizer)
 
-    checker = scores.AnswerChecker()
-    table = {"models": {}}
+    checker, table = scoring.AnswerChecker(), {"models": {}}
     for path in args.model:
-        table["models"][path] = {"sets": evaluate(path, sets, args, world, out, checker, teacher)}
+        lines, results[path] = evaluate(path, sets, args, world, out, checker, teacher)
+        average = statistics.fmean(line["mean"] for line in lines.values())
+        table["models"][path] = {"sets": lines, "average": average}
     checker.close()
-    world.barrier()
     if world.rank > 0:
         return
-    for path, model in table["models"].items():
-        for benchmark, _ in sets:
-            results = read_folder(out / model_name(path), seeds_of(benchmark, args))[benchmark.name]
-            model["sets"][benchmark.name] |= scores.summarise(results)
-        model["average"] = statistics.fmean(s["mean"] for s in model["sets"].values())
     if args.compare:
-        a, b = (read_folder(f, args.seeds if n in args.model else None) for f, n in zip(folders, args.compare))
-        table["compare"] = {"a": args.compare[0], "b": args.compare[1], "resamples": args.resamples}
-        table["compare"]["sets"] = scores.compare(a, b, args.resamples, args.seed)
-    common.write_atomic(out / ("table.json" if args.model else "compare.json"), json.dumps(table, indent=1) + "\n")
-    scores.print_table(table)
+        a, b = args.compare
+        table["compare"] = {"a": a, "b": b, "resamples": args.resamples}
+        table["compare"]["sets"] = scoring.compare(results[a], results[b], args.resamples, args.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    runs.write_json(out / ("table.json" if args.model else "compare.json"), table, indent=1)
+    print_table(table)
 
 
 if __name__ == "__main__":
-    common.run(main)
+    runs.run(main)

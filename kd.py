@@ -1,6 +1,6 @@
 """Knowledge distillation: step 5 of Warmup-Distill (arXiv 2502.11766), its baseline, and SFT.
 
-    python kd.py --student out/warmup/student                                   the whole method, on the toy (toy.py)
+    python kd.py --student out/warmup/student                                   the whole method, on the toy in toy/
     python kd.py                                                                the baseline, on the toy
     torchrun --nproc_per_node 8 kd.py --teacher T --student S --data D          real models
     torchrun --nproc_per_node 8 kd.py --student S --data D --kd-rate 0          SFT: no teacher is read
@@ -18,28 +18,14 @@ import time
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
-import common
-import data
-import decode
-import estimate
-import models
-import run_folder
-import toy
-import training
-from common import UserError, check_range
-from kd_data import (
-    CachedTeacher,
-    LiveTeacher,
-    collate,
-    read_training_data,
-    response_hidden,
-    sample_ahead,
-    warn_if_responses_run_on,
-)
-from measure import closing_table
-from run_folder import Run
+from lib import data, decode, measure, models, responses, runs, training
+from lib.runs import UserError, check_range
+from warmup_distill import first_mismatch
+
+# Defaults of the toy, which is used without --teacher and --data
+TOY = {"limit": 1000, "max_prompt_tokens": 16, "max_new_tokens": 48, "loss": "reverse_kl", "lr": 5e-4, "max_steps": 60}
+TOY |= {"batch_size": 32, "micro_batch_size": 32, "dtype": "float32", "threads": 1}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The losses: p the teacher, q the student. Logits (..., V), finite -> nats a token (...), in float32 (float64 stays)
@@ -174,9 +160,8 @@ class ChunkedHeadLoss(torch.autograd.Function):
                 grad_bias += grad.sum(0, dtype=dtype)
             grad_hidden[part] = grad @ weight
             grad_weight += grad.T @ hidden[part]
-        ctx.save_for_backward(
-            *(None if g is None else g.to(weight.dtype) for g in (grad_hidden, grad_weight, grad_bias))
-        )
+        grads = (grad_hidden, grad_weight, grad_bias)
+        ctx.save_for_backward(*(None if grad is None else grad.to(weight.dtype) for grad in grads))
         ctx.mark_non_differentiable(sums)
         return sums[0].clone(), sums
 
@@ -195,18 +180,20 @@ class KDModel(torch.nn.Module):
         self.options = (divergence, kd_rate, temperature)
 
     def forward(self, token_ids, source, target, teacher_logits):
-        """What `collate` returns, and a function slice of M -> teacher's logits (m, V), or None.
+        """What `responses.collate` returns, and a function slice of M -> teacher's logits (m, V), or None.
 
-        Returns the loss summed over tokens, and the sums of loss, CE and KD (3,).
+        Returns the loss summed over tokens, to differentiate, and {"loss", "ce", "kd"}: sums over tokens, to log.
         """
 
         def token_losses(logits, part):
-            return total_loss(logits, teacher_logits and teacher_logits(part), target[part], *self.options)
+            p_logits = None if teacher_logits is None else teacher_logits(part)
+            return total_loss(logits, p_logits, target[part], *self.options)
 
         weight, bias = decode.lm_head(self.lm, self.vocab_size)
-        hidden = response_hidden(self.lm, token_ids, source)
+        hidden = responses.response_hidden(self.lm, token_ids, source)
         chunk = 2 * decode.head_chunk(self.vocab_size)
-        return ChunkedHeadLoss.apply(hidden, weight, bias, token_losses, chunk)
+        loss, (total, ce, kd) = ChunkedHeadLoss.apply(hidden, weight, bias, token_losses, chunk)
+        return loss, {"loss": total, "ce": ce, "kd": kd}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -221,73 +208,70 @@ def divergence_of(args):
     return functools.partial(LOSSES[args.loss], **options.get(args.loss, {}))
 
 
-def train(run, examples, teacher):
+def train(args, world, tokenizer, tokens, examples, teacher, student_path, out):
     """Trains the student; writes OUT/metrics.jsonl, OUT/checkpoint, OUT/student. Resumes. Returns the last metrics.
 
-    examples: dicts with ids, response, prompt_id. teacher: LiveTeacher or CachedTeacher, None where --kd-rate is 0.
+    examples: from `responses.write_examples`. teacher: LiveTeacher or CachedTeacher, None where --kd-rate is 0.
     """
-    args, world, out = run.args, run.world, run.out
     accumulation = training.accumulation_steps(args, world)
-    lm = training.load_trainable(args.student, args, run.tokenizer, world)
-    model = KDModel(lm, run.vocab_size, divergence_of(args), args.kd_rate, args.temperature)
-    model = training.shard(model, lm, models.compute_dtype(args.dtype, world), world)
-    replica = run.load(args.student) if args.mode == "student" else None
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, betas=tuple(args.adam_betas), weight_decay=args.weight_decay
-    )
-    first_step = training.load_checkpoint(out / "checkpoint", model, optimizer)
+    lm = training.load_trainable(student_path, args, tokenizer)
+    model = KDModel(lm, tokens.vocab_size, divergence_of(args), args.kd_rate, args.temperature)
+    model = training.shard(model, lm, models.compute_dtype(args.dtype, world.device), world)
+    replica = models.load_frozen(student_path, args, world, tokenizer) if args.mode == "student" else None
+    optimizer = training.make_optimizer(model, args)
+    first_step = training.load_checkpoint(out / "checkpoint", model, optimizer, world)
     total_steps = args.max_steps or args.epochs * math.ceil(len(examples) / args.batch_size)
     metrics_file = training.open_metrics(out / "metrics.jsonl", first_step, world)
     metrics, sampled, warned = None, {}, False
     if world.rank == 0:
-        shares = f"{world.size} processes x {accumulation} micro-batches"
-        print(f"kd: {len(examples)} examples, {total_steps} steps of {args.batch_size} = {shares}")
-    common.STATUS.enter("kd", finishes_step=True)
-    bar = tqdm(total=total_steps, initial=first_step, desc="kd", unit="step", disable=world.rank > 0)
-    for step in range(first_step, total_steps):
-        started = time.perf_counter()
-        if replica is not None and step % args.refresh_every == 0:
-            steps = range(step, min(step + args.refresh_every, total_steps))
-            sampled = sample_ahead(replica, lm, examples, steps, run)
-            warned = warned or warn_if_responses_run_on(sampled, run)
-        batch = training.batch_of_step(step, len(examples), args.batch_size, args.seed)
-        rows_of = {  # (prompt, response, is it a label)
-            i: (examples[i]["ids"], sampled.get((step, i)) or examples[i]["response"], (step, i) not in sampled)
-            for i in batch
-        }
-        # Counted over all ranks before the first backward: neither ranks nor accumulation change the gradient
-        token_count = sum(len(response) for _, response, _ in rows_of.values())
-        lengths = {i: len(prompt) + len(response) for i, (prompt, response, _) in rows_of.items()}
-        totals = torch.zeros(4, device=world.device)  # loss, CE, KD; tokens computed, padding too
-        for indices in training.micro_batches(batch, lengths, args.micro_batch_size, world):
-            weight = float(len(indices) > 0)  # an idle rank runs an example of weight 0: FSDP's collectives need it
-            indices = indices or batch[:1]
-            rows = collate([rows_of[i] for i in indices], run.tokenizer.pad_token_id, world.device)
-            loss, sums = model(**rows, teacher_logits=teacher and teacher(rows, indices))
-            (weight * world.size / token_count * loss).backward()  # FSDP averages gradients over ranks
-            totals[:3] += weight * sums
-            totals[3] += weight * rows["token_ids"].numel()
-        lr = training.learning_rate(step, total_steps, args.lr, args.lr_warmup_ratio, args.lr_final_ratio)
-        grad_norm = training.optimizer_step(model, optimizer, lr, args.max_grad_norm)
-        *sums, computed = world.sum(totals.tolist())
-        metrics = {"stage": "kd", "step": step + 1}
-        metrics.update((name, value / token_count) for name, value in zip(("loss", "ce", "kd"), sums))
-        metrics.update(grad_norm=grad_norm, lr=lr, response_tokens=token_count)
-        training.check_finite(metrics, [examples[i]["prompt_id"] for i in batch], out)
-        metrics.update(training.speed(computed, time.perf_counter() - started, world))
-        if world.rank == 0:
-            common.append_jsonl(metrics_file, metrics)
-        bar.update()
-        bar.set_postfix(loss=f"{metrics['loss']:.3f}", ce=f"{metrics['ce']:.3f}", kd=f"{metrics['kd']:.3f}")
-        # On-policy samples are in no checkpoint: it must lie where new ones are drawn
-        stops = world.stops(args.mode != "student" or (step + 1) % args.refresh_every == 0)
-        if stops or (step + 1) % args.save_every == 0 or step + 1 == total_steps:
-            training.save_checkpoint(out / "checkpoint", model, optimizer, step + 1, world)
-        if stops:
-            raise common.Stopped(f"stopped after step {step + 1}, whose checkpoint is written")
-    bar.close()
-    common.STATUS.enter("kd, saving the model")
-    training.save_model(out / "student", model, lm, run.tokenizer, common.DTYPES[args.save_dtype], world)
+        print(f"kd: {len(examples)} examples, {total_steps} steps of {args.batch_size}", end=" ")
+        print(f"= {world.size} processes x {accumulation} micro-batches")
+    steps = range(first_step, total_steps)
+    bar = runs.progress(steps, desc="kd", world=world, total=total_steps, initial=first_step, unit="step")
+    with training.stop_signals() as stop:
+        for step in bar:
+            started = time.perf_counter()
+            if args.mode == "student" and step % args.refresh_every == 0:
+                ahead = range(step, min(step + args.refresh_every, total_steps))
+                sampled = responses.sample_ahead(args, world, tokens, replica, lm, examples, ahead)
+                warned = warned or responses.warn_if_responses_run_on(sampled, tokens, world)
+            batch = training.batch_of_step(step, len(examples), args.batch_size, args.seed)
+            columns = examples[batch]
+            sequences = {  # number of the example: prompt, response, whether the response is a label
+                i: (prompt, sampled.get((step, i), response), (step, i) not in sampled)
+                for i, prompt, response in zip(batch, columns["ids"], columns["response"])
+            }
+            # Counted over all ranks before the first backward: neither ranks nor accumulation change the gradient
+            token_count = sum(len(response) for _, response, _ in sequences.values())
+            lengths = {i: len(prompt) + len(response) for i, (prompt, response, _) in sequences.items()}
+            totals = {"loss": 0.0, "ce": 0.0, "kd": 0.0, "tokens": 0.0}  # tokens: computed, padding too
+            for indices in training.micro_batches(batch, lengths, args.micro_batch_size, world):
+                used = indices if indices else batch[:1]  # an idle rank takes part in FSDP's collectives, times 0
+                share = float(len(indices) > 0)
+                inputs = responses.collate([sequences[i] for i in used], tokens.pad_id, world.device)
+                teacher_logits = None if teacher is None else teacher(inputs, used)
+                loss, sums = model(**inputs, teacher_logits=teacher_logits)
+                (share * world.size / token_count * loss).backward()  # FSDP averages gradients over ranks
+                for name, value in {**sums, "tokens": inputs["token_ids"].numel()}.items():
+                    totals[name] = totals[name] + share * value
+            lr = training.learning_rate(step, total_steps, args)
+            grad_norm = training.optimizer_step(model, optimizer, lr, args.max_grad_norm)
+            totals = dict(zip(totals, world.sum([float(value) for value in totals.values()]), strict=True))
+            metrics = {"stage": "kd", "step": step + 1}
+            metrics |= {name: totals[name] / token_count for name in ("loss", "ce", "kd")}
+            metrics |= {"grad_norm": grad_norm, "lr": lr, "response_tokens": token_count}
+            training.check_finite(metrics, columns["prompt_id"], out)
+            metrics |= training.speed(totals["tokens"], time.perf_counter() - started, world)
+            if world.rank == 0:
+                runs.append_jsonl(metrics_file, metrics)
+            bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("loss", "ce", "kd")})
+            # On-policy samples are in no checkpoint, so it must be one where new samples are drawn
+            stopped = (args.mode != "student" or (step + 1) % args.refresh_every == 0) and world.any(stop)
+            if stopped or (step + 1) % args.save_every == 0 or step + 1 == total_steps:
+                training.save_checkpoint(out / "checkpoint", model, optimizer, step + 1, world)
+            if stopped:
+                raise runs.Stopped(step + 1)
+    training.save_model(out / "student", model, lm, tokenizer, runs.DTYPES[args.save_dtype], world)
     return metrics
 
 
@@ -297,11 +281,12 @@ def train(run, examples, teacher):
 
 
 def parse_args(argv=None):
-    parser = common.ArgumentParser(__doc__)
-    parser.add_argument("--teacher", help="folder or hub id; without teacher and data: the toy of toy.py")
+    parser = runs.ArgumentParser(__doc__)
+    parser.add_argument("--teacher", help="folder or hub id; without teacher and data: the toy")
     parser.add_argument("--student", help="folder or hub id, same tokenizer as the teacher; with the toy: its own")
     parser.add_argument("--out", default="out/kd", help="folder of the run; the distilled student is OUT/student")
-    common.add_arguments(parser)
+    parser.add_argument("--toy", default=str(runs.ROOT / "toy"), help="folder made by toy/make.py")
+    runs.add_arguments(parser)
     data.add_arguments(parser)
     group = parser.add_argument_group("loss")
     group.add_argument("--loss", choices=list(LOSSES), default="forward_kl", help="divergence of teacher and student")
@@ -313,7 +298,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("responses")
     group.add_argument("--mode", choices=["gold", "teacher", "student"], default="gold", help="who wrote the responses")
     group.add_argument(
-        "--max-new-tokens", type=int, default=256, help="of a response; longer ones of the data go unused"
+        "--max-new-tokens", type=int, default=256, help="of a response; longer ones in data are left out"
     )
     group.add_argument("--teacher-decoding", choices=["sample", "greedy"], default="greedy", help="in --mode teacher")
     group.add_argument("--on-policy", type=float, default=1.0, help="the student's share of a batch in --mode student")
@@ -323,14 +308,13 @@ def parse_args(argv=None):
     group.add_argument("--shard-teacher", action="store_true", help="spread a teacher that does not fit")
     group.add_argument("--teacher-cache", help="folder: store the teacher's log-probs there once, or use those there")
     group.add_argument("--teacher-top-k", type=int, default=64, help="log-probs a token in --teacher-cache")
-    training.add_training_arguments(parser, lr=1e-5)
+    training.add_arguments(parser, lr=1e-5)
     group = parser.add_argument_group("closing table")
     data.add_eval_arguments(group, "no table, but for the toy's own")
     group.add_argument("--eval-limit", type=int, default=500, help="prompts in the table; 0: no table")
     args = parser.parse_args(argv)
-    args.toy = args.teacher is None and args.data is None
-    if args.toy:  # the same flags with the toy's own defaults
-        parser.set_defaults(**toy.KD, toy=True)
+    if args.teacher is None and args.data is None:
+        parser.set_defaults(**TOY, **data.toy_paths(args.toy))
         args = parser.parse_args(argv)
     return check_args(args)
 
@@ -338,9 +322,10 @@ def parse_args(argv=None):
 def check_args(args):
     """Raises UserError for values that make no sense."""
     needed = ["student", "data"] + ["teacher"] * (args.kd_rate > 0 or args.mode == "teacher")
-    if missing := [name for name in needed if not args.toy and not getattr(args, name)]:
-        what_to_do = "give it, or neither teacher nor data for the toy"
-        raise UserError(f"--{missing[0]} is missing", "on the command line", what_to_do)
+    for name in needed:
+        if not getattr(args, name):
+            todo = "give it, or neither teacher nor data for the toy"
+            raise UserError(f"--{name} is missing", "on the command line", todo)
     rules = {
         "from 0 to 1": (lambda x: 0 <= x <= 1, ["kd_rate", "on_policy", "tail_mass"]),
         "in (0, 1)": (lambda x: 0 < x < 1, ["jsd_beta", "skew_alpha"]),
@@ -348,54 +333,52 @@ def check_args(args):
         "of 1 or more": (lambda x: x >= 1, ["max_new_tokens", "refresh_every", "prompts_per_batch", "teacher_top_k"]),
         "of 0 or more": (lambda x: x >= 0, ["limit", "eval_limit"]),
     }
-    common.check_ranges(args, rules)
+    runs.check_ranges(args, rules)
     if args.mode == "student":
         check_range("--kd-rate", args.kd_rate, args.kd_rate > 0, "above 0: with --mode student there are no labels")
-        # What a checkpoint does not hold are the samples: it must lie where new ones are drawn
+        # On-policy samples are in no checkpoint, so it must be one where new samples are drawn
         good = args.save_every % args.refresh_every == 0
         check_range("--save-every", args.save_every, good, f"that --refresh-every {args.refresh_every} divides")
     if args.teacher_cache and (args.mode == "student" or args.kd_rate == 0):
         what = "--teacher-cache needs responses that stay, and a teacher: not --mode student, not --kd-rate 0"
         raise UserError(what, "on the command line", "leave it out")
-    training.check_training_args(args)
+    training.check_args(args)
     return args
 
 
 def main(argv=None):
-    started = time.perf_counter()
     args = parse_args(argv)
-    if args.dry_run is not None:
-        return estimate.dry_run(args)
-    world = common.start_processes(args.device, args.threads)
+    world = runs.start_processes(args.device, args.threads)
     training.accumulation_steps(args, world)  # its error belongs before the work
-    if args.toy:
-        toy.fill_in(args, world)
-    tokenizer, eos_ids = models.shared_tokenizer(args.student, args.teacher, args.trust_remote_code)
+    tokenizer, tokens = models.shared_tokenizer(args.student, args.teacher, args.trust_remote_code)
     note = models.fit_into_context(args)
-    examples = data.read_examples(args)
-    prompts, long_prompts = data.encode_prompts(examples, tokenizer, args.template, args.max_prompt_tokens)
-    eval_prompts = data.load_eval_prompts(args, tokenizer, [])
-    inputs = filter(None, [args.student, args.teacher, args.data])
-    out = run_folder.start_run(args.out, args, inputs)  # behind all that can be wrong with the arguments
-    run = Run(args, world, tokenizer, eos_ids, out)
-    if note and world.rank == 0:
-        print(note)
-    if not (out / "student").exists():
-        common.STATUS.enter("reading or making the responses")
-        examples = read_training_data(run, prompts, long_prompts)
-        teacher = None
-        if args.kd_rate > 0:
-            teacher = CachedTeacher(examples, run) if args.teacher_cache else LiveTeacher(run)
-        train(run, examples, teacher)
-    if eval_prompts:
-        common.STATUS.enter("closing table")
-        students = {"student before": args.student, "student after": out / "student"}
-        # Without KD, sharded or cached there is no whole teacher here. eta: the warm-up's default
-        teacher = None if args.kd_rate == 0 or args.shard_teacher or args.teacher_cache else lambda: run.teacher
-        closing_table(run, students, teacher, eval_prompts, args.prompts_per_batch, eta=4.0)
+    eval_prompts = world.first(lambda: data.load_eval_prompts(args, tokenizer))
+    inputs = [path for path in (args.student, args.teacher, args.data) if path]
+    out = runs.start_run(args.out, args, world, inputs)  # after all that can be wrong with the arguments
     if world.rank == 0:
-        print(f"{time.perf_counter() - started:.0f} seconds after start-up; the distilled student is {out / 'student'}")
+        print(note, end="")
+    teacher = None
+    if not world.first(lambda: (out / "student").exists()):
+        prompts = data.write_prompts(args, tokenizer, out, world)
+        examples = responses.write_examples(args, world, tokenizer, tokens, prompts, out)
+        if args.teacher_cache:
+            teacher = responses.CachedTeacher(args, world, tokenizer, tokens, examples)
+        elif args.kd_rate > 0:
+            teacher = responses.LiveTeacher(training.load_teacher(args, world, tokenizer), tokens.vocab_size)
+        train(args, world, tokenizer, tokens, examples, teacher, args.student, out)
+        training.release_memory()
+
+    if eval_prompts:
+        students = {"student before": args.student, "student after": out / "student"}
+        teacher_lm = None  # without KD, sharded or cached there is no whole teacher here
+        if args.kd_rate > 0 and not args.shard_teacher and not args.teacher_cache:
+            teacher_lm = training.load_teacher(args, world, tokenizer) if teacher is None else teacher.lm
+        settings = (eval_prompts, args.prompts_per_batch, 4.0, first_mismatch)  # 4.0: the warm-up's default eta
+        measure.closing_table(args, world, tokenizer, tokens, out, students, teacher_lm, *settings)
+    if world.rank == 0:
+        print(f"the run as a page: python -m tools.report {out}")
+        print(f"{runs.seconds_since_start():.0f} seconds; the distilled student is {out / 'student'}")
 
 
 if __name__ == "__main__":
-    common.run(main)
+    runs.run(main)

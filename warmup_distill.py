@@ -1,6 +1,6 @@
 """Warmup-Distill (arXiv 2502.11766): close the gap between student and teacher before knowledge distillation.
 
-    torchrun --nproc_per_node 8 warmup_distill.py                                   the embedded default (toy.py)
+    torchrun --nproc_per_node 8 warmup_distill.py                                   the embedded default, in toy/
     torchrun --nproc_per_node 8 warmup_distill.py --teacher T --student S --data D  real models
     python warmup_distill.py                                                        one process, the same
 
@@ -8,77 +8,88 @@ The steps, in the order of this file; q is the student, p the teacher, x a promp
 
     1. sample   N responses a prompt from the student, with log q(y_t | x, y_<t) of every token
     2. check    one teacher forward: log p(y_t | x, y_<t);  t* = min { t : log q - log p > eta }
-    3. splice   keep the student's y_<t*; the teacher samples on from position t*:  y+ = spliced, y- = the student's own
+    3. splice   keep the student's y_<t*; the teacher samples from position t* on:  y+ = spliced, y- = the student's own
     4. align    DPO on the pairs (dpo.py), reference = the initial student  ->  OUT/student, the warmed-up student
     5. distil   ordinary KD from there: kd.py --student OUT/student
 
+EOS is a token like any other: a student that ends too early, or not where the teacher would, has its mismatch there.
 Everything stays in token ids from sampling to loss: decoding to text and tokenizing again would move the splice point.
 Where the paper is silent, the README's ledger names our reading and the flag that changes it. Ours, and exact: the
-teacher's splice goes on from the cache of its check (`decode.rewind`); a token's random number depends on its place alone
-(`decode.uniform_noise`) and batches are cut from the prompts alone, so pairs are the same for any number of processes.
+teacher's splice continues in the cache of its check (`decode.rewind`); a token's random number depends on its place
+alone (`decode.uniform_noise`) and batches are cut from the prompts alone, so pairs are the same for any number of
+processes.
 """
 
+import argparse
+import json
 import math
-import time
-from pathlib import Path
+import re
+from collections import Counter
+from dataclasses import dataclass
 
 import torch
 
-import common
-import data
-import decode
 import dpo
-import estimate
-import explain
-import models
-import pairs
-import report
-import run_folder
-import toy
-import training
-from common import UserError, check_range
-from measure import closing_table
-from run_folder import Run, turns
+from lib import data, decode, measure, models, runs, scoring, training
+from lib.runs import UserError
+
+# The defaults of the toy, by the names of their flags. One thread: a second one makes models of this size slower
+TOY = {"limit": 250, "max_prompt_tokens": 16, "max_new_tokens": 48, "prompts_per_batch": 25, "beta": 0.5}
+TOY |= {"nll_weight": 1.0, "lr": 5e-4, "max_steps": 60, "batch_size": 32, "micro_batch_size": 32}
+TOY |= {"dtype": "float32", "threads": 1, "eval_limit": 500}
+ETA_GRID = [0.5 * k for k in range(1, 21)]  # mismatch.json gives the replacement rate for these
+MARGIN_BINS = [-10.0 + 0.5 * k for k in range(61)]  # nats, -10 .. 20; the outermost bins are open
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Steps 1 to 3: sample, check, splice
+# Steps 1 to 3: sample, check, splice. P prompts with N samples each make B = P*N rows, prompt by prompt
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def sample_responses(student, prompts, run):
-    """Step 1. N responses for each of P prompts, rows prompt by prompt.
+@dataclass(frozen=True)
+class Sampling:
+    """How the student's samples and the teacher's continuations are drawn."""
 
-    Returns P*N lists of ids and P*N lists of log q(y_t | x, y_<t), the latter at temperature 1 and not truncated,
-    whatever the samples were drawn with.
+    samples: int = 8  # N, responses a prompt
+    max_new_tokens: int = 256  # longest response, before and after the splice
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def choose(self, stage, prompt_ids, start):
+        """A `choose` for `decode.decode`. prompt_ids: P numbers. start: (B,) the position of each row's next token."""
+        prompt_ids = torch.tensor(prompt_ids, device=start.device).repeat_interleave(self.samples)  # (B,)
+        sample_ids = torch.arange(self.samples, device=start.device).repeat(len(prompt_ids) // self.samples)
+        return decode.sampler(self.seed, stage, prompt_ids, sample_ids, start, self.temperature, self.top_p)
+
+
+def sample_responses(student, prompts, prompt_ids, tokens, sampling):
+    """Step 1. N responses for each of P prompts.
+
+    prompts: P lists of ids. prompt_ids: P numbers that name the prompts to the random numbers. tokens: `decode.Tokens`.
+    Returns B lists of ids, and log q(y_t | x, y_<t) (B, T), at temperature 1 and not truncated, whatever the samples
+    were drawn with; 0 after a response's end.
     """
-    args, n = run.args, run.args.samples
-    device = run.world.device
-    rows = decode.prefill(student, [p["ids"] for p in prompts], run.pad_id, device)
-    rows = decode.expand(rows, n)
-    prompt_ids, sample_ids = sample_names(prompts, n, device)
-    start = torch.zeros_like(prompt_ids)
-    choose = decode.sampler(
-        args.seed, decode.STUDENT_STAGE, prompt_ids, sample_ids, start, args.temperature, args.top_p
-    )
-    budget = torch.full_like(prompt_ids, args.max_new_tokens)
-    return decode.decode(student, rows, choose, budget, run.eos_ids, run.vocab_size)
+    rows = decode.expand(decode.prefill(student, prompts, tokens), sampling.samples)
+    start = torch.zeros_like(rows.next_position)
+    choose = sampling.choose(decode.STUDENT_STAGE, prompt_ids, start)
+    return decode.decode(student, rows, choose, start + sampling.max_new_tokens, tokens)
 
 
-def check_responses(teacher, prompts, responses, run):
-    """Step 2. log p(y_t | x, y_<t) of every response token from one teacher forward.
+def check_responses(teacher, prompts, responses, tokens):
+    """Step 2. log p(y_t | x, y_<t) of every response token, from one teacher forward.
 
-    Returns rows and hidden states to splice from, and (P*N, T) log-probs, 0 beyond a response's end.
+    Returns rows and hidden (B, T + 1, D), to splice from; log p (B, T); mask (B, T), true on the responses' tokens.
     """
-    rows = decode.prefill(teacher, [p["ids"] for p in prompts], run.pad_id, run.world.device)
-    rows = decode.expand(rows, run.args.samples)
-    return decode.score(teacher, rows, responses, run.vocab_size)
+    rows = decode.expand(decode.prefill(teacher, prompts, tokens), len(responses) // len(prompts))
+    rows, hidden, log_p = decode.score(teacher, rows, responses, tokens)
+    return rows, hidden, log_p, rows.visible[:, -log_p.shape[1] :]
 
 
 def first_mismatch(student_logprobs, teacher_logprobs, mask, eta):
     """t* = min { t : log q(y_t | x, y_<t) - log p(y_t | x, y_<t) > eta }, the paper's mismatch condition, in nats.
 
     student_logprobs, teacher_logprobs: (B, T). mask: (B, T) bool, true on a response's tokens, its EOS included.
-    Returns (B,) int64, -1 where no token's margin is above eta.
+    Returns (B,) int64, -1 where there is no mismatch. To try another rule, change this function alone.
     """
     margin = student_logprobs - teacher_logprobs  # (B, T)
     mismatch = (margin > eta) & mask
@@ -90,103 +101,113 @@ def splice(response, position, continuation):
     return response[:position] + continuation
 
 
-def continue_by_teacher(teacher, rows, hidden, positions, lengths, prompts, run):
-    """The teacher writes on from each response's token `positions` (B,), where that is under the response's `lengths` (B,).
+def continue_by_teacher(
+    teacher, rows, hidden, positions, lengths, prompt_ids, tokens, sampling, greedy=False, any_rank=None
+):
+    """Step 3. The teacher writes from each response's token `positions` (B,) on, where that is below `lengths` (B,).
 
-    rows, hidden: from `check_responses`; decoding goes on in that cache, nothing is prefilled again.
-    Returns B lists of ids and B lists of log-probs, empty for rows it does not touch.
+    rows, hidden: from `check_responses`; decoding continues in that cache, nothing is prefilled again. any_rank: of a
+    sharded teacher, `World.any`. Returns B lists of ids and B lists of log-probs, empty for rows that it leaves alone.
     """
-    args, device = run.args, run.world.device
     chosen = (positions < lengths).nonzero()[:, 0]
-    tokens, logprobs = [[] for _ in lengths], [[] for _ in lengths]
-    if args.shard_teacher and len(chosen) == 0:  # its forwards need every rank: row 0 goes along and writes nothing
-        chosen = torch.zeros(1, dtype=torch.long, device=device)
+    if any_rank and len(chosen) == 0:  # its forwards need every rank: row 0 takes part and writes nothing
+        chosen = torch.zeros_like(positions[:1])
+    continuations, logprobs = [[] for _ in lengths], [[] for _ in lengths]
     if len(chosen) == 0:
-        return tokens, logprobs
-    start, room = positions[chosen], args.max_new_tokens - positions[chosen]
-    budget = torch.where(start < lengths[chosen], room, 0)
-    prompt_ids, sample_ids = (names[chosen] for names in sample_names(prompts, args.samples, device))
-    rows = decode.rewind(rows.select(chosen), start, hidden[chosen])
+        return continuations, logprobs
     choose = decode.greedy
-    if args.teacher_decoding == "sample":
-        choose = decode.sampler(
-            args.seed, decode.TEACHER_STAGE, prompt_ids, sample_ids, start, args.temperature, args.top_p
-        )
-    any_rank = run.world.any if args.shard_teacher else None
-    written = decode.decode(teacher, rows, choose, budget, run.eos_ids, run.vocab_size, any_rank)
-    for row, ids, values in zip(chosen.tolist(), *written):
-        tokens[row], logprobs[row] = ids, values
-    return tokens, logprobs
+    if not greedy:
+        choose_of_all = sampling.choose(decode.TEACHER_STAGE, prompt_ids, positions)
+        choose = lambda logits, indices, step: choose_of_all(logits, chosen[indices], step)
+    budget = torch.where(positions < lengths, sampling.max_new_tokens - positions, 0)
+    rewound = decode.rewind(rows.select(chosen), positions[chosen], hidden[chosen])
+    written, values = decode.decode(teacher, rewound, choose, budget[chosen], tokens, any_rank)
+    for row, ids, log_p in zip(chosen.tolist(), written, values.tolist()):
+        continuations[row], logprobs[row] = ids, log_p[: len(ids)]
+    return continuations, logprobs
 
 
-def sample_names(prompts, n, device):
-    """(P*N,) prompt ids and sample ids of the rows of P prompts with N samples each."""
-    prompt_ids = torch.tensor([p["prompt_id"] for p in prompts], device=device).repeat_interleave(n)
-    return prompt_ids, torch.arange(n, device=device).repeat(len(prompts))
+def build_samples(
+    student, teacher, prompts, prompt_ids, tokens, sampling, eta, replace="at", greedy=False, any_rank=None
+):
+    """Steps 1 to 3 for one micro-batch of prompts -> one dict a sample, as OUT/pairs/NNNNN.jsonl has it.
+
+    replace: "at", the teacher writes from t* on; "after", the mismatched token is kept.
+    """
+    responses, log_q = sample_responses(student, prompts, prompt_ids, tokens, sampling)
+    rows, hidden, log_p, mask = check_responses(teacher, prompts, responses, tokens)
+    t_star = first_mismatch(log_q, log_p, mask, eta)  # (B,)
+    lengths = mask.sum(-1)
+    positions = torch.where(t_star >= 0, t_star + int(replace == "after"), lengths)  # without a mismatch y is kept
+    continuations, continuation_log_p = continue_by_teacher(
+        teacher, rows, hidden, positions, lengths, prompt_ids, tokens, sampling, greedy, any_rank
+    )
+    rounded = lambda values: [round(value, 4) for value in values]  # 1e-4 nats is far below any threshold
+    samples = []
+    columns = zip(responses, t_star.tolist(), positions.tolist(), log_q.tolist(), log_p.tolist())
+    for i, (response, t, position, student_values, teacher_values) in enumerate(columns):
+        chosen, teacher_values = splice(response, position, continuations[i]), teacher_values[: len(response)]
+        sample = {"prompt_id": prompt_ids[i // sampling.samples], "sample_id": i % sampling.samples}
+        sample |= {"t_star": t, "prefix_len": position, "response_ids": response, "chosen_ids": chosen}
+        sample |= {"student_logprobs": rounded(student_values[: len(response)])}
+        sample |= {"teacher_logprobs": rounded(teacher_values)}
+        sample |= {"chosen_teacher_logprobs": rounded(teacher_values[:position] + continuation_log_p[i])}
+        sample |= {"ended": response[-1] in tokens.eos_ids, "chosen_ended": chosen[-1] in tokens.eos_ids}
+        samples.append(sample)
+    return samples
 
 
-def build_samples(student, teacher, prompts, run, keep):
-    """Steps 1 to 3 for one micro-batch of prompts -> one record a sample, as OUT/pairs/NNNNN.jsonl holds it."""
-    args, device = run.args, run.world.device
-    with run.clock("sample") as clock:
-        responses, student_logprobs = sample_responses(student, prompts, run)
-        clock.tokens = sum(map(len, responses))
-    with run.clock("check") as clock:
-        rows, hidden, teacher_logprobs = check_responses(teacher, prompts, responses, run)
-        width = teacher_logprobs.shape[1]
-        lengths = torch.tensor([len(r) for r in responses], device=device)
-        mask = torch.arange(width, device=device) < lengths[:, None]  # (B, T)
-        padded = torch.tensor([values + [0.0] * (width - len(values)) for values in student_logprobs], device=device)
-        t_star = first_mismatch(padded, teacher_logprobs, mask, args.eta)  # (B,)
-        clock.tokens = sum(map(len, responses))
-    with run.clock("splice") as clock:
-        # The mismatched token itself is replaced, or (--replace after) kept. Without a mismatch all of y is kept
-        positions = torch.where(t_star >= 0, t_star + int(args.replace == "after"), lengths)
-        continuations, continuation_logprobs = continue_by_teacher(
-            teacher, rows, hidden, positions, lengths, prompts, run
-        )
-        clock.tokens = sum(map(len, continuations))
-
-    records, seen = [], set()
-    columns = zip(responses, t_star.tolist(), positions.tolist(), teacher_logprobs.tolist())
-    for i, (response, t, position, teacher_values) in enumerate(columns):
-        prompt, teacher_values = prompts[i // args.samples], teacher_values[: len(response)]
-        record = {
-            "prompt_id": prompt["prompt_id"],
-            "sample_id": i % args.samples,
-            "status": "untouched",
-            "prompt": prompt["text"],
-            "prompt_ids": prompt["ids"],
-            "ended": response[-1] in run.eos_ids,
-            "t_star": t,
-            "prefix_len": position,
-            "response_ids": response,
-            "student_logprobs": rounded(student_logprobs[i]),
-            "teacher_logprobs": rounded(teacher_values),
-            "chosen_ids": splice(response, position, continuations[i]),
-            "chosen_teacher_logprobs": rounded(teacher_values[:position] + continuation_logprobs[i]),
-        }
-        record["chosen_ended"] = record["chosen_ids"][-1] in run.eos_ids
-        if t >= 0:
-            record["status"] = pair_status(record, seen, prompt, run, keep)
-        records.append(record)
-    return records
+# ---------------------------------------------------------------------------------------------------------------------
+# Which samples become pairs
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def pair_status(record, seen, prompt, run, keep):
-    """Whether a spliced sample becomes a pair, or why not; `seen` collects the pairs of the micro-batch."""
-    key = (record["prompt_id"], tuple(record["chosen_ids"]), tuple(record["response_ids"]))
-    if record["chosen_ids"] == record["response_ids"]:
+def pair_status(sample, seen, keep, prompt):
+    """ "kept" for a pair; else why the sample is none. `seen` collects the pairs of the micro-batch."""
+    if sample["t_star"] < 0:
+        return "untouched"
+    if sample["chosen_ids"] == sample["response_ids"]:
         return "identical"  # the teacher drew what the student had written, or (--replace after) had nothing to add
+    key = (sample["prompt_id"], tuple(sample["chosen_ids"]), tuple(sample["response_ids"]))
     if key in seen:
         return "duplicate"
     seen.add(key)
-    return "kept" if keep(record, prompt, run) else "filtered"
+    return "kept" if keep(sample, prompt) else "filtered"
 
 
-def rounded(values):
-    """Log-probs as they are written to files: 1e-4 nats is far under any threshold, and shorter."""
-    return [round(value, 4) for value in values]
+def pair_filter(args, world, tokenizer):
+    """--keep as a function (sample, prompt) -> bool."""
+    text = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+    mean = lambda values: sum(values) / len(values)
+
+    def teacher_prefers(sample, prompt):
+        """The teacher's mean log-prob of y+ is above that of y-."""
+        return mean(sample["chosen_teacher_logprobs"]) > mean(sample["teacher_logprobs"])
+
+    def is_corrected(sample, prompt):
+        """y+ answers right and y- wrong, by the data's gold response."""
+        chosen, rejected = text(sample["chosen_ids"]), text(sample["response_ids"])
+        return scoring.is_correct(chosen, prompt["gold"]) and not scoring.is_correct(rejected, prompt["gold"])
+
+    @torch.no_grad()
+    def reward(prompt, response):
+        """Of a response (text), by a sequence-classification model: a float."""
+        if reward_tokenizer.chat_template:
+            turns = [*json.loads(prompt["messages"]), {"role": "assistant", "content": response}]
+            whole = data.render_chat(reward_tokenizer, turns)
+        else:
+            whole = data.with_bos(reward_tokenizer, prompt["text"] + response)
+        ids = reward_tokenizer(whole, add_special_tokens=False, return_tensors="pt").input_ids
+        return reward_model(ids.to(world.device)).logits[0, 0].item()
+
+    def reward_prefers(sample, prompt):
+        """The reward of y+ is above that of y-."""
+        return reward(prompt, text(sample["chosen_ids"])) > reward(prompt, text(sample["response_ids"]))
+
+    if args.keep.startswith("reward:"):
+        reward_model, reward_tokenizer = models.load_reward_model(args.keep.removeprefix("reward:"), args, world)
+        return reward_prefers
+    return {"all": lambda sample, prompt: True, "teacher": teacher_prefers, "correct": is_corrected}[args.keep]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -194,29 +215,125 @@ def rounded(values):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def build_pairs(run, batches):
-    """Runs steps 1 to 3 over all prompts, a `data.PromptBatches`; a micro-batch whose file is there is done."""
-    args, world, models_loaded = run.args, run.world, None
-    for k, file, mine in turns(run.out / "pairs", len(batches), "jsonl", world, args.shard_teacher, "batch"):
-        if models_loaded is None:
-            models_loaded = run.load(args.student), run.teacher, pairs.pair_filter(args, world)
-        student, teacher, keep = models_loaded
-        prompts = batches[k]
-        fitting = [prompt for prompt in prompts if batches.fits(prompt)]
-        records = build_samples(student, teacher, fitting, run, keep) if fitting else []
-        if args.shard_teacher and not fitting:  # its forwards need every rank: the start of a prompt goes along
-            stand_in = prompts[0] | {"ids": prompts[0]["ids"][: args.max_prompt_tokens]}
-            build_samples(student, teacher, [stand_in], run, keep)
-        for prompt in prompts:
-            if not batches.fits(prompt):
-                length = {"prompt": prompt["text"], "prompt_tokens": len(prompt["ids"])}
-                records.append({"prompt_id": prompt["prompt_id"], "status": "too_long", **length})
+def build_pairs(args, world, tokenizer, tokens, prompts, out):
+    """Steps 1 to 3 over all prompts -> OUT/pairs/NNNNN.jsonl, one file a micro-batch; one that is there is done.
+
+    prompts: the `Dataset` of `data.write_prompts`. Micro-batches are cut from its order, never from the number of ranks.
+    """
+    size = args.prompts_per_batch
+    missing = runs.missing_shards(out / "pairs", math.ceil(len(prompts) / size), "jsonl", world)
+    if not missing:
+        return
+    student = models.load_frozen(args.student, args, world, tokenizer)
+    teacher = training.load_teacher(args, world, tokenizer)
+    keep = pair_filter(args, world, tokenizer)
+    sampling = Sampling(args.samples, args.max_new_tokens, args.temperature, args.top_p, args.seed)
+    any_rank = world.any if args.shard_teacher else None
+    settings = (tokens, sampling, args.eta, args.replace, args.teacher_decoding == "greedy", any_rank)
+    turns = range(0, len(missing), world.size)
+    for turn in runs.progress(turns, desc="pairs", world=world, unit="batch"):
+        idle = turn + world.rank >= len(missing)
+        if idle and not args.shard_teacher:  # a sharded teacher's forwards need every rank
+            continue
+        k = missing[turn if idle else turn + world.rank]
+        batch = [prompts[i] for i in range(k * size, min((k + 1) * size, len(prompts)))]
+        fitting = [prompt for prompt in batch if len(prompt["ids"]) <= args.max_prompt_tokens]
+        samples = []
+        if fitting or args.shard_teacher:
+            used = fitting or [batch[0] | {"ids": batch[0]["ids"][: args.max_prompt_tokens]}]  # takes part, not written
+            ids, numbers = [prompt["ids"] for prompt in used], [prompt["prompt_id"] for prompt in used]
+            samples = build_samples(student, teacher, ids, numbers, *settings)
+        if idle:
+            continue
+        by_id = {prompt["prompt_id"]: prompt for prompt in batch}
+        fitting_ids, seen, records = {prompt["prompt_id"] for prompt in fitting}, set(), []
+        for sample in samples:
+            prompt = by_id[sample["prompt_id"]]
+            if prompt["prompt_id"] in fitting_ids:
+                status = pair_status(sample, seen, keep, prompt)
+                records.append({"status": status, "prompt": prompt["text"], "prompt_ids": prompt["ids"], **sample})
+        for prompt_id in by_id.keys() - fitting_ids:
+            records.append({"status": "too_long", "prompt_id": prompt_id, "prompt": by_id[prompt_id]["text"]})
         records.sort(key=lambda record: record["prompt_id"])  # stable: a prompt's samples stay in order
-        if mine:
-            common.write_jsonl(file, records)
-        if world.rank == 0:
-            run.save_clocks()
-    run.drop_teacher()
+        runs.write_jsonl(out / "pairs" / f"{k:05d}.jsonl", records)
+
+
+def merge_pairs(args, tokenizer, prompts, out):
+    """OUT/pairs/*.jsonl -> OUT/pairs.jsonl (the kept pairs) and OUT/mismatch.json. Rank 0 only. Returns the summary.
+
+    One shard is in memory at a time. Raises UserError if one is cut.
+    """
+    fingerprint = models.tokenizer_fingerprint(tokenizer)
+    text = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+    counts, t_stars, longest = Counter(), Counter(), args.max_prompt_tokens
+    etas, bins = torch.tensor(ETA_GRID), torch.tensor(MARGIN_BINS)
+    tokens_above, samples_above = torch.zeros(2, len(etas), dtype=torch.long)
+    margin_counts = torch.zeros(len(bins) + 1, dtype=torch.long)
+    with runs.atomic_path(out / "pairs.jsonl") as partial, open(partial, "w", encoding="utf-8") as file:
+        for start in range(0, len(prompts), args.prompts_per_batch):
+            prompt_ids = range(start, min(start + args.prompts_per_batch, len(prompts)))
+            shard = out / "pairs" / f"{start // args.prompts_per_batch:05d}.jsonl"
+            records = runs.read_jsonl(shard)
+            expected = [i for i in prompt_ids for _ in range(args.samples if len(prompts[i]["ids"]) <= longest else 1)]
+            if [record["prompt_id"] for record in records] != expected:
+                raise UserError(
+                    "the file is cut or damaged", f"in {shard}", "delete it and run again: it is made again"
+                )
+            counts["prompts_with_pairs"] += len({r["prompt_id"] for r in records if r["status"] == "kept"})
+            for record in records:
+                counts[record["status"]] += 1
+                if record["status"] == "too_long":
+                    continue
+                margins = torch.tensor(record["student_logprobs"]) - torch.tensor(record["teacher_logprobs"])  # (T,)
+                above = margins[:, None] > etas  # (T, E)
+                tokens_above, samples_above = tokens_above + above.sum(0), samples_above + above.any(0)
+                margin_counts += torch.bincount(torch.bucketize(margins, bins), minlength=len(bins) + 1)
+                t = record["t_star"]
+                counts["tokens"] += len(margins)
+                counts["prompts"] += record["sample_id"] == 0
+                counts["at_length_limit"] += not record["ended"]
+                if t >= 0:
+                    t_stars[t] += 1
+                if record["status"] == "kept":
+                    counts["chosen_at_length_limit"] += not record["chosen_ended"]
+                    names = ("prompt_id", "sample_id", "prompt_ids", "prefix_len", "chosen_ids")
+                    pair = {name: record[name] for name in names} | {"rejected_ids": record["response_ids"]}
+                    pair |= {"margin": round(margins[t].item(), 4), "prompt": record["prompt"]}
+                    pair |= {"chosen": text(record["chosen_ids"]), "rejected": text(record["response_ids"])}
+                    file.write(json.dumps(pair | {"tokenizer": fingerprint}, ensure_ascii=False) + "\n")
+    samples = sum(counts[status] for status in ("kept", "untouched", "identical", "duplicate", "filtered"))
+    rates = zip(ETA_GRID, samples_above.tolist(), tokens_above.tolist())
+    summary = {"eta": args.eta, "samples": samples, "pairs": counts["kept"], "untouched": counts["untouched"]}
+    summary |= {"dropped": {reason: counts[reason] for reason in ("identical", "duplicate", "filtered")}}
+    summary |= {"replaced": samples - counts["untouched"], "prompts_over_length": counts["too_long"]}
+    names = ("prompts", "prompts_with_pairs", "tokens", "at_length_limit", "chosen_at_length_limit")
+    summary |= {name: counts[name] for name in names}
+    summary["replacement_rate"] = {
+        str(e): {"samples": s / samples, "tokens": t / counts["tokens"]} for e, s, t in rates
+    }
+    summary["margin_histogram"] = {"edges": MARGIN_BINS, "counts": margin_counts.tolist()}
+    summary["t_star_histogram"] = {str(t): t_stars[t] for t in sorted(t_stars)}
+    summary["warnings"] = warnings_of(summary)
+    runs.write_json(out / "mismatch.json", summary, indent=1)
+    return summary
+
+
+def warnings_of(summary):
+    """Lines about what commonly goes wrong with the pairs, with their numbers."""
+    rate, lines = summary["replaced"] / summary["samples"], []
+    replaced = f"the teacher corrects {rate:.1%} of the samples at eta {summary['eta']}"
+    if rate < 0.01:
+        lines.append(f"{replaced}: eta is too high, or there is little to correct (replacement_rate in mismatch.json)")
+    if rate > 0.99:
+        lines.append(f"{replaced}: eta may be too low; see replacement_rate in mismatch.json")
+    few, prompts = summary["prompts_with_pairs"], summary["prompts"]
+    if summary["pairs"] and prompts >= 10 and few < prompts / 10:
+        lines.append(f"all {summary['pairs']} pairs come from {few} of {prompts} prompts")
+    limits = [("at_length_limit", "samples", "samples"), ("chosen_at_length_limit", "pairs", "chosen responses")]
+    for key, of, what in limits:
+        if summary[key] > summary[of] / 2:
+            lines.append(f"{summary[key]} of {summary[of]} {what} have no end within --max-new-tokens")
+    return lines
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -225,132 +342,99 @@ def build_pairs(run, batches):
 
 
 def parse_args(argv=None):
-    parser = common.ArgumentParser(__doc__)
-    parser.add_argument("--teacher", help="folder or hub id; without teacher, student and data: the toy of toy.py")
+    parser = runs.ArgumentParser(__doc__)
+    parser.add_argument("--teacher", help="folder or hub id; without teacher, student and data: the toy")
     parser.add_argument("--student", help="folder or hub id, same tokenizer as the teacher")
+    parser.add_argument("--toy", default=str(runs.ROOT / "toy"), help="folder made by toy/make.py")
     parser.add_argument("--out", default="out/warmup", help="folder of the run; the warmed-up student is OUT/student")
-    parser.add_argument(
-        "--explain",
-        type=int,
-        nargs="+",
-        metavar=("PROMPT_ID", "SAMPLE_ID"),
-        help="walk one prompt of the run in --out through all steps, in the terminal, and end",
-    )
-    common.add_arguments(parser)
+    parser.add_argument("--pairs-only", action="store_true", help="stop after OUT/pairs.jsonl")
+    runs.add_arguments(parser)
     data.add_arguments(parser)
     group = parser.add_argument_group("sample, check, splice")
-    group.add_argument("--samples", type=int, default=8, help="N, responses a prompt; 8 in the paper")
-    group.add_argument(
-        "--eta", type=float, default=4.0, help="threshold of the margin log q - log p, nats; 4 in the paper"
-    )
-    group.add_argument("--temperature", type=float, default=1.0, help="of the student's and the teacher's sampling")
-    group.add_argument("--top-p", type=float, default=1.0, help="of both; margins use the full distribution regardless")
-    group.add_argument("--max-new-tokens", type=int, default=256, help="longest response, before and after the splice")
-    group.add_argument(
-        "--replace", choices=["at", "after"], default="at", help="the teacher writes from t* on, or from behind it"
-    )
-    group.add_argument(
-        "--teacher-decoding", choices=["sample", "greedy"], default="sample", help="how the teacher writes"
-    )
-    group.add_argument("--keep", default="all", help="which pairs: all, teacher, correct, or reward:MODEL (see README)")
-    group.add_argument("--prompts-per-batch", type=int, default=8, help="prompts in one micro-batch of sampling")
-    group.add_argument(
-        "--shard-teacher", action="store_true", help="spread a teacher that does not fit; slow to decode"
-    )
+    group.add_argument("--samples", type=runs.COUNT, default=8, help="N, responses a prompt; 8 in the paper")
+    group.add_argument("--eta", type=runs.NATS, default=4.0, help="threshold of log q - log p, nats; 4 in the paper")
+    group.add_argument("--temperature", type=runs.ABOVE_0, default=1.0, help="of both models' sampling")
+    group.add_argument("--top-p", type=runs.TOP_P, default=1.0, help="of both; margins use the full distribution")
+    group.add_argument("--max-new-tokens", type=runs.COUNT, default=256, help="longest response, also after the splice")
+    replace_help = "the teacher writes from t* on, or from the token after it"
+    group.add_argument("--replace", choices=["at", "after"], default="at", help=replace_help)
+    group.add_argument("--teacher-decoding", choices=["sample", "greedy"], default="sample", help="in the splice")
+    group.add_argument("--keep", type=keep_name, default="all", help="which pairs: all, teacher, correct, reward:MODEL")
+    group.add_argument("--prompts-per-batch", type=runs.COUNT, default=8, help="prompts in one micro-batch of sampling")
+    group.add_argument("--shard-teacher", action="store_true", help="for a teacher that does not fit; slow to decode")
     group.add_argument("--reference", choices=["student", "teacher"], default="student", help="pi_ref of DPO")
     dpo.add_arguments(parser)
-    training.add_training_arguments(parser, lr=5e-7)
+    training.add_arguments(parser, lr=5e-7)
     group = parser.add_argument_group("closing table")
     data.add_eval_arguments(group, "the training prompts, and the table says so")
-    group.add_argument("--eval-limit", type=int, default=64, help="prompts in the table; 0: no table")
+    group.add_argument("--eval-limit", type=runs.LIMIT, default=64, help="prompts in the table; 0: no table")
     args = parser.parse_args(argv)
-    args.toy = args.teacher is None and args.student is None and args.data is None
-    if args.toy:  # the same flags with the toy's own defaults
-        parser.set_defaults(**toy.WARMUP, toy=True)
+    if args.teacher is None and args.student is None and args.data is None:
+        parser.set_defaults(**TOY, **data.toy_paths(args.toy))
         args = parser.parse_args(argv)
-    return check_args(args)
+    for flag in ("teacher", "student", "data"):
+        if not getattr(args, flag):
+            raise UserError(f"--{flag} is missing", "on the command line", "give all three, or none for the toy")
+    return args
 
 
-def check_args(args):
-    """Raises UserError for values that make no sense."""
-    if not args.toy and not (args.teacher and args.student and args.data):
-        missing = [flag for flag in ("teacher", "student", "data") if not getattr(args, flag)]
-        raise UserError(f"--{missing[0]} is missing", "on the command line", "give all three, or none for the toy")
-    rules = {
-        "of 1 or more": (lambda x: x >= 1, ["samples", "max_new_tokens", "prompts_per_batch"]),
-        "in nats, such as 4": (math.isfinite, ["eta"]),
-        "above 0": (lambda x: 0 < x < math.inf, ["temperature"]),
-        "in (0, 1]": (lambda x: 0 < x <= 1, ["top_p"]),
-        "of 0 or more": (lambda x: x >= 0, ["limit", "eval_limit"]),
-        "of one or two numbers": (lambda x: x is None or len(x) <= 2, ["explain"]),
-    }
-    common.check_ranges(args, rules)
-    known = args.keep in ("all", "teacher", "correct") or (args.keep.startswith("reward:") and args.keep != "reward:")
-    check_range("--keep", args.keep, known, "of all, teacher, correct or reward:MODEL")
-    return dpo.check_args(args)
-
-
-def load_prompts(args, tokenizer):
-    """(micro-batches of --data's prompts, the closing table's prompts)."""
-    examples = data.read_examples(args)
-    if args.keep == "correct" and any(e["response"] is None for e in examples):
-        raise UserError("--keep correct needs gold responses", f"in {args.data}", "name them with --response-column")
-    return data.PromptBatches(examples, tokenizer, args), data.load_eval_prompts(args, tokenizer, examples)
+def keep_name(word):
+    """A `type` for argparse: a value of --keep."""
+    if word not in ("all", "teacher", "correct") and not re.fullmatch("reward:.+", word):
+        raise argparse.ArgumentTypeError(f"{word!r} is none of all, teacher, correct and reward:MODEL")
+    return word
 
 
 def main(argv=None):
-    started = time.perf_counter()
     args = parse_args(argv)
-    if args.dry_run is not None:
-        return estimate.dry_run(args)
-    world = common.start_processes(args.device, args.threads)
-    if args.explain is not None:
-        if world.rank == 0:
-            explain.explain(args, Path(args.out), *args.explain)
-        return
+    world = runs.start_processes(args.device, args.threads)
     training.accumulation_steps(args, world)  # its error belongs before the work
-    if args.toy:
-        toy.fill_in(args, world)
-    tokenizer, eos_ids = models.shared_tokenizer(args.student, args.teacher, args.trust_remote_code)
+    tokenizer, tokens = models.shared_tokenizer(args.student, args.teacher, args.trust_remote_code)
     note = models.fit_into_context(args)
-    batches, eval_prompts = load_prompts(args, tokenizer)
-    # Behind all that can be wrong with the arguments: OUT then is theirs
-    out = run_folder.start_run(args.out, args, [args.student, args.teacher, args.data])
-    run = Run(args, world, tokenizer, eos_ids, out)
-    if note and world.rank == 0:
-        print(note)
+    out = runs.start_run(args.out, args, world, [args.student, args.teacher, args.data])
+    prompts = data.write_prompts(args, tokenizer, out, world)
+    eval_prompts = data.load_eval_prompts(args, tokenizer, prompts)
+    if args.keep == "correct" and prompts.data["gold"].null_count:
+        raise UserError("--keep correct needs gold responses", f"in {args.data}", "name them with --response-column")
+    if world.rank == 0:
+        print(note, end="")
+        if args.nll_weight > 0:
+            print(f"not in the paper: --nll-weight {args.nll_weight:g} adds the chosen responses' NLL to the DPO loss")
 
     # Steps 1 to 3
-    common.STATUS.enter("pairs")
-    build_pairs(run, batches)
+    build_pairs(args, world, tokenizer, tokens, prompts, out)
+    training.release_memory()
     world.barrier()
+    found = world.first(lambda: merge_pairs(args, tokenizer, prompts, out))
     if world.rank == 0:
-        found = pairs.merge_pairs(run, batches, out)
-        print(f"{found['pairs']} pairs of {found['samples']} samples, {found['untouched']} untouched")
-        print("".join(f"warning: {line}\n" for line in found["warnings"]), end="")
-    world.barrier()
+        others = {"untouched": found["untouched"], **found["dropped"]}
+        words = ", ".join(f"{count} {status}" for status, count in others.items() if count)
+        print(f"{found['pairs']} pairs of {found['samples']} samples: {words}")
+        for line in found["warnings"]:
+            print(f"warning: {line}")
+    if args.pairs_only:
+        return
 
     # Step 4
-    common.STATUS.enter("dpo, reference")
-    preferences = pairs.read_pairs(out / "pairs.jsonl", tokenizer)
-    reference = args.student if args.reference == "student" else args.teacher
-    if not preferences and world.rank == 0:
+    pairs = dpo.write_pairs(out / "pairs.jsonl", tokenizer, out, world)
+    if not len(pairs) and world.rank == 0:
         print("warning: no pair came out, so there is nothing to learn: OUT/student is the student unchanged")
-    dpo.train(args, world, tokenizer, preferences, args.student, reference, out)
+    reference = args.student if args.reference == "student" else args.teacher
+    dpo.train(args, world, tokenizer, pairs, args.student, reference, out)
+    training.release_memory()
 
     if args.eval_limit:
-        common.STATUS.enter("closing table")
+        # A sharded teacher is one that fits on no single device: then there is none in the table
+        teacher = None if args.shard_teacher else models.load_frozen(args.teacher, args, world, tokenizer)
         students = {"student before": args.student, "student after": out / "student"}
-        # A sharded teacher is one that fits on no single device: the table does without it
-        teacher = None if args.shard_teacher else lambda: run.teacher
-        # As many rows as in sampling, but 8 batches or more for the ranks; their number itself must change no batch
+        # As many rows as in sampling, but 8 batches or more for the ranks, whose number must change no batch
         size = min(args.prompts_per_batch * args.samples, math.ceil(len(eval_prompts) / 8))
-        closing_table(run, students, teacher, eval_prompts, size, args.eta)
+        settings = (eval_prompts, size, args.eta, first_mismatch)
+        measure.closing_table(args, world, tokenizer, tokens, out, students, teacher, *settings)
     if world.rank == 0:
-        run.print_speed()
-        print(f"the run as a page: {report.write_report(out, tokenizer=tokenizer)}")
-        print(f"{time.perf_counter() - started:.0f} seconds after start-up; the warmed-up student is {out / 'student'}")
+        print(f"{runs.seconds_since_start():.0f} seconds; the warmed-up student is {out / 'student'}")
+        print(f"the run as a page: python -m tools.report {out}")
 
 
 if __name__ == "__main__":
-    common.run(main)
+    runs.run(main)

@@ -6,30 +6,22 @@ template, a line break may be written <n>), "output" (a reference, or a list of 
 too. Math: GSM8K and MATH as their hub data sets have them. Any of them may be a local file: `--data name=FILE`.
 
 JSON files are read line by line, not through `datasets`: inferring one type for a column that holds strings here and
-lists there is how a list of references turns into one string, which Rouge-L then scores without a word.
+lists there is how a list of references turns into one string, which Rouge-L then scores without a warning.
 """
 
 import ast
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
 import huggingface_hub
 
-import data
-from common import UserError, one_line, read_json, read_jsonl
-from scores import answer_of
+from lib import data
+from lib.runs import UserError, one_line, read_json, read_jsonl
+from lib.scoring import answer_of
 
 REFERENCE_COLUMNS = ("references", *data.RESPONSE_COLUMNS)
-MATH_SUBJECTS = (
-    "algebra",
-    "counting_and_probability",
-    "geometry",
-    "intermediate_algebra",
-    "number_theory",
-    "prealgebra",
-    "precalculus",
-)
 
 
 @dataclass(frozen=True)
@@ -53,18 +45,18 @@ class Benchmark:
         return 256 if self.metric == "rouge" else 1024
 
 
-BENCHMARKS = {
-    benchmark.name: benchmark
-    for benchmark in (
-        Benchmark("dolly", "rouge", "MiniLLM/dolly", "valid.jsonl"),  # 500
-        Benchmark("selfinst", "rouge", "MiniLLM/self-inst", "valid.jsonl"),  # 242
-        Benchmark("vicuna", "rouge", "MiniLLM/Vicuna", "valid.jsonl"),  # 80
-        Benchmark("sni", "rouge", "MiniLLM/sinst", "11_/valid.jsonl"),  # S-NI, references of 11 words and more
-        Benchmark("unni", "rouge", "MiniLLM/uinst", "11_/valid.jsonl", first=10_000),  # UnNI, likewise
-        Benchmark("gsm8k", "math", "openai/gsm8k", configs=("main",)),  # 1,319
-        Benchmark("math", "math", "EleutherAI/hendrycks_math", configs=MATH_SUBJECTS),  # 5,000
-    )
-}
+MATH_SUBJECTS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
+                 "prealgebra", "precalculus")  # fmt: skip
+TABLE = (
+    Benchmark("dolly", "rouge", "MiniLLM/dolly", "valid.jsonl"),  # 500
+    Benchmark("selfinst", "rouge", "MiniLLM/self-inst", "valid.jsonl"),  # 242
+    Benchmark("vicuna", "rouge", "MiniLLM/Vicuna", "valid.jsonl"),  # 80
+    Benchmark("sni", "rouge", "MiniLLM/sinst", "11_/valid.jsonl"),  # S-NI, references of 11 words and more
+    Benchmark("unni", "rouge", "MiniLLM/uinst", "11_/valid.jsonl", first=10_000),  # UnNI, likewise
+    Benchmark("gsm8k", "math", "openai/gsm8k", configs=("main",)),  # 1,319
+    Benchmark("math", "math", "EleutherAI/hendrycks_math", configs=MATH_SUBJECTS),  # 5,000
+)
+BENCHMARKS = {benchmark.name: benchmark for benchmark in TABLE}
 
 
 def find(spec, metric):
@@ -74,41 +66,42 @@ def find(spec, metric):
     """
     if spec in BENCHMARKS:
         return BENCHMARKS[spec]
-    name, equals, path = ("", "", spec) if Path(spec).is_file() else spec.partition("=")
+    where = f"in --data {spec}"
+    name, equals, path = (Path(spec).stem, "", spec) if Path(spec).is_file() else spec.partition("=")
     if not Path(path).is_file():
         if equals or "/" in spec or Path(spec).suffix:
-            raise UserError("no such file", f"in --data {spec}", "give NAME=FILE or FILE")
-        what = f"unknown data set {spec!r}"
-        raise UserError(what, "in --data", f"use {', '.join(BENCHMARKS)}, NAME=FILE or FILE")
-    name = name or Path(path).stem
-    if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
-        raise UserError(f"the name {name!r} cannot be part of a file name", f"in --data {spec}", "give NAME=FILE")
+            raise UserError("no such file", where, "give NAME=FILE or FILE")
+        todo = f"use {', '.join(BENCHMARKS)}, NAME=FILE or FILE"
+        raise UserError(f"unknown data set {spec!r}", "in --data", todo)
+    if not re.fullmatch(r"[\w.-]*[^\W_][\w.-]*", name):
+        raise UserError(f"the name {name!r} cannot be part of a file name", where, "give NAME=FILE")
     if name in BENCHMARKS:
         return replace(BENCHMARKS[name], path=path)
     if metric is None:
-        what = f"nothing says how to score {name!r}"
-        raise UserError(what, f"in --data {spec}", "give --metric rouge or math, or a known name=FILE")
+        what, todo = f"nothing says how to score {name!r}", "give --metric rouge or math, or a known name=FILE"
+        raise UserError(what, where, todo)
     return Benchmark(name, metric, path=path)
 
 
 def read_rows(benchmark):
     """The rows of a set as a list of dicts. Raises UserError if there is no file, no network, or nothing in it."""
-    path, what = Path(benchmark.path), f"in --data {benchmark.name}"
+    path = benchmark.path
     try:
-        if benchmark.path and path.suffix == ".jsonl":
+        if path.endswith(".jsonl"):
             rows = read_jsonl(path)
-        elif benchmark.path and path.suffix == ".json":
+        elif path.endswith(".json"):
             rows = read_json(path)
-        elif benchmark.path:
-            rows = data.load_rows(benchmark.path, None, "train").to_list()
+        elif path:
+            rows = data.load_rows(path, None, "train").to_list()
         elif benchmark.file:
             rows = read_jsonl(huggingface_hub.hf_hub_download(benchmark.repo, benchmark.file, repo_type="dataset"))
         else:
             parts = [datasets.load_dataset(benchmark.repo, config, split="test") for config in benchmark.configs]
             rows = [row for part in parts for row in part]
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        todo = "check the file" if benchmark.path else f"fetch it elsewhere and give --data {benchmark.name}=FILE"
-        raise UserError(f"{benchmark.path or benchmark.repo} cannot be read ({one_line(error)})", what, todo)
+        todo = "check the file" if path else f"fetch it elsewhere and give --data {benchmark.name}=FILE"
+        what = f"{path or benchmark.repo} cannot be read ({one_line(error)})"
+        raise UserError(what, f"in --data {benchmark.name}", todo)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError("the rows are not objects with named columns", benchmark.where, "give one JSON object a line")
     if not rows:
@@ -123,33 +116,27 @@ def load(benchmark, limit=0):
     """
     rows, where = read_rows(benchmark)[: limit or None], benchmark.where
     names = list(dict.fromkeys(name for row in rows for name in row))
-    text = next((c for c in data.PROMPT_COLUMNS if c in names), None)
-    context = next((c for c in data.INPUT_COLUMNS if c in names), None)
-    target = next((c for c in REFERENCE_COLUMNS if c in names), None)
-    for column, wanted in ((text, data.PROMPT_COLUMNS), (target, REFERENCE_COLUMNS)):
-        if column is None:
+    found = []
+    for wanted in (data.PROMPT_COLUMNS, data.INPUT_COLUMNS, REFERENCE_COLUMNS):
+        found.append(next((column for column in wanted if column in names), None))
+        if found[-1] is None and wanted is not data.INPUT_COLUMNS:
             raise UserError(
                 f"no column {' or '.join(wanted)}", f"{where} with columns {', '.join(names)}", "rename one"
             )
+    text, context, target = found
     values = unstringify([row.get(target) for row in rows], target, where)
     examples = []
     for number, (row, value) in enumerate(zip(rows, values)):
-        place = f"{where} row {number}"
-        fields = {column: row.get(column) for column in (text, context) if column}
-        for column, field in fields.items():
-            if not isinstance(field, str) and not (field is None and column == context):
-                raise UserError(f"column {column} is {type(field).__name__}, not text", place, "mend the row")
-        if not fields[text].strip():
-            raise UserError(f"column {text} is empty", place, "mend or delete the row")
-        examples.append(
-            {
-                "instruction": fields[text],
-                "input": fields.get(context) or "",
-                "response": references(value, target, benchmark.metric, place),
-                "messages": None,
-                "templated": templated(row.get("prompt"), place),
-            }
-        )
+        place, instruction = f"{where} row {number}", row.get(text)
+        extra = "" if row.get(context) is None else row[context]
+        for column, field in ((text, instruction), (context, extra)):
+            if not isinstance(field, str):
+                raise UserError(f"column {column} is {type(field).__name__}, not text", place, "repair the row")
+        if not instruction.strip():
+            raise UserError(f"column {text} is empty", place, "repair or delete the row")
+        gold, ready = references(value, target, benchmark.metric, place), templated(row.get("prompt"), place)
+        example = {"instruction": instruction, "input": extra, "response": gold, "messages": None, "templated": ready}
+        examples.append(example)
     return examples
 
 
@@ -163,18 +150,17 @@ def templated(prompt, where):
 
 
 def references(value, column, metric, where):
-    """One reference or a list of them -> a list of strings, at least one of which says something, or states an answer."""
+    """One reference or a list of them -> a list of strings; at least one has content, or for math states an answer."""
     found = [value] if isinstance(value, str) else value
     if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
-        raise UserError(f"column {column} is neither text nor a list of texts", where, "mend the row")
-    says = lambda text: answer_of(text).strip("$ ") if metric == "math" else text.strip()
-    if not any(map(says, found)):
-        raise UserError(f"references missing: column {column} is empty", where, "mend or delete the row")
+        raise UserError(f"column {column} is neither text nor a list of texts", where, "repair the row")
+    if not any(answer_of(text).strip("$ ") if metric == "math" else text.strip() for text in found):
+        raise UserError(f"references missing: column {column} is empty", where, "repair or delete the row")
     return found
 
 
 def unstringify(values, column, where):
-    """Undoes lists of references that a file format has turned into strings, as a trip through CSV does.
+    """Undoes lists of references that a file format has turned into strings, as CSV does.
 
     Where every value is text that begins like a list of strings, that is what the column holds: each is read as one, and
     one that cannot be read (cut off) is an error. A single reference that happens to look like a list is left alone.

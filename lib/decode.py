@@ -3,15 +3,20 @@
 A batch of sequences is a `Rows`: the cache's columns, which of them each row may see, the position of each row's next
 token, and the hidden state that the next token's logits come from.
 
-    rows = prefill(model, prompts)          the prompts, left-padded, one forward
-    rows = expand(rows, n)                  n rows a prompt, from the one prefill
-    decode(model, rows, choose, ...)        token by token; finished rows leave the batch
-    score(model, rows, responses)           one forward over given responses: log-probs, and a cache for every prefix
-    rows = rewind(rows, keep, hidden)       forget all but the first `keep` response tokens, without a new prefill
+    rows = prefill(model, prompts, tokens)               the prompts, padded on the left, one forward
+    rows = expand(rows, n)                               n rows a prompt, from the one prefill
+    decode(model, rows, choose, budget, tokens)          token by token; finished rows leave the batch
+    score(model, rows, responses, tokens)                one forward over given responses: log-probs, and a cache
+    rows = rewind(rows, keep, hidden)                    forget all but the first `keep` response tokens of each row
 
-Rows are consumed: each call may change the cache of the rows it is given.
-The random number behind a sampled token depends on the sample and its position alone (`uniform_noise`), so a sample
+Each call may change the cache of the rows that it is given: continue with the rows that it returns.
+The random number of a sampled token depends on the sample and its position alone (`uniform_noise`), so a sample
 does not depend on its rank, nor, up to the rounding of logits, on its batch (bfloat16 rounds enough to change a token).
+
+This file imports torch and transformers alone, and can be copied as it is. A model needs what a Hugging Face decoder
+has: `base_model` (called with input_ids, a 4-D boolean attention_mask, position_ids and the cache, whose `update` each
+layer calls; returns last_hidden_state) and `get_output_embeddings()` (weight, bias). Its logits must be the plain
+product of the two, its attention sdpa or one that takes a boolean mask (eager adds it as 0 and 1, which is wrong).
 """
 
 import inspect
@@ -24,11 +29,11 @@ import torch.nn.functional as F
 from transformers import LlamaModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-# The keyword of a KV cache: transformers 5.24 renamed it, for all its models
+# The keyword of a KV cache: transformers 5.24 renamed it in all its models
 CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
-# What each use of `uniform_noise` passes as its stage, so that no two draw the same numbers: the warm-up's student and
-# teacher, evaluation, kd.py's student and teacher, the order of an epoch
+# The stage of each use of `uniform_noise`, so that no two draw the same numbers: the warm-up's student and teacher,
+# evaluation, kd.py's student and teacher, the order of an epoch
 STUDENT_STAGE, TEACHER_STAGE, EVAL_STAGE, KD_STUDENT_STAGE, KD_TEACHER_STAGE, ORDER_STAGE = range(6)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,7 +84,7 @@ def sample_token(logits, noise, temperature, top_p):
         probs = probs.masked_fill(outside.gather(-1, order.argsort(-1)), 0)
     # A running sum over 152k tokens in float64 is slow, and in float32 loses the tail: so first the block, then the token
     block_size = math.isqrt(probs.shape[-1]) + 1
-    blocks = torch.nn.functional.pad(probs, (0, -probs.shape[-1] % block_size)).unflatten(-1, (-1, block_size))
+    blocks = F.pad(probs, (0, -probs.shape[-1] % block_size)).unflatten(-1, (-1, block_size))
     block, noise = invert(blocks.sum(-1), noise[:, None])
     token, _ = invert(blocks.take_along_dim(block[:, :, None], 1)[:, 0], noise)
     return (block * block_size + token)[:, 0]
@@ -93,7 +98,7 @@ def token_logprobs(hidden, weight, bias, targets, chunk):
     """
     if len(targets) > chunk:
         return ChunkedLogprobs.apply(hidden, weight, bias, targets, chunk)
-    logits = torch.nn.functional.linear(hidden, weight, bias).float()  # (M, V)
+    logits = F.linear(hidden, weight, bias).float()  # (M, V)
     return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
 
@@ -116,7 +121,7 @@ class ChunkedLogprobs(torch.autograd.Function):
         for start in range(0, len(targets), ctx.chunk):
             part = slice(start, start + ctx.chunk)
             # z = h W^T + b:  d log softmax(z)[y] / dz = onehot(y) - softmax(z)
-            grad_logits = torch.nn.functional.linear(hidden[part], weight, bias).softmax(-1, dtype=torch.float32)
+            grad_logits = F.linear(hidden[part], weight, bias).softmax(-1, dtype=torch.float32)
             grad_logits.mul_(-grad[part, None]).scatter_add_(-1, targets[part, None], grad[part, None])
             # dh = dz W,  dW = dz^T h,  db = sum dz
             if bias is not None:
@@ -132,7 +137,7 @@ def head_chunk(vocab_size):
     return max(1, (1 << 25) // vocab_size)
 
 
-def sampler(seed, stage, prompt_ids, sample_ids, start, temperature, top_p):
+def sampler(seed, stage, prompt_ids, sample_ids, start, temperature=1.0, top_p=1.0):
     """A `choose` for `decode`: row i draws its token at response position start[i] + step with the noise of that place.
 
     prompt_ids, sample_ids, start: (B,) int64.
@@ -156,7 +161,7 @@ def greedy(logits, indices, step):
 
 
 class PreallocatedLayer(DynamicLayer):
-    """One layer's keys and values (B, heads, columns, D), with spare columns behind the `length` that are in use.
+    """One layer's keys and values (B, heads, columns, D), with spare columns after the `length` that are in use.
 
     A decoded token is written into the next spare column. DynamicLayer would copy the whole cache, for every token.
     """
@@ -178,6 +183,15 @@ class PreallocatedLayer(DynamicLayer):
         self.keys[:, :, start : self.length] = key_states
         self.values[:, :, start : self.length] = value_states
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What decoding must know of a tokenizer."""
+
+    pad_id: int
+    eos_ids: list  # ids that end a response
+    vocab_size: int  # len(tokenizer): rows of lm_head above it are padding, never used
 
 
 @dataclass
@@ -206,6 +220,11 @@ def next_logits(model, hidden, vocab_size):
     return F.linear(hidden, *lm_head(model, vocab_size)).float()
 
 
+def device_of(model):
+    """Where a model's tokens must be."""
+    return model.get_output_embeddings().weight.device
+
+
 def forward_tokens(model, cache, token_ids, attention, positions):
     """One forward of the model without its head: (B, T) tokens, (B, T, C) attention -> (B, T, D) hidden states."""
     output = model.base_model(
@@ -219,10 +238,10 @@ def forward_tokens(model, cache, token_ids, attention, positions):
 
 
 @torch.no_grad()
-def prefill(model, prompts, pad_id, device):
-    """prompts: a list of P non-empty lists of ids. Returns the `Rows` that are ready to predict the first response token."""
-    width = max(map(len, prompts))
-    token_ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=device)  # (P, W)
+def prefill(model, prompts, tokens):
+    """prompts: P non-empty lists of ids. tokens: a `Tokens`. Returns `Rows` that predict the first response token."""
+    width, device = max(map(len, prompts)), device_of(model)
+    token_ids = torch.tensor([[tokens.pad_id] * (width - len(p)) + p for p in prompts], device=device)  # (P, W)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     columns = torch.arange(width, device=device)
     visible = columns >= width - lengths[:, None]  # (P, W)
@@ -243,17 +262,18 @@ def expand(rows, n):
 
 
 @torch.no_grad()
-def decode(model, rows, choose, budget, eos_ids, vocab_size, any_rank=None):
-    """Decodes each row until a token of `eos_ids` (which is kept) or until `budget` tokens.
+def decode(model, rows, choose, budget, tokens, any_rank=None):
+    """Decodes each row until a token of `tokens.eos_ids` (which is kept) or until `budget` tokens.
 
     choose(logits (b, V), indices (b,), step) -> (b,) token ids; `indices` says which of the B rows these are.
-    budget: (B,) int64, 0 allowed. any_rank: for a sharded model, `World.any`: this rank goes on while any rank does.
-    Returns two lists of B lists: token ids, and their log-probs under the untempered, untruncated distribution.
+    budget: (B,) int64, 0 allowed. any_rank: for a sharded model, `World.any`: this rank continues while any rank does.
+    Returns B lists of token ids, and (B, T) float32 their log-probs under the distribution at temperature 1 without
+    truncation, 0 after a response's end; T is the longest response.
     """
     size, width, device = len(budget), int(budget.max()), budget.device
-    tokens = torch.full((size, width), -1, device=device)
+    written = torch.full((size, width), -1, device=device)
     logprobs = torch.zeros(size, width, device=device)
-    eos = torch.tensor(eos_ids, device=device)
+    eos = torch.tensor(tokens.eos_ids, device=device)
     indices = torch.arange(size, device=device)
     finished = budget <= 0  # (b,) rows that wait to leave the batch
     token = torch.zeros_like(budget)  # nothing is fed before step 1
@@ -271,24 +291,22 @@ def decode(model, rows, choose, budget, eos_ids, vocab_size, any_rank=None):
                 token = token[running]
         if step > 0:
             rows = advance(model, rows, token, ~finished)
-        logits = next_logits(model, rows.hidden, vocab_size)  # (b, V)
+        logits = next_logits(model, rows.hidden, tokens.vocab_size)  # (b, V)
         token = choose(logits, indices, step)  # (b,)
         if step < width:
             logprob = logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
-            tokens[indices, step] = torch.where(finished, -1, token)
-            logprobs[indices, step] = logprob
+            written[indices, step] = torch.where(finished, -1, token)
+            logprobs[indices, step] = torch.where(finished, 0, logprob)
         finished = finished | torch.isin(token, eos) | (step + 1 >= budget[indices])
-    lengths = (tokens >= 0).sum(-1).tolist()
-    return (
-        [row[:n] for row, n in zip(tokens.tolist(), lengths)],
-        [row[:n] for row, n in zip(logprobs.tolist(), lengths)],
-    )
+    lengths = (written >= 0).sum(-1).tolist()
+    responses = [ids[:length] for ids, length in zip(written.tolist(), lengths)]
+    return responses, logprobs[:, : max(lengths)]
 
 
 def advance(model, rows, token, running):
     """Feeds one token (b,) a row: the rows one column further, those that are `running` (b,) one position.
 
-    A finished row in the batch must not walk on: a model with learned positions has no more of them than its context.
+    The position of a finished row stays: a model with learned positions has no more of them than its context.
     """
     visible = F.pad(rows.visible, (0, 1), value=True)  # (b, C + 1)
     hidden = forward_tokens(model, rows.cache, token[:, None], visible[:, None], rows.next_position[:, None])
@@ -296,13 +314,13 @@ def advance(model, rows, token, running):
 
 
 @torch.no_grad()
-def score(model, rows, responses, vocab_size):
+def score(model, rows, responses, tokens):
     """One forward over given responses.
 
-    responses: B lists of ids, lengths may differ. Returns
+    responses: B lists of ids, lengths may differ. tokens: a `Tokens`. Returns
     rows: with the T response columns in the cache, of which each row sees its own tokens;
     hidden: (B, T + 1, D), hidden[:, t] predicts response token t;
-    logprobs: (B, T) float32 of the responses' tokens, 0 beyond a response's end.
+    logprobs: (B, T) float32 of the responses' tokens, 0 after a response's end.
     """
     device = rows.visible.device
     width = max(map(len, responses))
@@ -318,7 +336,10 @@ def score(model, rows, responses, vocab_size):
     hidden = torch.cat([rows.hidden[:, None], hidden], 1)  # (B, T + 1, D)
     logprobs = torch.zeros(len(responses), width, device=device)
     logprobs[valid] = token_logprobs(
-        hidden[:, :-1][valid], *lm_head(model, vocab_size), token_ids[valid], head_chunk(vocab_size)
+        hidden[:, :-1][valid],
+        *lm_head(model, tokens.vocab_size),
+        token_ids[valid],
+        head_chunk(tokens.vocab_size),
     )
     last = hidden[torch.arange(len(responses), device=device), lengths]
     scored = Rows(rows.cache, torch.cat([rows.visible, valid], 1), rows.next_position + lengths, last)
@@ -330,7 +351,7 @@ def rewind(rows, keep, hidden):
 
     keep: (B,) int64, at most the response's length. hidden: (B, T + 1, D) from `score`.
     Exact: attention and rotary positions depend on which columns are visible and on position ids, not on where in the
-    cache a column lies.
+    cache a column is.
     """
     width = hidden.shape[1] - 1
     start = rows.visible.shape[1] - width  # the scored tokens are the last columns

@@ -1,4 +1,4 @@
-"""Models and tokenizers: loading, and checking that teacher and student speak of the same tokens."""
+"""Models and tokenizers: loading them, refusing what would be computed wrongly, checking that two have the same tokens."""
 
 import hashlib
 import json
@@ -7,16 +7,23 @@ import math
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
 
-from common import DTYPES, UserError, one_line
+from lib.decode import Tokens
+from lib.runs import DTYPES, UserError, one_line
 
 LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError)
 
 
-def compute_dtype(name, world):
+def compute_dtype(name, device):
     """torch dtype of "auto", "float32" or "bfloat16"; auto: bfloat16 on a GPU that has it, else float32."""
-    on_gpu = world.device.type == "cuda"
+    on_gpu = device.type == "cuda"
     has_bfloat16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
     if name == "auto":
         name = "bfloat16" if on_gpu and has_bfloat16 else "float32"
@@ -40,42 +47,59 @@ def load_tokenizer(path, trust_remote_code=False):
     return tokenizer
 
 
+def load_safetensors(auto_class, path, dtype, trust_remote_code, **options):
+    """`from_pretrained` from safetensors alone. Raises ValueError where a weight is missing: it would be random."""
+    model, info = auto_class.from_pretrained(
+        path,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+        **options,
+    )
+    if info["missing_keys"]:
+        raise ValueError(f"no weights for {min(info['missing_keys'])}")
+    return model
+
+
 def load_model(path, dtype, device, trust_remote_code=False):
-    """A causal language model in `dtype` on `device`, weights from safetensors alone, attention through sdpa."""
+    """A causal language model in `dtype` on `device`, attention through sdpa. Raises UserError for what it cannot be."""
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            use_safetensors=True,
-            attn_implementation="sdpa",
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
-        check_no_weight_is_missing(info)
+        model = load_safetensors(AutoModelForCausalLM, path, dtype, trust_remote_code, attn_implementation="sdpa")
     except LOAD_ERRORS as error:
-        raise UserError(
-            f"no model can be loaded ({one_line(error)})", f"in {path}", "a folder or hub id with safetensors is needed"
-        )
+        what = f"no model can be loaded ({one_line(error)})"
+        raise UserError(what, f"in {path}", "a folder or hub id with safetensors is needed")
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(model.config, name, None) not in (None, 1, 1.0):
-            raise UserError(
-                f"the model changes its logits after lm_head ({name})", f"in {path}", "use a model without it"
-            )
-    if getattr(model.config, "sliding_window", None) and "sliding_attention" in getattr(
-        model.config, "layer_types", ["sliding_attention"]
-    ):
+            what = f"the model changes its logits after lm_head ({name})"
+            raise UserError(what, f"in {path}", "use a model without it")
+    layer_types = getattr(model.config, "layer_types", ["sliding_attention"])
+    if getattr(model.config, "sliding_window", None) and "sliding_attention" in layer_types:
         raise UserError("sliding-window attention is not supported", f"in {path}", "use a model with full attention")
     return model.to(device).eval()
 
 
-def check_no_weight_is_missing(info):
-    """Raises ValueError where transformers would go on with random weights. info: of `from_pretrained`."""
-    if info["missing_keys"]:
-        raise ValueError(f"no weights for {min(info['missing_keys'])}")
+def load_frozen(path, args, world, tokenizer, device=None):
+    """A model that is not trained: in --dtype, on this rank's device or on `device`, a row for every token."""
+    dtype = compute_dtype(args.dtype, world.device)
+    model = load_model(path, dtype, world.device if device is None else device, args.trust_remote_code)
+    check_vocabulary(model, tokenizer, path)
+    return model.requires_grad_(False)
+
+
+def load_reward_model(path, args, world):
+    """(model, tokenizer) of a sequence-classification reward model with one label."""
+    tokenizer = load_tokenizer(path, args.trust_remote_code)
+    dtype = compute_dtype(args.dtype, world.device)
+    try:
+        model = load_safetensors(AutoModelForSequenceClassification, path, dtype, args.trust_remote_code, num_labels=1)
+    except LOAD_ERRORS as error:
+        raise UserError(f"no reward model can be loaded ({one_line(error)})", f"in {path}", "check --keep")
+    return model.to(world.device).eval(), tokenizer
 
 
 def model_eos_ids(paths, tokenizer, trust_remote_code=False):
-    """Sorted ids that end a response: the tokenizer's eos and those of each model's generation config, or of its config."""
+    """Sorted ids that end a response: the tokenizer's eos and those of each model's generation config, or its config."""
     ids = {tokenizer.eos_token_id}
     for path in paths:
         try:
@@ -90,7 +114,7 @@ def model_eos_ids(paths, tokenizer, trust_remote_code=False):
 
 
 def prompt_limit(paths, most, new_tokens, trust_remote_code=False):
-    """The longest prompt, `most` or less, that leaves `new_tokens` room in the context of each model; UserError if none."""
+    """The longest prompt, `most` or less, that leaves `new_tokens` room in each model's context; UserError if none."""
     for path in paths:
         try:
             config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -105,41 +129,37 @@ def prompt_limit(paths, most, new_tokens, trust_remote_code=False):
 
 
 def fit_into_context(args):
-    """Lowers --max-prompt-tokens where student or teacher has no room for it and --max-new-tokens. Returns a note, "" if none."""
-    paths = filter(None, [args.student, args.teacher])
+    """Lowers --max-prompt-tokens where a model has no room for it beside --max-new-tokens. Returns a note, or ""."""
+    paths = [path for path in (args.student, args.teacher) if path]
     limit = prompt_limit(paths, args.max_prompt_tokens, args.max_new_tokens, args.trust_remote_code)
     asked, args.max_prompt_tokens = args.max_prompt_tokens, limit
     if limit == asked:
         return ""
-    return f"prompts may have {limit} tokens: the models' context has no more beside {args.max_new_tokens} new ones"
+    return f"prompts may have {limit} tokens: the context has room for no more beside {args.max_new_tokens} new ones\n"
 
 
 def tokenizer_fingerprint(tokenizer):
     """16 hex digits that two tokenizers share if and only if (but for chance) their vocabularies are equal."""
-    vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    return hashlib.sha256(json.dumps(vocab).encode()).hexdigest()[:16]
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 
 
 def check_same_tokenizer(student, teacher, student_path, teacher_path):
     """Raises UserError with the first difference unless both tokenizers map the same tokens to the same ids."""
     where, todo = f"in {student_path} and {teacher_path}", "use a teacher and a student of one family"
     ours, theirs = student.get_vocab(), teacher.get_vocab()
-    different = sorted(
-        token for token in ours.keys() | theirs.keys() if ours.get(token, None) != theirs.get(token, None)
-    )
+    different = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
     if different:
         token = min(different, key=lambda t: min(ours.get(t, math.inf), theirs.get(t, math.inf)))
-        what = (
-            f"token {token!r} has id {ours.get(token)} in the student's tokenizer, {theirs.get(token)} in the teacher's"
-        )
-        raise UserError(what, where, todo)
+        ids = f"id {ours.get(token)} in the student's tokenizer, {theirs.get(token)} in the teacher's"
+        raise UserError(f"token {token!r} has {ids}", where, todo)
     if student.eos_token_id != teacher.eos_token_id:
         what = f"eos is {student.eos_token!r} for the student and {teacher.eos_token!r} for the teacher"
         raise UserError(what, where, todo)
 
 
 def check_vocabulary(model, tokenizer, path):
-    """Raises UserError unless the model has a row for every token. Rows beyond len(tokenizer) are padding, never used."""
+    """Raises UserError unless the model has a row for every token. More rows are padding, which is never used."""
     rows = model.get_output_embeddings().weight.shape[0]
     if rows < len(tokenizer):
         what = f"the model has {rows} vocabulary rows for {len(tokenizer)} tokens"
@@ -147,8 +167,10 @@ def check_vocabulary(model, tokenizer, path):
 
 
 def shared_tokenizer(student, teacher, trust_remote_code=False):
-    """(tokenizer, eos ids) of a student and, unless it is None, a teacher; raises UserError where the two differ."""
-    tokenizer = load_tokenizer(student, trust_remote_code)
+    """(tokenizer, `Tokens`) of a student and, unless it is None, a teacher; raises UserError where the two differ."""
+    tokenizer, paths = load_tokenizer(student, trust_remote_code), [student]
     if teacher:
         check_same_tokenizer(tokenizer, load_tokenizer(teacher, trust_remote_code), student, teacher)
-    return tokenizer, model_eos_ids(filter(None, [student, teacher]), tokenizer, trust_remote_code)
+        paths.append(teacher)
+    eos_ids = model_eos_ids(paths, tokenizer, trust_remote_code)
+    return tokenizer, Tokens(tokenizer.pad_token_id, eos_ids, len(tokenizer))

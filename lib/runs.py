@@ -1,17 +1,24 @@
-"""Plumbing that every script shares: errors, processes, flags, files.
+"""A run: its errors, its processes, its flags, its folder OUT and the files in it.
 
-Nothing in this file comes from a paper. What a paper says is in the file that bears its name.
+Nothing in this file comes from a paper.
 """
 
 import argparse
 import contextlib
+import ctypes
 import errno
+import fcntl
+import functools
+import hashlib
 import json
+import math
 import os
+import shutil
 import signal
+import subprocess
 import sys
-import threading
 import time
+import traceback
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,158 +26,98 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers
-from safetensors import SafetensorError
-from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
-GO_ON = "the same command goes on from what is done"
+ROOT = Path(__file__).parent.parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Arguments that may differ when a run continues: they change no pair and no weight by more than rounding
+FREE_ARGS = {"out", "device", "threads", "save_every", "micro_batch_size", "activation_checkpointing", "accept_changes"}
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Errors: one line, exit status 2, from one process
+# Errors: one line, exit status 2
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class UserError(Exception):
-    """Something the user can mend: what is wrong, where, what to do. Printed as one line, without a traceback."""
+    """Bad input: what is wrong, where, what to do. Printed as one line, without a traceback."""
 
     def __init__(self, what, where, what_to_do):
-        text = f"{what}, {where}, {what_to_do}"  # it may quote a file: no line ends, no terminal's control characters
+        text = f"{what}, {where}, {what_to_do}"  # it may quote a file: no line ends, no control characters
         super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
+
+
+class Stopped(Exception):
+    """A training loop was told to stop by a signal; `step` is the step whose checkpoint it has written."""
+
+    def __init__(self, step):
+        super().__init__(f"stopped after step {step}, whose checkpoint is written: the same command continues")
 
 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with this project's error line, and help that shows each default once."""
 
     def __init__(self, doc):
-        super().__init__(
-            description=doc.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-        )
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(description=doc.split("\n\n")[0], formatter_class=formatter, allow_abbrev=False)
 
     def error(self, message):
         raise UserError(message.replace("\n", " "), "on the command line", f"see {self.prog} --help")
 
 
-class Stopped(Exception):
-    """SIGTERM or Ctrl-C has come; what is done so far is on the disk, and the same command goes on from there."""
-
-
-@dataclass
-class Status:
-    """What this process is doing, for its last words, and whether it has been told to stop."""
-
-    stage: str = "start-up"
-    signal: int = 0  # SIGTERM or SIGINT, once one has come
-    signalled: float = 0.0  # when: time.monotonic()
-    finishes_step: bool = (
-        False  # true in a training loop: a first signal then waits for `World.stops`, a second does not
-    )
-    leaving: bool = False
-
-    def enter(self, stage, finishes_step=False):
-        """Names what comes now. Raises Stopped if a signal came behind the last look at it."""
-        if self.signal and not self.leaving:
-            raise Stopped(f"stopped by {signal.Signals(self.signal).name}")
-        self.stage, self.finishes_step = stage, finishes_step
-
-    def on_signal(self, number, frame):
-        """The handler of SIGTERM and SIGINT. Within a second it is the same one: of the scheduler, and of torchrun."""
-        first, before = not self.signal, self.signalled
-        self.signal, self.signalled = number, time.monotonic()
-        if not first and self.signalled - before < 1:
-            return
-        if not self.leaving and not (first and self.finishes_step):
-            raise Stopped(f"stopped by {signal.Signals(number).name}")
-
-
-STATUS = Status()
-
-
 def run(main):
-    """Call `main`; turn what ends it into one line on stderr, from one process of the job, and an exit status.
+    """Calls `main` and ends the process with an exit status.
 
-    2: a UserError. 1: another rank is gone, or the disk refuses. 128 + signal: told to stop. Anything else is a defect
-    of ours and keeps its traceback. os._exit, not sys.exit: a rank must not wait in a destructor for ranks that are gone.
+    0: done. 2: a UserError, one line. 130, 143: told to stop. 1: anything else, with its traceback.
+    The process leaves by os._exit: gloo's threads abort about 1 interpreter shutdown in 40 (pytorch#179291), and a
+    rank must not wait in a destructor for ranks that are gone.
     """
-    signal.signal(signal.SIGTERM, STATUS.on_signal)
-    signal.signal(signal.SIGINT, STATUS.on_signal)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        threading.Thread(target=end_with_torchrun, daemon=True).start()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # no rank outlives its torchrun (1: PR_SET_PDEATHSIG)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    status, line = 0, None
     try:
         main()
         if dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()
-        # Not by the interpreter's shutdown, in which gloo's threads abort about 1 finished job in 40 (pytorch#179291)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
-    # In each case first: no signal interrupts the last words. torchrun's SIGTERM comes just when a lost rank is noticed
+    except SystemExit as end:  # of argparse's --help
+        status = end.code
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
+    except Stopped as stop:
+        status, line = 128 + signal.SIGTERM, str(stop)
     except UserError as error:
-        STATUS.leaving = True
-        line, status = f"error: {error}", 2
-    except BrokenPipeError:  # `| head` has read enough
-        os._exit(128 + signal.SIGPIPE)
-    except Stopped as error:
-        STATUS.leaving = True
-        line, status = f"error: {error}, in stage {STATUS.stage}, {GO_ON}", 128 + (STATUS.signal or signal.SIGTERM)
-    except (Exception, CheckpointException) as error:  # torch's is a BaseException
-        STATUS.leaving = True
-        if (what := cause_outside(error)) is None:
-            raise
-        line, status = f"error: {what}, in stage {STATUS.stage}, {GO_ON}", 1
-    leave(line, status)
-
-
-def end_with_torchrun():
-    """Ends this rank when torchrun is gone: one that was killed leaves its ranks at work, and nobody to end them."""
-    parent = os.getppid()
-    while os.getppid() == parent:
-        time.sleep(1)
-    leave(f"error: torchrun is gone, in stage {STATUS.stage}, {GO_ON}", 1)
-
-
-def cause_outside(error):
-    """What the machine, not this program, has done: one line for a lost rank, full memory, a disk that refuses; else None."""
-    if isinstance(error, CheckpointException):  # wraps what the ranks met
-        return cause_outside(next(iter(error.failures.values()))[0]) if error.failures else None
-    text = one_line(error)
-    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        return (
-            f"the disk refuses ({error.strerror or text}) at {error.filename or 'OUT'}: make room or give another --out"
+        status, line = 2, f"error: {error}"
+    except torch.OutOfMemoryError as error:
+        todo = (
+            "lower --micro-batch-size or add --activation-checkpointing in training, lower --prompts-per-batch before"
         )
-    if isinstance(error, SafetensorError) and "os error" in text:
-        return f"the disk refuses ({text}): make room or give another --out"
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
-        less = "less --micro-batch-size or --activation-checkpointing in training, less --prompts-per-batch before it"
-        return f"out of memory ({text[:160]}): {less}"
-    if isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "NCCL", "onnection reset")):
-        return f"another rank is gone ({text[:160]})"
-    return None
-
-
-def leave(line, status):
-    """Ends this process with `line` on stderr, unless another rank of this machine has said its own.
-
-    Most errors are met by all ranks: the others give rank 0 five seconds to speak, or half a second once torchrun ends
-    them. What is in torchrun's error file it prints at the very end of its own report.
-    """
-    STATUS.leaving = True
-    rank, file = int(os.environ.get("RANK", "0")), os.environ.get("TORCHELASTIC_ERROR_FILE")
-    # .../attempt_0/RANK/error.json
-    spoken = lambda: bool(file) and any(Path(file).parent.parent.glob("*/error.json"))
-    for tenths in range(50 * (rank > 0)):
-        if spoken() or (STATUS.signal and tenths >= 5):
-            break
-        time.sleep(0.1)
-    if not spoken():
-        line += f" (rank {rank})" if rank > 0 else ""
-        tqdm.write(line, file=sys.stderr)  # not behind a progress bar
-        sys.stderr.flush()
-        if file:
-            write_json(file, {"message": line, "timestamp": int(time.time())})
+        status, line = 1, f"error: out of GPU memory ({one_line(error)[:160]}), in this process, {todo}"
+    except BaseException:  # noqa: BLE001 - a defect of ours, shown whole; torch has errors that are no Exception
+        status = 1
+        traceback.print_exc()
+    if line is not None:
+        say_from_one_rank(line)
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(status)
+
+
+def say_from_one_rank(line):
+    """Prints `line` on stderr, and puts it at the end of torchrun's report. Usually all ranks meet the same error: the
+    others wait until torchrun, which sees rank 0 end, ends them. One that is alone with its error prints it.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    if rank > 0:
+        time.sleep(4 + int(os.environ["LOCAL_RANK"]) / 4)
+        line += f" (rank {rank})"
+    tqdm.write(line, file=sys.stderr)
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        write_json(os.environ["TORCHELASTIC_ERROR_FILE"], {"message": line, "timestamp": int(time.time())})
+
+
+def one_line(error):
+    """The first line of an exception's text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -180,7 +127,7 @@ def leave(line, status):
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers. `size` processes, numbered by `rank`; `device` is where this one computes."""
+    """This process among `size` processes, numbered by `rank`; `device` is where it computes."""
 
     rank: int
     size: int
@@ -188,10 +135,6 @@ class World:
 
     def barrier(self):
         dist.barrier()
-
-    def stops(self, boundary=True):
-        """At the end of an optimizer step: whether any rank has been told to stop; `boundary`: if it may stop here."""
-        return boundary and self.any(STATUS.signal)
 
     def any(self, flag):
         """True on every rank if `flag` is true on at least one."""
@@ -203,38 +146,58 @@ class World:
         dist.all_reduce(tensor)
         return tensor.tolist()
 
+    def first(self, function):
+        """Calls `function` on rank 0 alone. Its result, or its UserError, reaches every rank."""
+        outcome = [None, None]
+        if self.rank == 0:
+            try:
+                outcome[0] = function()
+            except UserError as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, device=self.device)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
 
 def start_processes(device, threads):
     """Joins the other processes of a torchrun job, or makes a group of one without torchrun. Returns a `World`.
 
     device: "auto" (cuda if there is one), "cpu" or "cuda". threads: CPU threads of this process, 0: torch's choice.
     """
-    check_range("--threads", threads, threads >= 0, "of 0 or more")
     if threads:
         torch.set_num_threads(threads)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("no GPU can be used", "--device cuda", "use --device cpu or install a CUDA build of torch")
     if device == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("no GPU can be used", "--device cuda", "use --device cpu or install a CUDA build of torch")
         local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if local_rank >= count:
             raise UserError(f"there is no GPU number {local_rank}", f"on a machine of {count}", "start fewer processes")
         torch.cuda.set_device(local_rank)
-        device = f"cuda:{torch.cuda.current_device()}"
+        device = f"cuda:{local_rank}"
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-    # Rank 0 alone builds the toy and merges files, the others wait: an hour is a bound for a dead peer, not a guess.
-    kwargs = {"backend": backend, "timeout": timedelta(hours=1)}
+    # Ranks wait while rank 0 reads the data or merges files: an hour is for a lost peer only
+    options = {"backend": backend, "timeout": timedelta(hours=1)}
     if "RANK" not in os.environ:
-        kwargs.update(store=dist.HashStore(), rank=0, world_size=1)
-    elif "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's store is there before its ranks are, or torchrun is gone
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=15))
+        options.update(store=dist.HashStore(), rank=0, world_size=1)
     if not dist.is_initialized():
-        dist.init_process_group(**kwargs)
+        dist.init_process_group(**options)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     return World(dist.get_rank(), dist.get_world_size(), torch.device(device))
+
+
+def progress(iterable=None, *, desc, world, **options):
+    """A tqdm bar on rank 0; 100 columns, so that it can be read where the terminal's width is unknown."""
+    return tqdm(iterable, desc=desc, disable=world.rank > 0, ncols=100, **options)
+
+
+def seconds_since_start():
+    """Seconds since this process was started, the imports included (Linux: field 22 of /proc/self/stat)."""
+    started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -242,33 +205,162 @@ def start_processes(device, threads):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def ranged(kind, good, text):
+    """A `type` for argparse: int or float values that are `good`; `text` names them in the error."""
+
+    def parse(word):
+        value = kind(word)
+        if not good(value):
+            raise argparse.ArgumentTypeError(f"{word} is not {text}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+COUNT = ranged(int, lambda x: x >= 1, "1 or more")
+LIMIT = ranged(int, lambda x: x >= 0, "0 or more")
+SEED = ranged(int, lambda x: 0 <= x < 1 << 62, "from 0 to 2^62 - 1")
+NATS = ranged(float, math.isfinite, "a finite number")
+ABOVE_0 = ranged(float, lambda x: 0 < x < math.inf, "above 0")
+NOT_NEGATIVE = ranged(float, lambda x: 0 <= x < math.inf, "0 or more")
+SHARE = ranged(float, lambda x: 0 <= x <= 1, "from 0 to 1")
+OPEN_SHARE = ranged(float, lambda x: 0 < x < 1, "between 0 and 1")
+TOP_P = ranged(float, lambda x: 0 < x <= 1, "above 0 and at most 1")
+
+
 def add_arguments(parser):
     """Flags of every script."""
     group = parser.add_argument_group("run")
-    group.add_argument("--seed", type=int, default=0, help="decides every random number of the run")
+    group.add_argument("--seed", type=SEED, default=0, help="decides every random number of the run")
     group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda if there is one")
-    group.add_argument(
-        "--dtype",
-        choices=["auto", *DTYPES],
-        default="auto",
-        help="of the arithmetic; auto: bfloat16 on cuda, float32 on cpu; trained weights are float32 in any case",
-    )
-    group.add_argument("--threads", type=int, default=0, help="CPU threads of each process; 0: torch's choice")
+    dtype_help = "of the arithmetic, auto: bfloat16 on cuda, float32 on cpu; trained weights are float32 in any case"
+    group.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help=dtype_help)
+    group.add_argument("--threads", type=LIMIT, default=0, help="CPU threads of each process; 0: torch's choice")
     group.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with a model")
+    accept_help = "continue in an OUT of other arguments, inputs or code; what is there is kept as it is"
+    group.add_argument("--accept-changes", action="store_true", help=accept_help)
 
 
-def check_range(flag, value, good, range_text):
-    """Raises UserError unless `good`."""
-    if not good:
-        raise UserError(f"{flag} is {value}", "on the command line", f"give a value {range_text}")
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder OUT
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def check_ranges(args, rules):
-    """Raises UserError for the first flag out of its range. rules: {text of the range: (is a value good, names)}."""
-    for text, (good, names) in rules.items():
-        for name in names:
-            value = getattr(args, name)
-            check_range(f"--{name.replace('_', '-')}", value, good(value), text)
+def start_run(out, args, world, inputs=()):
+    """Makes OUT, or takes it up again. OUT/args.json says which arguments, inputs and code made what is in it.
+
+    args: the namespace of `parse_args`; FREE_ARGS and --eval-* may differ. inputs: paths of models and data, whose
+    content must be the same. Returns OUT as a Path. Raises UserError where OUT is no folder of such a run, holds a run
+    of other arguments, inputs or code (unless --accept-changes), or another run is at work in it.
+    """
+    out = Path(out)
+    settings = {key: value for key, value in vars(args).items() if key not in FREE_ARGS and key[:5] != "eval_"}
+    commit, dirty = git_commit()
+    versions = {"python": sys.version, "torch": torch.__version__, "transformers": transformers.__version__}
+    record = {"args": vars(args) | {"out": str(out)}, "settings": settings, "versions": versions}
+    record |= {"inputs": {str(path): fingerprint(path) for path in inputs}, "code": code_fingerprints()}
+    record |= {"commit": commit, "dirty": dirty}
+    world.first(lambda: claim(out, record, getattr(args, "accept_changes", False)))
+    return out
+
+
+def claim(out, record, accept):
+    """What `start_run` does, on rank 0."""
+    file = out / "args.json"
+    made = [p for p in sorted(out.glob("*")) if p.name[0] != "." and p.name not in ("args.json", "prompts.arrow")]
+    if (out.exists() and not out.is_dir()) or (made and not file.exists()):
+        what = f"OUT holds {made[0].name}, which no run made" if made else "OUT is not a folder"
+        raise UserError(what, f"at {out}", "give another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock(out / ".lock")
+        for partial in [*out.glob(".*.partial"), *out.glob("*/.*.partial")]:  # of a killed run
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        if made:  # a run that has made nothing yet, since its model was not found, say, claims nothing
+            there = read_json(file)
+            # Code is compared as it was when OUT began; what a later start accepted is compared again
+            for key in ("settings", "inputs", "code"):
+                refuse_differences(out, record[key], dict(there[key]), accept)
+        else:
+            write_json(file, record, indent=1)
+    except OSError as error:
+        raise UserError(f"OUT cannot be written ({one_line(error)})", f"at {out}", "give another --out")
+    except (ValueError, KeyError, TypeError):
+        raise UserError("args.json is not of a run of this project", f"in {out}", "give another --out")
+
+
+def refuse_differences(folder, ours, theirs, accept):
+    """Raises UserError that names the entries of two dicts that differ; with `accept` (--accept-changes) prints them."""
+    different = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
+    changes = "; ".join(f"{key}: {theirs.get(key)} there, {ours.get(key)} now" for key in different)
+    if different and not accept:
+        what = f"what is there was made otherwise ({changes})"
+        raise UserError(what, f"in {folder}", "give another folder, or --accept-changes to keep what is there")
+    if different:
+        print(f"accepted in {folder}: {changes}")
+
+
+LOCKS = {}  # file descriptors: a lock lasts until its process ends, however it ends
+
+
+def lock(path):
+    """Raises UserError if another process holds the lock `path`. Where the file system has no locks, there is none."""
+    if path in LOCKS:
+        return
+    LOCKS[path] = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.lockf(LOCKS[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise UserError("another run is at work in OUT", f"at {path.parent}", "wait for it or give another --out")
+
+
+def fingerprint(path):
+    """16 hex digits of the content of a file or model folder; None for a hub id, which names its content itself.
+
+    Of each file: its name, its size, and 65 blocks of 64 KiB spread over it. Training changes every weight.
+    """
+    path, content = Path(path), hashlib.sha256()
+    for file in [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("*.json")]):
+        size = file.stat().st_size
+        content.update(f"{file.name} {size} ".encode())
+        with open(file, "rb") as stream:
+            for k in range(65):
+                stream.seek(k * max(1 << 16, (size - (1 << 16)) // 64))
+                content.update(stream.read(1 << 16))
+    return content.hexdigest()[:16] if path.exists() else None
+
+
+def code_fingerprints():
+    """{file: 16 hex digits} of the scripts and lib/."""
+    files = sorted([*ROOT.glob("*.py"), *ROOT.glob("lib/*.py")])
+    return {str(file.relative_to(ROOT)): hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files}
+
+
+@functools.cache
+def git_commit():
+    """(the commit of this checkout, whether a file of it has been changed since); (None, None) without git."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        return commit, subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False).returncode != 0
+    except (OSError, subprocess.CalledProcessError):
+        return None, None
+
+
+def missing_shards(folder, count, suffix, world):
+    """Sorted numbers k < count whose file folder/NNNNN.suffix is not there, the same list on every rank."""
+
+    def look():
+        folder.mkdir(parents=True, exist_ok=True)
+        there = {file.name for file in folder.iterdir()}
+        missing = [k for k in range(count) if f"{k:05d}.{suffix}" not in there]
+        if len(missing) < count:
+            print(f"{folder.name}: {count - len(missing)} of {count} batches were there already")
+        return missing
+
+    return world.first(look)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -276,20 +368,14 @@ def check_ranges(args, rules):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def one_line(error):
-    """The first line of an exception's text, for an error message of one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-
-
 @contextlib.contextmanager
-def atomic_file(path):
-    """A binary file to write to, which becomes `path` when the block ends: a reader or a killed run sees all or nothing."""
+def atomic_path(path):
+    """A path to write to, which becomes `path` when the block ends: a reader or a killed run sees all or nothing."""
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.partial")
     try:
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
+        yield partial
+        with open(partial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except BaseException:
@@ -298,14 +384,24 @@ def atomic_file(path):
 
 
 def write_atomic(path, content):
-    """Writes `content`, text or bytes, to `path`, whole or not at all."""
-    with atomic_file(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+    """Writes text to `path`, whole or not at all."""
+    with atomic_path(path) as partial:
+        partial.write_bytes(content.encode())
+
+
+def write_json(path, value, indent=None):
+    """Writes one JSON value, atomically."""
+    write_atomic(path, json.dumps(value, indent=indent) + "\n")
 
 
 def write_jsonl(path, rows):
     """Writes one JSON object a line, atomically."""
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_json(path):
+    """The JSON value in `path`."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def iterate_jsonl(path, blank_lines=False):
@@ -317,9 +413,11 @@ def iterate_jsonl(path, blank_lines=False):
             try:
                 value = json.loads(line)
                 if b"\\u" in line:
-                    json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate is no text: no tokenizer takes it
+                    json.dumps(value, ensure_ascii=False).encode()  # no tokenizer takes a lone surrogate
             except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or brackets without end
-                raise UserError(f"not JSON ({one_line(error)})", f"in {path} line {number}", "mend or delete the line")
+                raise UserError(
+                    f"not JSON ({one_line(error)})", f"in {path} line {number}", "repair or delete the line"
+                )
             yield number, value
 
 
@@ -328,21 +426,7 @@ def read_jsonl(path):
     return [value for _, value in iterate_jsonl(path)]
 
 
-def write_json(path, value):
-    """Writes one JSON value, atomically."""
-    write_atomic(path, json.dumps(value) + "\n")
-
-
-def read_json(path):
-    """The JSON value in `path`."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
-
-
 def append_jsonl(path, row):
-    """Adds one JSON object as a line, whole or not at all."""
-    line = f"{json.dumps(row)}\n".encode()
-    with open(path, "ab", buffering=0) as file:
-        written = file.write(line)
-        if written < len(line):  # the disk is full
-            file.truncate(file.tell() - written)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    """Adds one JSON object as a line."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")

@@ -1,4 +1,4 @@
-"""Scores of one response (Rouge-L, the answer of a math problem), and what many of them say: spread, comparison, table.
+"""Scores of one response (Rouge-L, the answer of a math problem) and statistics of many: spread, paired comparison.
 
 rouge_score and math_verify are imported where they are used: training takes `is_correct` from here without them.
 """
@@ -14,7 +14,7 @@ import statistics
 
 import torch
 
-from common import UserError
+from lib.runs import UserError
 
 TITLES = {"rouge": "Rouge-L", "math": "accuracy"}
 
@@ -90,20 +90,17 @@ def same_answer(response, gold):
     return bool(answer) and verify(read(wanted), read(answer), timeout_seconds=None)
 
 
-def serve_answers(connection, compare, memory):
-    """The checker's process: answers pairs of texts until the other end closes."""
-    # An answer like 2^10000000000 must end in an error here, not with the machine's memory
-    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
-    connection.send("ready")
-    while True:
-        try:
-            pair = connection.recv()
-        except EOFError:
-            return
-        try:
-            connection.send(bool(compare(*pair)))
-        except Exception:  # noqa: BLE001 - whatever it is, it is this example's alone
-            connection.send(None)
+def limit_memory(size):
+    """For the checker's process: an answer like 2^10000000000 then is a MemoryError, and not the machine's end."""
+    resource.setrlimit(resource.RLIMIT_DATA, (size, size))
+
+
+def verdict(compare, response, gold):
+    """compare(response, gold) as True or False, or None if it raises."""
+    try:
+        return bool(compare(response, gold))
+    except Exception:  # noqa: BLE001 - any error concerns this example alone
+        return None
 
 
 class AnswerChecker:
@@ -113,37 +110,25 @@ class AnswerChecker:
     """
 
     def __init__(self, compare=same_answer, seconds=10.0, memory=8 << 30):
-        self.compare, self.seconds, self.memory, self.process = compare, seconds, memory, None
-
-    def start(self):
-        context = multiprocessing.get_context("spawn")  # a forked copy would inherit threads' locks and GPU handles
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve_answers, args=(theirs, self.compare, self.memory), daemon=True)
-        self.process.start()
-        theirs.close()
-        if not self.connection.poll(60):
-            raise EOFError("the checker does not start")
-        self.connection.recv()
+        self.compare, self.seconds, self.memory = compare, seconds, memory
+        self.process = None  # a pool of one
 
     def close(self):
-        if self.process:
-            self.process.kill()
-            self.process.join()
-            self.connection.close()
+        if self.process is not None:
+            self.process.terminate()
             self.process = None
 
     def __call__(self, response, gold):
-        """True or False, or None if no answer came within `seconds` or the process died."""
+        """True or False, or None if there is no answer within `seconds`, as after a crash."""
         try:
-            if not self.process:
-                self.start()
-            self.connection.send((response, gold))
-            if self.connection.poll(self.seconds):
-                return self.connection.recv()
-        except (EOFError, OSError):
-            pass
-        self.close()
-        return None
+            if self.process is None:
+                context = multiprocessing.get_context("spawn")  # a fork would inherit locks and GPU handles
+                self.process = context.Pool(1, limit_memory, [self.memory])
+                self.process.apply_async(len, [""]).get(60)  # its start does not count
+            return self.process.apply_async(verdict, [self.compare, response, gold]).get(self.seconds)
+        except multiprocessing.TimeoutError:
+            self.close()
+            return None
 
 
 def check_installed(metric):
@@ -190,81 +175,47 @@ def interval(difference, means):
     return {"difference": difference, "low": low, "high": high, "share": share}
 
 
+def example_scores(results):
+    """{seed: rows} of one set -> {prompt_id: (references, the mean score over the seeds)}."""
+    by_prompt = {}
+    for rows in results.values():
+        for row in rows:
+            by_prompt.setdefault(row["prompt_id"], []).append(row)
+    return {i: (rows[0]["references"], statistics.fmean(r["score"] for r in rows)) for i, rows in by_prompt.items()}
+
+
 def compare(a, b, resamples, seed):
     """Paired comparison of two models' results, each {set: {seed: rows}}: B minus A, per set and over all sets.
 
     An example's score is its mean over seeds. "all" is the mean over sets of the sets' means; it is resampled within
     each set (stratified), so that no resample has more of one set than another.
     """
-    results, strata = {}, []
-    for k, name in enumerate(n for n in a if n in b):
-        scores = []  # of A, of B: {prompt_id: (references, mean score)}
-        for seeds in (a[name], b[name]):
-            by_prompt = {}
-            for rows in seeds.values():
-                for row in rows:
-                    by_prompt.setdefault(row["prompt_id"], []).append(row)
-            scores.append(
-                {i: (r[0]["references"], statistics.fmean(x["score"] for x in r)) for i, r in by_prompt.items()}
-            )
-        both = sorted(scores[0].keys() & scores[1].keys())  # a prompt too long for one model's tokenizer is in neither
-        if not both or any(scores[0][i][0] != scores[1][i][0] for i in both):
-            raise UserError(
-                f"the two results of {name} are on different data", "in --compare", "evaluate both on one set"
-            )
-        differences = torch.tensor([scores[1][i][1] - scores[0][i][1] for i in both], dtype=torch.float64)
+    results, strata, todo = {}, [], "evaluate both on one set"
+    for k, name in enumerate(sorted(a.keys() & b.keys())):
+        scores_a, scores_b = example_scores(a[name]), example_scores(b[name])
+        both = sorted(scores_a.keys() & scores_b.keys())  # a prompt too long for one model's tokenizer is in neither
+        if not both or any(scores_a[i][0] != scores_b[i][0] for i in both):
+            raise UserError(f"the two results of {name} are on different data", "in --compare", todo)
+        differences = torch.tensor([scores_b[i][1] - scores_a[i][1] for i in both], dtype=torch.float64)
         means = paired_bootstrap(differences, resamples, seed + k)  # another seed: strata are independent
         results[name] = {"examples": len(both), **interval(differences.mean().item(), means)}
         strata.append(means)
     if not results:
-        raise UserError("the two results have no set in common", "in --compare", "evaluate both on one set")
+        raise UserError("the two results have no set in common", "in --compare", todo)
     observed = statistics.fmean(result["difference"] for result in results.values())
     examples = sum(result["examples"] for result in results.values())
-    results["all"] = {"examples": examples, **interval(observed, torch.stack(strata).mean(0))}
-    return results
+    return results | {"all": {"examples": examples, **interval(observed, torch.stack(strata).mean(0))}}
 
 
 def summarise(results):
     """{seed: rows} -> means per seed, their mean and standard deviation (n - 1; None for one seed), and counts."""
     seeds = {seed: statistics.fmean(row["score"] for row in rows) for seed, rows in results.items()}
-    spread = statistics.stdev(seeds.values()) if len(seeds) > 1 else None
     rows = [row for rows in results.values() for row in rows]
     return {
         "mean": statistics.fmean(seeds.values()),
-        "std": spread,
+        "std": statistics.stdev(seeds.values()) if len(seeds) > 1 else None,
         "seeds": seeds,
         "examples": len(rows) // len(seeds),
         "unfinished": sum(not row["ended"] for row in rows) / len(rows),
         "check_failed": sum(row["check_failed"] for row in rows),
     }
-
-
-def print_table(table):
-    """The table as Markdown, and what it leaves out in words."""
-    models, names = table["models"], list(dict.fromkeys(n for m in table["models"].values() for n in m["sets"]))
-    if models:
-        titles = [f"{n} ({TITLES[next(m['sets'][n]['metric'] for m in models.values())]})" for n in names]
-        print("\n| model | " + " | ".join([*titles, "average"]) + " |\n|" + "---|" * (len(names) + 2))
-    for model, row in models.items():
-        cells = [
-            f"{s['mean']:.2f}" + (f" ± {s['std']:.2f}" if s["std"] is not None else "") for s in row["sets"].values()
-        ]
-        print("| " + " | ".join([model, *cells, f"{row['average']:.2f}"]) + " |")
-    for model, row in models.items():
-        for name, s in row["sets"].items():
-            print(
-                f"{model}, {name}: {s['examples']} examples, {len(s['seeds'])} seed(s); {s['skipped']} prompts over the "
-                f"limit of {s['max_prompt_tokens']} tokens skipped; {s['unfinished']:.1%} of responses cut at the token "
-                f"limit; {s['check_failed']} answers scored 0 because their check hung or crashed"
-            )
-            if d := s.get("distance"):
-                print(
-                    f"{model}, {name}: KL(p,q) {d['kl_teacher_student']:.4f}, KL(q,p) {d['kl_student_teacher']:.4f} nats a "
-                    f"token from {d['teacher']}; margin above {d['eta']:g} in {d['replaced_tokens']:.2%} of tokens, "
-                    f"{d['replaced_samples']:.2%} of samples"
-                )
-    if "compare" in table:
-        print(f"\n{table['compare']['b']} minus {table['compare']['a']}, {table['compare']['resamples']} resamples")
-        for name, c in table["compare"]["sets"].items():
-            numbers = f"{c['difference']:+.2f} [{c['low']:+.2f}, {c['high']:+.2f}]"
-            print(f"{name}: {numbers}, {c['share']:.1%} of resamples in favour, {c['examples']} examples")

@@ -1,14 +1,14 @@
-"""Plumbing of the training loops: flags, FSDP2, optimizer step, metrics, checkpoints, the trained model.
+"""What the training loops of dpo.py and kd.py share: FSDP2, micro-batches, optimizer step, checkpoints, saving."""
 
-The loops themselves are written out in dpo.py and kd.py.
-"""
-
+import contextlib
 import functools
+import gc
 import json
 import math
 import os
 import resource
 import shutil
+import signal
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -20,12 +20,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-import common
-import decode
-import models
-from common import DTYPES, UserError, check_range, one_line, write_jsonl
-
-FILE_BYTES = 1 << 29  # of a rank's shards in one file of a checkpoint
+from lib import decode, models, runs
+from lib.runs import DTYPES, UserError, one_line
 
 # ---------------------------------------------------------------------------------------------------------------------
 # FSDP2 and the optimizer
@@ -38,9 +34,10 @@ def decoder_blocks(lm):
     return next(m for m in lists if len(m) == lm.config.num_hidden_layers)
 
 
-def load_trainable(path, args, tokenizer, world):
+def load_trainable(path, args, tokenizer):
     """A language model to train: float32 parameters, no dropout, activations checkpointed if so asked."""
-    lm = models.load_model(path, torch.float32, "cpu", args.trust_remote_code)  # fully_shard moves its shard to the GPU
+    # On the CPU: fully_shard moves each shard to its GPU
+    lm = models.load_model(path, torch.float32, "cpu", args.trust_remote_code)
     models.check_vocabulary(lm, tokenizer, path)
     if args.activation_checkpointing:
         for block in decoder_blocks(lm):  # by torch: transformers has renamed its own switch
@@ -73,21 +70,31 @@ def shard_blocks(lm, world):
     return lm.to(world.device)
 
 
-def batch_of_step(step, count, batch_size, seed):
-    """Indices of the examples of step `step` (from 0): epochs are seeded permutations, the last batch of each may be short."""
-    per_epoch = math.ceil(count / batch_size)
-    epoch, position = divmod(step, per_epoch)
+def load_teacher(args, world, tokenizer):
+    """The teacher, frozen: a replica on every rank, or with --shard-teacher spread over all."""
+    if args.shard_teacher:
+        return shard_blocks(models.load_frozen(args.teacher, args, world, tokenizer, "cpu"), world)
+    return models.load_frozen(args.teacher, args, world, tokenizer)
+
+
+@functools.lru_cache(maxsize=1)
+def epoch_order(epoch, count, seed):
+    """A seeded permutation of range(count), int64."""
     index = torch.arange(count)
-    noise = decode.uniform_noise(
-        seed, decode.ORDER_STAGE, torch.full_like(index, epoch), torch.zeros_like(index), index
-    )
-    return noise.argsort().tolist()[position * batch_size : (position + 1) * batch_size]
+    fields = torch.full_like(index, epoch), torch.zeros_like(index), index
+    return decode.uniform_noise(seed, decode.ORDER_STAGE, *fields).argsort()
+
+
+def batch_of_step(step, count, batch_size, seed):
+    """Indices of the examples of step `step` (from 0): a permutation an epoch, whose last batch may be short."""
+    epoch, position = divmod(step, math.ceil(count / batch_size))
+    return epoch_order(epoch, count, seed)[position * batch_size : (position + 1) * batch_size].tolist()
 
 
 def micro_batches(indices, lengths, micro_batch_size, world):
     """This rank's share of a global batch, in micro-batches; every rank gets equally many, some perhaps empty.
 
-    Indices are dealt out in order of length, so that rows of like length meet and ranks finish together.
+    Indices are dealt out in order of length, so that rows of similar length meet and ranks finish together.
     """
     indices = sorted(indices, key=lambda i: (lengths[i], i))
     count = math.ceil(math.ceil(len(indices) / world.size) / micro_batch_size)
@@ -95,13 +102,19 @@ def micro_batches(indices, lengths, micro_batch_size, world):
     return [mine[k * micro_batch_size : (k + 1) * micro_batch_size] for k in range(count)]
 
 
-def learning_rate(step, total_steps, peak, warmup_ratio, final_ratio):
-    """Linear warm-up over `warmup_ratio` of the steps, then cosine from `peak` to `final_ratio * peak`; step from 0."""
-    warmup_steps = math.ceil(warmup_ratio * total_steps)
+def learning_rate(step, total_steps, args):
+    """Of step `step` (from 0): linear warm-up over --lr-warmup-ratio of the steps, then cosine to --lr-final-ratio."""
+    warmup_steps = math.ceil(args.lr_warmup_ratio * total_steps)
     if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
+        return args.lr * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
-    return peak * (final_ratio + (1 - final_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return args.lr * (args.lr_final_ratio + (1 - args.lr_final_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def make_optimizer(model, args):
+    """AdamW as the flags say."""
+    betas = tuple(args.adam_betas)
+    return torch.optim.AdamW(model.parameters(), lr=args.lr, betas=betas, weight_decay=args.weight_decay)
 
 
 def optimizer_step(model, optimizer, lr, max_grad_norm):
@@ -120,11 +133,9 @@ def optimizer_step(model, optimizer, lr, max_grad_norm):
 def check_finite(metrics, prompt_ids, out):
     """Raises UserError if the step's loss or gradient norm is not a number; the weights have not been touched by it."""
     if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
-        raise UserError(
-            f"loss {metrics['loss']} and gradient norm {metrics['grad_norm']} at step {metrics['step']}, prompts {prompt_ids}",
-            f"in {out}",
-            "lower --lr or use --dtype float32; the last checkpoint is kept",
-        )
+        what = f"loss {metrics['loss']} and gradient norm {metrics['grad_norm']} at step {metrics['step']}"
+        todo = "lower --lr or use --dtype float32; the last checkpoint is kept"
+        raise UserError(f"{what}, prompts {prompt_ids}", f"in {out}", todo)
 
 
 def speed(tokens, seconds, world):
@@ -136,67 +147,61 @@ def speed(tokens, seconds, world):
     return {"seconds": seconds, "tokens": int(tokens), "tokens_per_second": tokens / seconds, "peak_memory_gb": peak}
 
 
+def release_memory():
+    """Frees models that nothing refers to any more. FSDP's modules are in cycles, which take two collections."""
+    gc.collect()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Inside, SIGTERM and Ctrl-C do not end the process: they add their number to the list that is yielded.
+
+    The loop finishes its step, writes a checkpoint and raises `runs.Stopped`.
+    """
+    received = []
+    handlers = {s: signal.signal(s, lambda number, _: received.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Flags
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def add_training_arguments(parser, lr):
+def add_arguments(parser, lr):
     """Flags of every training loop."""
     group = parser.add_argument_group("training")
-    group.add_argument("--lr", type=float, default=lr, help="peak learning rate of AdamW")
-    group.add_argument("--lr-warmup-ratio", type=float, default=0.03, help="share of the steps with a rising rate")
-    group.add_argument("--lr-final-ratio", type=float, default=0.1, help="the cosine ends at this share of --lr")
-    group.add_argument("--adam-betas", type=float, nargs=2, default=[0.9, 0.95], help="decay of AdamW's averages")
-    group.add_argument("--weight-decay", type=float, default=0.0, help="AdamW's decoupled weight decay")
-    group.add_argument("--max-grad-norm", type=float, default=1.0, help="gradients are clipped to this norm")
-    group.add_argument("--epochs", type=int, default=1, help="passes over the data")
-    group.add_argument("--max-steps", type=int, default=0, help="optimizer steps, instead of --epochs; 0: by epochs")
-    group.add_argument("--batch-size", type=int, default=64, help="examples a step, over all ranks")
-    group.add_argument(
-        "--micro-batch-size", type=int, default=4, help="examples in one forward; accumulation is derived from it"
-    )
-    group.add_argument(
-        "--dry-run",
-        type=int,
-        nargs="?",
-        const=0,
-        metavar="PROCESSES",
-        help="print shapes, memory a GPU, steps, tokens and time for so many processes (else those started), and end",
-    )
+    group.add_argument("--lr", type=runs.ABOVE_0, default=lr, help="peak learning rate of AdamW")
+    group.add_argument("--lr-warmup-ratio", type=runs.SHARE, default=0.03, help="share of the steps with a rising rate")
+    group.add_argument("--lr-final-ratio", type=runs.SHARE, default=0.1, help="the cosine ends at this share of --lr")
+    beta = runs.ranged(float, lambda x: 0 <= x < 1, "from 0 to below 1")
+    group.add_argument("--adam-betas", type=beta, nargs=2, default=[0.9, 0.95], help="decay of AdamW's averages")
+    group.add_argument("--weight-decay", type=runs.NOT_NEGATIVE, default=0.0, help="AdamW's decoupled weight decay")
+    group.add_argument("--max-grad-norm", type=runs.ABOVE_0, default=1.0, help="gradients are clipped to this norm")
+    group.add_argument("--epochs", type=runs.COUNT, default=1, help="passes over the data")
+    group.add_argument("--max-steps", type=runs.LIMIT, default=0, help="optimizer steps; 0: as --epochs says")
+    group.add_argument("--batch-size", type=runs.COUNT, default=64, help="examples a step, over all ranks")
+    group.add_argument("--micro-batch-size", type=runs.COUNT, default=4, help="examples in one forward")
     group.add_argument("--activation-checkpointing", action="store_true", help="less memory, a third more time")
-    group.add_argument("--save-every", type=int, default=100, help="steps from one checkpoint to the next")
-    group.add_argument(
-        "--save-dtype",
-        choices=list(DTYPES),
-        default="float32",
-        help="of OUT/student; bfloat16 halves it and rounds most of a small learning rate's updates away",
-    )
-
-
-def check_training_args(args):
-    """Raises UserError for values of `add_training_arguments` that make no sense."""
-    rules = {
-        "of 1 or more": (lambda x: x >= 1, ["epochs", "batch_size", "micro_batch_size", "save_every"]),
-        "above 0": (lambda x: 0 < x < math.inf, ["lr", "max_grad_norm"]),
-        "of 0 or more": (lambda x: 0 <= x < math.inf, ["max_steps", "weight_decay"]),
-        "from 0 to 1": (lambda x: 0 <= x <= 1, ["lr_warmup_ratio", "lr_final_ratio"]),
-        "from 0 to 2^62 - 1": (lambda x: 0 <= x < 1 << 62, ["seed"]),
-    }
-    common.check_ranges(args, rules)
-    check_range("--adam-betas", args.adam_betas, all(0 <= b < 1 for b in args.adam_betas), "in [0, 1), twice")
+    group.add_argument("--save-every", type=runs.COUNT, default=100, help="steps from one checkpoint to the next")
+    dtype_help = "of OUT/student; bfloat16 halves it and rounds most of a small learning rate's updates away"
+    group.add_argument("--save-dtype", choices=list(DTYPES), default="float32", help=dtype_help)
 
 
 def accumulation_steps(args, world):
     """How many micro-batches make each rank's share of the global batch. Raises UserError if that is no whole number."""
     share, rest = divmod(args.batch_size, world.size)
     if rest or share % min(args.micro_batch_size, share):
-        raise UserError(
-            f"--batch-size {args.batch_size} does not divide over {world.size} processes"
-            f" with micro-batches of {args.micro_batch_size}",
-            "on the command line",
-            "give a multiple of processes x --micro-batch-size",
-        )
+        what = f"--batch-size {args.batch_size} does not divide over {world.size} processes"
+        what += f" with micro-batches of {args.micro_batch_size}"
+        raise UserError(what, "on the command line", "give a multiple of processes x --micro-batch-size")
     return share // min(args.micro_batch_size, share)
 
 
@@ -216,22 +221,8 @@ def training_state(model, optimizer):
     return tensors
 
 
-def file_of_tensors(tensors, world):
-    """{name: 1, 2, ...}, which file of a checkpoint a tensor is in: a rank has FILE_BYTES of shards in each, or one tensor.
-
-    The writer holds two copies of a file in memory, so a checkpoint in one file would take twice what is trained.
-    """
-    files, number, size = {}, 1, 0
-    for name, tensor in tensors.items():
-        share = tensor.numel() * tensor.element_size() / world.size
-        if size and size + share > FILE_BYTES:
-            number, size = number + 1, 0
-        files[name], size = number, size + share
-    return files
-
-
 def save_checkpoint(folder, model, optimizer, step, world):
-    """Writes folder/step-000123, whole or not at all; older ones then go.
+    """Writes folder/step-000123, whole or not at all; older ones are then deleted.
 
     Each rank writes its shards as safetensors (torch.distributed.checkpoint): nothing in it is a pickle. files.json,
     written last, has every file's size, since a missing shard would otherwise go unnoticed.
@@ -242,13 +233,14 @@ def save_checkpoint(folder, model, optimizer, step, world):
         partial.mkdir(parents=True)
     world.barrier()
     tensors = training_state(model, optimizer)
-    files = file_of_tensors(tensors, world)
+    # The writer holds two copies of a file in memory: 16 tensors a file
+    files = {name: 1 + number // 16 for number, name in enumerate(tensors)}
     writer = HuggingFaceStorageWriter(str(partial), save_distributed=True, fqn_to_index_mapping=files)
     dcp.save(tensors, storage_writer=writer)
     world.barrier()
     if world.rank == 0:
         sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-        common.write_json(partial / "files.json", sizes)
+        runs.write_json(partial / "files.json", sizes)
         os.rename(partial, final)
         for old in folder.glob("step-*"):
             if old != final:
@@ -256,30 +248,26 @@ def save_checkpoint(folder, model, optimizer, step, world):
     world.barrier()
 
 
-def load_checkpoint(folder, model, optimizer):
-    """Loads the newest checkpoint under `folder`, for any number of processes. Returns its step, 0 without one.
+def load_checkpoint(folder, model, optimizer, world):
+    """Loads the newest checkpoint in `folder`, of any number of processes. Returns its step, 0 without one.
 
     Raises UserError if a file of it is missing or cut.
     """
-    found = sorted(folder.glob("step-*"))
-    if not found:
+    newest = world.first(lambda: max(folder.glob("step-*"), default=None))
+    if newest is None:
         return 0
-    newest, damaged = found[-1], "delete it, and training starts again from the initial student"
     try:
-        sizes = common.read_json(newest / "files.json")
-        bad = [name for name, size in sizes.items() if (newest / name).stat().st_size != size]
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"the checkpoint is damaged ({one_line(error)})", f"in {newest}", damaged)
-    if bad:
-        raise UserError(f"the checkpoint is damaged ({bad[0]} is cut)", f"in {newest}", damaged)
-    reader = HuggingFaceStorageReader(str(newest))
-    try:
-        dcp.load(training_state(model, optimizer), storage_reader=reader)  # copied into the tensors
-    except CheckpointException as error:
-        if common.cause_outside(error):
-            raise
-        raise UserError(f"the checkpoint is damaged ({one_line(error)})", f"in {newest}", damaged)
-    return int(newest.name.removeprefix("step-"))
+        for name, size in runs.read_json(newest / "files.json").items():
+            if (newest / name).stat().st_size != size:
+                raise ValueError(f"{name} is cut")
+        dcp.load(training_state(model, optimizer), storage_reader=HuggingFaceStorageReader(str(newest)))  # in place
+    except (OSError, ValueError, AttributeError, CheckpointException) as error:
+        todo = "delete it, and training starts again from the initial student"
+        raise UserError(f"the checkpoint is damaged ({one_line(error)})", f"in {newest}", todo)
+    step = int(newest.name.removeprefix("step-"))
+    if world.rank == 0:
+        print(f"checkpoint: continues after step {step}")
+    return step
 
 
 def save_model(folder, root, lm, tokenizer, dtype, world):
@@ -305,11 +293,11 @@ def save_model(folder, root, lm, tokenizer, dtype, world):
 def open_metrics(path, step, world):
     """Cuts metrics.jsonl back to `step`: a killed run may have logged steps after its last checkpoint. Returns path."""
     if world.rank == 0 and path.exists():
-        whole = path.read_bytes().rpartition(b"\n")[0]  # a line that a kill cut short goes, too
+        whole = path.read_bytes().rpartition(b"\n")[0]  # a line that a kill has cut is dropped, too
         try:
             rows = [row for row in map(json.loads, whole.splitlines()) if row["step"] <= step]
         except (ValueError, KeyError, TypeError) as error:
-            what = "mend or delete it: it is a record for readers, training goes on without"
+            what = "repair or delete it: it is a record for readers, training continues without it"
             raise UserError(f"the file is damaged ({one_line(error)})", f"in {path}", what)
-        write_jsonl(path, rows)
+        runs.write_jsonl(path, rows)
     return path

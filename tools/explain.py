@@ -1,10 +1,11 @@
 """A tour of one prompt through the steps of Warmup-Distill, in the terminal, with the numbers of a finished run.
 
-    python warmup_distill.py --explain PROMPT_ID [the run's --out]
+    python -m tools.explain OUT PROMPT_ID [SAMPLE_ID] [--device cpu]
 
-It reads what the run has stored (OUT/args.json, OUT/pairs/*.jsonl) and computes one thing again: the DPO terms of one
-pair, as the paper writes them (two rows, [prompt + y+] and [prompt + y-]) and as dpo.py computes them (one row, see
-"Exact prefix sharing" there), in float32 whatever the run's dtype: bfloat16's rounding would hide what is to be seen.
+It reads what the run has stored (OUT/args.json, OUT/pairs/*.jsonl). Two things are computed again: the mismatch rule,
+on the stored log-probs; and the DPO terms of one pair, as the paper writes them (two rows, [prompt + y+] and
+[prompt + y-]) and as dpo.py computes them (one row, see "Exact prefix sharing" there). The latter are in float32
+whatever the run's dtype was: the rounding of bfloat16 would hide what is to be seen.
 Text from models is written as Python's repr: control characters, line ends and marks that turn the direction of writing
 are escaped and do nothing to a terminal. Lines are at most 100 columns wide.
 """
@@ -15,15 +16,15 @@ from pathlib import Path
 
 import torch
 
-import common
 import dpo
-import models
-from common import UserError
-from pairs import shared_length
+import warmup_distill
+from lib import models, runs
+from lib.runs import UserError
+from tools import report
 
 WIDTH = 100
-INDENT = 18  # of what stands behind a label
-NEAR, ENDS = 5, 2  # tokens of the table that are never folded: so many on each side of t*, and at each end
+INDENT = 18  # columns of a label
+NEAR, ENDS = 5, 2  # rows of the table that are never folded: so many on each side of t*, and at each end
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What the run has stored
@@ -31,20 +32,21 @@ NEAR, ENDS = 5, 2  # tokens of the table that are never folded: so many on each 
 
 
 def read_samples(out, prompt_id):
-    """The records of one prompt, in order. Shards are read until it is found; one is in memory at a time."""
+    """The records of one prompt, in order. Files are read until it is found; one is in memory at a time."""
     files = sorted((Path(out) / "pairs").glob("*.jsonl"))
     if not files:
-        raise UserError("there are no samples to explain", f"in {out}", "run without --explain first")
+        raise UserError("there are no samples to explain", f"in {out}", "give the OUT of warmup_distill.py")
     seen = set()
     for file in files:
-        records = common.read_jsonl(file)
-        found = [record for record in records if record["prompt_id"] == prompt_id]
+        records = runs.read_jsonl(file)
+        with report.reading("a file", f"in {file}"):
+            found = [record for record in records if record["prompt_id"] == prompt_id]
+            for record in found:
+                report.pack_record(record, {})
+                report.STATUSES.index(record["status"])
         if found and found[0]["status"] == "too_long":
             what = f"prompt {prompt_id} was skipped: it is over --max-prompt-tokens"
             raise UserError(what, f"in {file}", "explain another one")
-        if found and "prompt_ids" not in found[0]:
-            what = "the samples were written without their prompts' ids, by an older version"
-            raise UserError(what, f"in {file}", "run again with another --out")
         if found:
             return sorted(found, key=lambda record: record["sample_id"])
         seen.update(record["prompt_id"] for record in records)
@@ -62,21 +64,11 @@ def spans(numbers):
 
 def pick_sample(records, sample_id):
     """The given sample; by default the first kept one, or else the first with a mismatch, or else the first."""
-    if sample_id is not None:
-        for record in records:
-            if record["sample_id"] == sample_id:
-                return record
+    wanted = [record for record in records if sample_id in (None, record["sample_id"])]
+    if not wanted:
         ids = spans([record["sample_id"] for record in records])
         raise UserError(f"there is no sample {sample_id}", f"of prompt {records[0]['prompt_id']}", f"give one of {ids}")
-    return min(records, key=lambda r: (r["status"] != "kept", r["t_star"] < 0, r["sample_id"]))
-
-
-def run_arguments(args, out):
-    """The run's own arguments where OUT/args.json has them: its samples were made with those, whatever is given now."""
-    try:
-        return Namespace(**{**vars(args), **common.read_json(Path(out) / "args.json")["args"], "device": args.device})
-    except (OSError, ValueError, KeyError, TypeError):
-        return args
+    return min(wanted, key=lambda record: (record["status"] != "kept", record["t_star"] < 0, record["sample_id"]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -146,35 +138,60 @@ def explain_prompt(records, tokenizer):
         print(start + fit(safe(tokenizer.decode(record["response_ids"])), WIDTH - len(start)).rstrip())
 
 
+def margins_of(record):
+    """m_t = log q - log p of each token, nats, rounded as the log-probs in the file are."""
+    return [round(q - p, 4) for q, p in zip(record["student_logprobs"], record["teacher_logprobs"])]
+
+
 def explain_check(record, eta, tokenizer):
-    """The table of margins, folded where little happens, and the rule with its numbers."""
+    """The table of margins, folded where little happens, and why t* is where it is."""
     ids, log_q, log_p = (record[key] for key in ("response_ids", "student_logprobs", "teacher_logprobs"))
-    margins, t_star = [q - p for q, p in zip(log_q, log_p)], record["t_star"]
+    margins, t_star = margins_of(record), record["t_star"]
     heading(f"2. check   sample {record['sample_id']}: m_t = log q(y_t | x, y_<t) - log p(y_t | x, y_<t), nats")
     print(f"{'t':>5}  {'token':24}{'log q':>9}{'log p':>9}{'margin':>9}")
-    centre = t_star if t_star >= 0 else max(range(len(ids)), key=margins.__getitem__)
-    is_shown = lambda t: abs(t - centre) <= NEAR or t < ENDS or t >= len(ids) - ENDS
+    centre = t_star if t_star >= 0 else margins.index(max(margins))
+    folds = {ENDS: centre - NEAR, centre + NEAR + 1: len(ids) - ENDS}  # from here: up to there
     t = 0
     while t < len(ids):
-        end = next((k for k in range(t, len(ids)) if is_shown(k)), len(ids))
+        end = folds.get(t, t)
         if end - t > 1:  # one row is not worth folding
             above = sum(m > eta for m in margins[t:end])
             tail = f", {above} above eta" if above else ""
             print(f"{'':7}... {end - t} tokens, margins at most {max(margins[t:end]):.4f}{tail} ...")
             t = end
             continue
-        mark = "  <- t*" if t == t_star else "  above eta, not the first" * (margins[t] > eta)
+        mark = "  <- t*" if t == t_star else ""
+        if margins[t] > eta and t != t_star:
+            mark = "  above eta, not the first" if max(margins[:t], default=eta) > eta else "  above eta"
         row = f"{t:5}  {fit(token_text(tokenizer, ids[t]), 24)}{log_q[t]:9.4f}{log_p[t]:9.4f}{margins[t]:9.4f}"
         print(row + mark)
         t += 1
-    print()
-    if t_star < 0:
-        print(f"max m_t = m_{centre} = {margins[centre]:.4f} <= {eta} = eta: no mismatch, y stays untouched")
-        return
-    if t_star > 0:
-        print(f"before it  max m_t = {max(margins[:t_star]):.4f} <= {eta} = eta")
-    q, p = log_q[t_star], log_p[t_star]
-    print(f"t* = min {{ t : m_t > eta }} = {t_star}:  m_{t_star} = {q:.4f} - ({p:.4f}) = {q - p:.4f} > {eta} = eta")
+    print("\n" + "\n".join(verdict(record, eta)))
+
+
+def verdict(record, eta):
+    """Lines that say why t* is where it is: the formula, or the rule if it is another one than the formula.
+
+    The rule is `first_mismatch` as it is now, on the stored log-probs. It may have been another one when the run was
+    made. So the formula is printed only if it holds for the stored t* and the rule finds the same t*.
+    """
+    q, p = (torch.tensor([record[f"{model}_logprobs"]], dtype=torch.float64) for model in ("student", "teacher"))
+    t_now = warmup_distill.first_mismatch(q, p, torch.ones_like(q, dtype=torch.bool), eta).item()  # of (1, T)
+    margins, t_star = margins_of(record), record["t_star"]
+    place = t_star if t_star >= 0 else margins.index(max(margins))
+    before = max(margins[:t_star] if t_star >= 0 else margins, default=eta)
+    if t_now == t_star and before <= eta and t_star < 0:
+        return [f"max m_t = m_{place} = {before:.4f} <= {eta} = eta: no mismatch, y stays untouched"]
+    if t_now == t_star and before <= eta < margins[place]:
+        lines = [f"before it  max m_t = {before:.4f} <= {eta} = eta"] if t_star > 0 else []
+        filled = f"{q[0, t_star]:.4f} - ({p[0, t_star]:.4f}) = {margins[t_star]:.4f} > {eta} = eta"
+        return [*lines, f"t* = min {{ t : m_t > eta }} = {t_star}:  m_{t_star} = {filled}"]
+    which = f"the {'margin at t*' if t_star >= 0 else 'largest margin'} is {margins[place]:.4f}, eta is {eta}"
+    lines = [f"t* = {t_star} was found by the rule of first_mismatch; {which}"]
+    if t_now != t_star:
+        lines.append(f"first_mismatch as it is now finds t* = {t_now}, not {t_star}: the code has changed since")
+        lines.append("(or a margin is within 0.0001 nats of eta, the rounding of the stored log-probs)")
+    return lines if t_star >= 0 else [*lines, "no mismatch, y stays untouched"]
 
 
 def explain_splice(record, tokenizer):
@@ -196,7 +213,7 @@ def explain_splice(record, tokenizer):
 def explain_row(record):
     """The one row of exact prefix sharing, and what it saves."""
     prompt, chosen, rejected = (len(record[key]) for key in ("prompt_ids", "chosen_ids", "response_ids"))
-    shared = shared_length(record["chosen_ids"], record["response_ids"])
+    shared = dpo.shared_length(record["chosen_ids"], record["response_ids"])
     start, end = prompt + shared, prompt + chosen
     two, one = 2 * prompt + chosen + rejected, end + rejected - shared
     heading("Exact prefix sharing: one row instead of two")
@@ -216,88 +233,89 @@ def explain_row(record):
 
 
 @torch.no_grad()
-def pair_logps(path, pair, args, tokenizer, device):
-    """log pi(y+ | x), log pi(y- | x) under the model in `path`, (2, 2) float64: row 0 plain, row 1 exact.
+def pair_logps(path, record, average, tokenizer, device, trust_remote_code=False):
+    """log pi(y+ | x), log pi(y- | x) under the model in `path`: {"plain": (2,), "exact": (2,)}, float64.
 
     plain: the model's own logits over [prompt + y], each response alone. exact: the row of `dpo.train`, whose sums
-    leave the shared prefix out, unless --logprobs mean needs it.
+    leave the shared prefix out, unless `average` (--logprobs mean) needs it.
     """
-    lm = models.load_model(path, torch.float32, device, args.trust_remote_code)
-    vocab_size, average, plain = len(tokenizer), args.logprobs == "mean", []
-    for response in (pair["chosen_ids"], pair["rejected_ids"]):
-        row = torch.tensor([pair["prompt_ids"] + response], device=device)
+    lm = models.load_model(path, torch.float32, device, trust_remote_code)
+    vocab_size, plain = len(tokenizer), []
+    responses = (record["chosen_ids"], record["response_ids"])
+    for response in responses:
+        row = torch.tensor([record["prompt_ids"] + response], device=device)
         logits = lm(input_ids=row, use_cache=False).logits[0, -len(response) - 1 : -1, :vocab_size]  # (T, V)
         logps = logits.log_softmax(-1).gather(-1, row[0, -len(response) :, None])  # (T, 1)
         plain.append(logps.double().mean() if average else logps.double().sum())
-    batch = dpo.collate_pairs([pair], tokenizer.pad_token_id, average, device)
-    sums = dpo.PairModel(lm, vocab_size)(**batch)  # (1, 3)
-    lengths = torch.tensor([[len(pair["chosen_ids"]), len(pair["rejected_ids"])]], device=device)
+    pair = record | {"rejected_ids": record["response_ids"]}
+    sums = dpo.PairModel(lm, vocab_size)(**dpo.collate_pairs([pair], tokenizer.pad_token_id, average, device))  # (1, 3)
+    lengths = torch.tensor([[len(response) for response in responses]], device=device)
     exact = torch.cat(dpo.response_logps(sums, lengths, average))
-    return torch.stack([torch.stack(plain), exact.double()]).cpu()
+    return {"plain": torch.stack(plain).cpu(), "exact": exact.double().cpu()}
 
 
-def dpo_terms(policy, reference, args):
-    """log pi and log pi_ref, (2,) each for y+ and y- -> what the equation makes of them, by `dpo.dpo_loss`."""
-    losses, chosen, rejected = dpo.dpo_loss(*policy[:, None], *reference[:, None], args.beta, args.label_smoothing)
-    z = (chosen - rejected).item()
-    values = [*policy.tolist(), *reference.tolist(), *(policy - reference).tolist()]
+def dpo_terms(policy, reference, beta, label_smoothing):
+    """log pi and log pi_ref, (2,) each for y+ and y- -> {symbol: value} of the equation, the loss by `dpo.dpo_loss`."""
+    losses, chosen, rejected = dpo.dpo_loss(*policy[:, None], *reference[:, None], beta, label_smoothing)
+    z, ratios = chosen - rejected, policy - reference  # (1,), (2,)
+    terms = {"pi+": policy[0], "pi-": policy[1], "ref+": reference[0], "ref-": reference[1]}
+    terms |= {"D+": ratios[0], "D-": ratios[1], "D": ratios[0] - ratios[1], "z": z, "sigma": z.sigmoid(), "L": losses}
     # dL / dz = -((1 - eps) sigma(-z) - eps sigma(z)) = -(sigma(-z) - eps)
-    sigma = torch.tensor(z, dtype=torch.float64).sigmoid().item()
-    return [*values, z / args.beta, z, sigma, losses.item(), 1 - sigma - args.label_smoothing]
+    terms["weight"] = (-z).sigmoid() - label_smoothing
+    return {symbol: value.item() for symbol, value in terms.items()}
 
 
-def explain_dpo(record, args, out, tokenizer, device):
+def explain_dpo(record, args, out, tokenizer, device, trust_remote_code=False):
     """The DPO terms of the pair, plain and exact, with numbers in the equation."""
-    pair = {"prompt_ids": record["prompt_ids"], "chosen_ids": record["chosen_ids"]}
-    pair["rejected_ids"] = record["response_ids"]
-    trained = (out / "student").exists()
+    trained, average = (out / "student").exists(), args.logprobs == "mean"
     policy_path = str(out / "student") if trained else args.student
     reference_path = args.teacher if args.reference == "teacher" else args.student
-    policy = pair_logps(policy_path, pair, args, tokenizer, device)
-    reference = policy
-    if reference_path != policy_path:
-        reference = pair_logps(reference_path, pair, args, tokenizer, device)
+    paths = (policy_path, reference_path)
+    policy, reference = (pair_logps(path, record, average, tokenizer, device, trust_remote_code) for path in paths)
     heading("4. align   L = -log sigma(beta [(log pi(y+) - log pi_ref(y+)) - (log pi(y-) - log pi_ref(y-))])")
-    show("pi", f"{policy_path}{'' if trained else ', not trained yet'}")
-    show("pi_ref", str(reference_path))
-    if args.logprobs == "mean":
+    show("pi", safe(policy_path) + ("" if trained else ", not trained yet"))
+    show("pi_ref", safe(reference_path))
+    if average:
         print("--logprobs mean: averages do not cancel, so the exact row adds the shared tokens, too")
-    names = [f"log {model}({y} | x)" for model in ("pi", "pi_ref") for y in ("y+", "y-")]
-    names += ["D+ = log pi(y+) - log pi_ref(y+)", "D- = log pi(y-) - log pi_ref(y-)", "D+ - D-"]
-    names += ["z = beta (D+ - D-)", "sigma(z)", "L = -log sigma(z)", "weight of the gradient: sigma(-z)"]
-    if args.label_smoothing:
-        eps = args.label_smoothing
-        names[-2:] = [f"L = -{1 - eps:g} log sigma(z) - {eps:g} log sigma(-z)", f"weight: sigma(-z) - {eps:g}"]
-    plain, exact = (dpo_terms(policy[way], reference[way], args) for way in (0, 1))
+    eps = args.label_smoothing
+    plain, exact = (dpo_terms(policy[way], reference[way], args.beta, eps) for way in ("plain", "exact"))
+    titles = [f"log {model}({y} | x)" for model in ("pi", "pi_ref") for y in ("y+", "y-")]
+    titles += ["D+ = log pi(y+) - log pi_ref(y+)", "D- = log pi(y-) - log pi_ref(y-)", "D+ - D-"]
+    titles += ["z = beta (D+ - D-)", "sigma(z)", "L = -log sigma(z)", "weight of the gradient: sigma(-z)"]
+    if eps:
+        titles[-2:] = [f"L = -{1 - eps:g} log sigma(z) - {eps:g} log sigma(-z)", f"weight: sigma(-z) - {eps:g}"]
     print(f"\n{'':44}{'plain: two rows':>17}{'exact: one row':>17}{'difference':>13}")
-    for name, a, b in zip(names, plain, exact):
-        print(f"{name:44}{a:17.6f}{b:17.6f}{b - a:13.1e}")
-    if args.logprobs == "sum":
+    for title, symbol in zip(titles, plain, strict=True):
+        print(f"{title:44}{plain[symbol]:17.6f}{exact[symbol]:17.6f}{exact[symbol] - plain[symbol]:13.1e}")
+    if not average:
         print("(log-probs differ by the shared prefix, which one row leaves out: it cancels in D+ - D-)")
     print()
     for way, v in (("plain", plain), ("exact", exact)):
-        filled = f"{args.beta:g} [({v[0]:.4f} - {v[2]:.4f}) - ({v[1]:.4f} - {v[3]:.4f})]".replace("- -", "+ ")
-        print(f"{way:{INDENT}}z = {filled} = {v[7]:.6f}")
-        print(f"{'':{INDENT}}L = {v[9]:.6f}")
-    gap = max(abs(a - b) for a, b in zip(plain[6:], exact[6:]))
-    verdict = "rounding of float32" if gap < 1e-3 * max(1.0, *map(abs, plain[:4])) else "MORE THAN ROUNDING"
-    print(f"{'difference':{INDENT}}at most {gap:.1e} from D+ - D- on: {verdict}")
+        ratios = f"({v['pi+']:.4f} - {v['ref+']:.4f}) - ({v['pi-']:.4f} - {v['ref-']:.4f})".replace("- -", "+ ")
+        print(f"{way:{INDENT}}z = {args.beta:g} [{ratios}] = {v['z']:.6f}")
+    gap = max(abs(plain[symbol] - exact[symbol]) for symbol in ("D", "z", "sigma", "L", "weight"))
+    scale = max(1.0, *(abs(plain[symbol]) for symbol in ("pi+", "pi-", "ref+", "ref-")))
+    cause = "rounding of float32" if gap < 1e-3 * scale else "MORE THAN ROUNDING"
+    print(f"{'difference':{INDENT}}at most {gap:.1e} from D+ - D- on: {cause}")
     if args.nll_weight > 0:
-        nll = -plain[0] / (1 if args.logprobs == "mean" else len(pair["chosen_ids"]))
-        print(
-            f"{'not in the paper':{INDENT}}  + --nll-weight {args.nll_weight:g} x (-log pi(y+ | x) a token = {nll:.6f})"
-        )
+        nll = -plain["pi+"] / (1 if average else len(record["chosen_ids"]))
+        print(f"{'not in the paper':{INDENT}}+ {args.nll_weight:g} x {nll:.6f} nats a token, --nll-weight x NLL of y+")
 
 
-def explain(args, out, prompt_id, sample_id=None):
-    """Walks through one prompt's samples and one of its pairs. args: of `warmup_distill.parse_args`. One process."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Command
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def explain(out, prompt_id, sample_id=None, device="cpu", trust_remote_code=False):
+    """Prints the tour of one prompt's samples and of one of its pairs."""
     out = Path(out)
     records = read_samples(out, prompt_id)
-    record, args = pick_sample(records, sample_id), run_arguments(args, out)
-    tokenizer = models.load_tokenizer(args.student, args.trust_remote_code)
-    use_gpu = args.device != "cpu" and torch.cuda.is_available()
-    show("run", str(out))
-    show("settings", f"eta {args.eta:g}, beta {args.beta:g}, N {args.samples}, reference: the {args.reference}")
+    record = pick_sample(records, sample_id)
+    args = report.read_part(out / "args.json", lambda value: Namespace(**value["args"]))
+    tokenizer = models.load_tokenizer(args.student, trust_remote_code)
+    show("run", safe(str(out)))
+    show("settings", f"eta {args.eta:g}, beta {args.beta:g}, N {args.samples:d}, reference: the {args.reference}")
     explain_prompt(records, tokenizer)
     explain_check(record, args.eta, tokenizer)
     if record["t_star"] < 0:
@@ -307,4 +325,20 @@ def explain(args, out, prompt_id, sample_id=None):
         print("\ny+ is y-: there is nothing to prefer, and no pair")
         return
     explain_row(record)
-    explain_dpo(record, args, out, tokenizer, torch.device("cuda" if use_gpu else "cpu"))
+    explain_dpo(record, args, out, tokenizer, torch.device(device), trust_remote_code)
+
+
+def main(argv=None):
+    parser = runs.ArgumentParser(__doc__)
+    parser.add_argument("out", help="folder of a run of warmup_distill.py")
+    parser.add_argument("prompt_id", type=int, help="the prompt")
+    parser.add_argument("sample_id", type=int, nargs="?", help="one of its samples; not given: the first that was kept")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda if there is one")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with a model")
+    args = parser.parse_args(argv)
+    world = runs.start_processes(args.device, threads=0)
+    explain(args.out, args.prompt_id, args.sample_id, world.device, args.trust_remote_code)
+
+
+if __name__ == "__main__":
+    runs.run(main)

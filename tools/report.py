@@ -1,17 +1,18 @@
 """One self-contained HTML page about a run, made for auditing: OUT/report.html.
 
-    python report.py out/warmup                the samples token by token, the mismatch, the curves, the results
-    python report.py out/warmup out/warmup-2   two runs side by side; the page is written into the first
+    python -m tools.report out/warmup                the samples token by token, the mismatch, the curves, the results
+    python -m tools.report out/warmup out/warmup-2   two runs side by side; the page is written into the first
 
 The page needs no network and no server. This file gathers what the run's files hold into one JSON value, in fewer
-bytes than the files have, and puts it into the template report.html, whose script draws the visible sample alone.
+bytes than the files have, and puts it into report_template.html, whose script draws only the sample in view.
 Text of models and data is never markup: it leaves here as JSON without `<`, `>` and `&`, the script writes it with
 textContent, and the page's content security policy admits the template's own scripts and styles by hash and nothing else.
 
-Of a run with more than --max-samples samples an even choice is embedded, and the page says how many are left out.
+If a run has more than --max-samples samples, an even choice is embedded, and the page says how many are left out.
 """
 
 import base64
+import contextlib
 import hashlib
 import html
 import json
@@ -22,18 +23,28 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-import common
-import models
-from common import UserError, check_range
+from lib import models, runs
+from lib.runs import UserError
 
-TEMPLATE = Path(__file__).with_name("report.html")
+TEMPLATE = Path(__file__).with_name("report_template.html")
 MAX_SAMPLES, MAX_STEPS = 10_000, 2_000  # embedded at most: samples of a run, points of a curve
 UNIT = 10_000  # log-probs are embedded as whole numbers of 1e-4 nats, which is what the files hold
 STATUSES = ("kept", "untouched", "identical", "duplicate", "filtered", "too_long")
-CURVES = "loss dpo_loss nll margin accuracy chosen_reward rejected_reward chosen_logp rejected_logp ce kd grad_norm lr"
-BAD_SHAPE = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
-BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]  # of byte-level BPE: these stand for themselves
+CURVES = "loss dpo_loss nll margin wins chosen_reward rejected_reward chosen_logp rejected_logp ce kd grad_norm lr"
+BAD_SHAPE = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError)
+BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]  # in byte-level BPE these bytes stand for themselves
 BYTE_OF = {chr(b): b for b in BYTES} | {chr(256 + k): b for k, b in enumerate(sorted(set(range(256)) - set(BYTES)))}
+
+
+@contextlib.contextmanager
+def reading(what, where):
+    """Raises UserError if what the block reads is not in the form that this project writes."""
+    try:
+        yield
+    except BAD_SHAPE as error:
+        cause = f"{type(error).__name__}: {runs.one_line(error)}"
+        raise UserError(f"not {what} of this project ({cause})", where, "restore or delete the file")
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Samples
@@ -41,17 +52,17 @@ BYTE_OF = {chr(b): b for b in BYTES} | {chr(256 + k): b for k, b in enumerate(so
 
 
 def lines_of(files):
-    """Yields (line, where it is) of all files; not parsed, since of a large run only some are wanted."""
+    """Yields (line, where it is) of all files. Lines are not parsed here: of a large run only some are wanted."""
     for path in files:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 yield line, f"in {path} line {number}"
 
 
-def read_samples(out, max_samples, tokenizer):
-    """The samples of OUT/pairs for the page, columns rather than rows, or None where there are none.
+def read_samples(out, max_samples, tokenizer=None):
+    """The samples of OUT/pairs as columns for the page, or None if there are none.
 
-    Each sample's token numbers and log-probs are one string, which the page takes apart when the sample is looked at.
+    The token numbers and log-probs of a sample are one string, which the page splits when the sample is looked at.
     """
     files = sorted((out / "pairs").glob("*.jsonl"))
     total = sum(1 for _ in lines_of(files))
@@ -59,41 +70,35 @@ def read_samples(out, max_samples, tokenizer):
         return None
     shown = min(total, max_samples)
     wanted = {k * total // shown for k in range(shown)}
-    columns = {name: [] for name in ("prompt", "sample", "status", "t", "prefix", "margin", "top", "ends", "tokens")}
-    statuses, prompts, vocabulary = list(STATUSES), {}, {}  # prompt_id -> (number, text or ids); token id -> number
+    statuses, prompts, rows = list(STATUSES), [], []
+    prompt_numbers, vocabulary = {}, {}  # prompt id -> its place in `prompts`; token id -> its number in the page
     for position, (line, where) in enumerate(lines_of(files)):
         if position not in wanted:
             continue
-        try:
+        with reading("a sample", where):
             record = json.loads(line)
-            row, status = pack_record(record, vocabulary), str(record["status"])
-            prompt = prompts.setdefault(int(record["prompt_id"]), [len(prompts), None])
-            prompt[1] = prompt[1] or record.get("prompt") or record.get("prompt_ids")
-        except BAD_SHAPE as error:
-            what = f"not a sample of this project ({type(error).__name__}: {common.one_line(error)})"
-            raise UserError(what, where, "delete the file and run warmup_distill.py again")
+            row = pack_record(record, vocabulary)
+            prompt_id, text, status = int(record["prompt_id"]), str(record["prompt"]), str(record["status"])
+        if prompt_id not in prompt_numbers:
+            prompt_numbers[prompt_id] = len(prompts)
+            prompts.append([prompt_id, text])
         if status not in statuses:
             statuses.append(status)
-        row |= {"prompt": prompt[0], "status": statuses.index(status)}
-        for name, column in columns.items():
-            column.append(row[name])
+        rows.append(row | {"prompt": prompt_numbers[prompt_id], "status": statuses.index(status)})
     if tokenizer is None:
         tokenizer = load_tokenizer(out)
-    return {
-        **columns,
-        "total": total,
-        "statuses": statuses,
-        "prompts": [[prompt_id, text] for prompt_id, text in prompt_texts(out, prompts, tokenizer).items()],
-        "vocabulary": [token_text(tokenizer, token) if tokenizer else f"⟨{token}⟩" for token in vocabulary],
-        "ids": list(vocabulary),
-        "has_text": tokenizer is not None,
-    }
+    has_text = tokenizer is not None
+    texts = [token_text(tokenizer, token) if has_text else f"⟨{token}⟩" for token in vocabulary]
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    columns |= {"total": total, "statuses": statuses, "prompts": prompts}
+    return columns | {"ids": list(vocabulary), "vocabulary": texts, "has_text": has_text}
 
 
 def pack_record(record, vocabulary):
     """One line of OUT/pairs/NNNNN.jsonl -> its columns. A prompt that was too long has no response.
 
-    vocabulary: token id -> number, is added to. `ends`: 1 if y- ends by EOS, plus 2 if y+ does.
+    vocabulary: {token id: number}; new ids are added to it. `ends`: 1 if y- ends by EOS, plus 2 if y+ does.
+    Raises one of BAD_SHAPE if the record is not a sample.
     """
     if "response_ids" not in record:
         return {"sample": -1, "t": -1, "prefix": 0, "margin": None, "top": None, "ends": 0, "tokens": ";;;;"}
@@ -104,19 +109,14 @@ def pack_record(record, vocabulary):
         raise ValueError("ids and log-probs are not equally many")
     if not (-1 <= t < len(response) and 0 <= prefix <= len(response) and chosen[:prefix] == response[:prefix]):
         raise ValueError("t_star or prefix_len does not fit the response")
-    places = lambda ids: [vocabulary.setdefault(int(i), len(vocabulary)) for i in ids]
+    rest = chosen[prefix:]  # y+ shares y_<prefix with y-: its rest is enough
+    response, rest = ([vocabulary.setdefault(int(i), len(vocabulary)) for i in ids] for ids in (response, rest))
     margins = [q - p for q, p in zip(student, teacher)]
-    # y+ shares y_<prefix with y-: the rest of it is enough
-    fields = (places(response), student, teacher, places(chosen[prefix:]), chosen_logprobs[prefix:])
-    return {
-        "sample": int(record["sample_id"]),
-        "t": int(t),
-        "prefix": int(prefix),
-        "margin": margins[t] if t >= 0 else None,
-        "top": max(margins, default=None),
-        "ends": bool(record.get("ended")) + 2 * bool(record.get("chosen_ended")),
-        "tokens": ";".join(" ".join(map(str, field)) for field in fields),
-    }
+    fields = (response, student, teacher, rest, chosen_logprobs[prefix:])
+    tokens = ";".join(" ".join(map(str, field)) for field in fields)
+    ends = bool(record["ended"]) + 2 * bool(record["chosen_ended"])
+    row = {"sample": int(record["sample_id"]), "t": int(t), "prefix": int(prefix), "ends": ends, "tokens": tokens}
+    return row | {"margin": margins[t] if t >= 0 else None, "top": max(margins, default=None)}
 
 
 def whole(logprobs):
@@ -124,29 +124,15 @@ def whole(logprobs):
     return [round(max(value, -1e5) * UNIT) for value in logprobs]
 
 
-def prompt_texts(out, prompts, tokenizer):
-    """{prompt_id: text}: from the record, else from pairs.jsonl, else decoded from ids, else None.
-
-    prompts: {prompt_id: (number, text, or ids, or None)}, in order of the numbers.
-    """
-    texts = {prompt_id: found if isinstance(found, str) else None for prompt_id, (_, found) in prompts.items()}
-    if None in texts.values() and (out / "pairs.jsonl").exists():
-        for pair in common.read_jsonl(out / "pairs.jsonl"):  # runs from before the records had their prompt
-            if isinstance(pair, dict) and pair.get("prompt") and texts.get(pair.get("prompt_id"), "") is None:
-                texts[pair["prompt_id"]] = str(pair["prompt"])
-    for prompt_id, (_, found) in prompts.items():
-        if texts[prompt_id] is None and isinstance(found, list) and tokenizer is not None:
-            texts[prompt_id] = "".join(token_text(tokenizer, token) for token in found)
-    return texts
-
-
 def load_tokenizer(out):
     """The run's tokenizer from OUT/student, or from the student it began with; None if neither is on this machine.
 
     It must be the one the pairs were made with: a page for auditing shows ids rather than another tokenizer's text.
     """
-    first = [parse_json(*line) for line in islice(lines_of(out.glob("pairs.jsonl")), 1)]
-    fingerprint = first[0].get("tokenizer") if first else None
+    fingerprint = None
+    for line, where in islice(lines_of(out.glob("pairs.jsonl")), 1):  # none, if the run kept no pair
+        with reading("a pair", where):
+            fingerprint = json.loads(line)["tokenizer"]
     for name in (str(out / "student"), str(read_args(out)["args"].get("student"))):
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
@@ -159,7 +145,7 @@ def load_tokenizer(out):
 
 
 def token_text(tokenizer, token):
-    """What one token id stands for, readable on its own: its text, or its bytes where it is a part of a character."""
+    """What one token id stands for, readable on its own: its text, or its bytes if it is a part of a character."""
     try:
         piece = tokenizer.convert_ids_to_tokens(token)
         text = tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -181,59 +167,50 @@ def token_text(tokenizer, token):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def parse_json(text, where):
-    """A JSON object. Raises UserError where it is none."""
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"not JSON ({common.one_line(error)})", where, "mend or delete the file")
-    if not isinstance(value, dict):
-        raise UserError("not a JSON object", where, "mend or delete the file")
-    return value
-
-
 def read_part(path, shape):
-    """`shape` of the JSON object in `path`, or None if there is no such file. Raises UserError if it does not fit."""
+    """`shape` of the JSON value in the file `path`, or None if there is no such file."""
     if not path.exists():
         return None
-    value = parse_json(path.read_bytes(), f"in {path}")
-    try:
-        return shape(value)
-    except BAD_SHAPE as error:
-        what = f"not what this project writes ({type(error).__name__}: {common.one_line(error)})"
-        raise UserError(what, f"in {path}", "mend or delete the file")
+    with reading("a file", f"in {path}"):
+        return shape(runs.read_json(path))
 
 
 def read_args(out):
-    """OUT/args.json; of a folder of eval.py the one in OUT/eval."""
-    shape = lambda v: {"args": dict(v["args"]), "versions": dict(v["versions"]), "commit": v.get("commit")}
-    nothing = {"args": {}, "versions": {}, "commit": None}
-    return read_part(out / "args.json", shape) or read_part(out / "eval" / "args.json", shape) or nothing
+    """What OUT/args.json says, or in a folder of eval.py OUT/eval/args.json."""
+    path = out / "args.json" if (out / "args.json").exists() else out / "eval" / "args.json"
+    found = read_part(path, shape_args)
+    return shape_args({"args": {}}) if found is None else found
+
+
+def shape_args(value):
+    """args.json -> {part: {name: text}}, the commit as text, and eta, or None if it is no number."""
+    parts = {"args": value["args"]} | {key: value.get(key, {}) for key in ("versions", "inputs", "code")}
+    texts = {key: {str(name): str(one) for name, one in part.items()} for key, part in parts.items()}
+    commit, eta = str(value.get("commit")), value["args"].get("eta")
+    if value.get("dirty"):
+        commit += ", with changes"
+    return texts | {"commit": commit, "eta": number(eta) if isinstance(eta, int | float) else None}
 
 
 def number(value):
     """A number of at most 6 digits; None, a gap in a curve, for one that is missing, infinite or not a number."""
-    if value is None or not math.isfinite(value):
-        return None
-    return float(f"{value:.6g}")
+    return float(f"{value:.6g}") if value is not None and math.isfinite(value) else None
 
 
 def read_metrics(path):
     """metrics.jsonl -> the number of steps, and a column for each curve, thinned out evenly to MAX_STEPS points."""
-    if not path.exists():
+    rows = runs.read_jsonl(path) if path.exists() else []
+    if not rows:
         return None
-    rows = common.read_jsonl(path)
-    step = -(-len(rows) // MAX_STEPS) or 1
-    kept = rows[::step] + (rows[-1:] if (len(rows) - 1) % step else [])  # the last step is always there
-    try:
+    every = math.ceil(len(rows) / MAX_STEPS)
+    kept = rows[::every] + (rows[-1:] if (len(rows) - 1) % every else [])  # the last step is always there
+    with reading("a file", f"in {path}"):
         columns = {name: [number(row.get(name)) for row in kept] for name in CURVES.split()}
-        steps, stage = [int(row["step"]) for row in kept], str(kept[-1].get("stage", "")) if kept else ""
-    except BAD_SHAPE as error:
-        raise UserError(f"a step is not an object of numbers ({common.one_line(error)})", f"in {path}", "mend it")
+        steps, stage = [int(row["step"]) for row in kept], str(kept[-1].get("stage", ""))
     columns = {name: values for name, values in columns.items() if any(v is not None for v in values)}
     if "nll" not in columns:
         columns.pop("dpo_loss", None)  # it is the loss
-    return {"stage": stage, "every": step, "step": steps, "columns": columns} if rows else None
+    return {"stage": stage, "every": every, "step": steps, "columns": columns}
 
 
 def shape_mismatch(value):
@@ -244,23 +221,16 @@ def shape_mismatch(value):
     margins = [int(count) for count in value["margin_histogram"]["counts"]]
     if len(margins) != len(edges) + 1 or not all(math.isfinite(x) for x in [*edges, *(rate[0] for rate in rates)]):
         raise ValueError("margin_histogram or replacement_rate is not complete")
-    return {
-        "eta": number(value["eta"]),
-        "counts": {name: count for name, count in value.items() if type(count) is int and name != "eta"},
-        "dropped": {str(reason): int(count) for reason, count in value["dropped"].items()},
-        "rates": rates,
-        "margins": {"edges": edges, "counts": margins},
-        "t_star": sorted((int(t), int(count)) for t, count in value["t_star_histogram"].items()),
-    }
+    counts = {name: count for name, count in value.items() if type(count) is int and name != "eta"}
+    dropped = {str(reason): int(count) for reason, count in value["dropped"].items()}
+    t_star = sorted((int(t), int(count)) for t, count in value["t_star_histogram"].items())
+    histograms = {"margins": {"edges": edges, "counts": margins}, "t_star": t_star}
+    return {"eta": number(value["eta"]), "counts": counts, "dropped": dropped, "rates": rates} | histograms
 
 
 def shape_summary(value):
-    """summary.json -> the rows of the closing table, and tokens a second of each stage."""
-    rows = {str(name): row for name, row in value.items() if name != "stages"}
-    return {
-        "rows": {name: {str(k): number(v) for k, v in row.items()} for name, row in rows.items()},
-        "stages": {str(stage): number(rate) for stage, rate in value.get("stages", {}).items()},
-    }
+    """summary.json -> the rows of the closing table: {name: {column: number}}."""
+    return {str(name): {str(key): number(cell) for key, cell in row.items()} for name, row in value.items()}
 
 
 def shape_eval(value):
@@ -287,24 +257,20 @@ def gather(out, max_samples, tokenizer=None):
     out = Path(out)
     if not out.is_dir():
         raise UserError("OUT is not a folder", f"at {out}", "give the folder of a run")
-    record = read_args(out)
+    evaluations = [read_part(out / "eval" / name, shape_eval) for name in ("table.json", "compare.json")]
     run = {
-        "name": out.resolve().name,
-        "path": str(out),
-        "args": {str(key): str(value) for key, value in record["args"].items()},
-        "versions": {str(key): str(value) for key, value in record["versions"].items()},
-        "commit": record["commit"] and str(record["commit"]),
         "mismatch": read_part(out / "mismatch.json", shape_mismatch),
         "metrics": read_metrics(out / "metrics.jsonl"),
         "summary": read_part(out / "summary.json", shape_summary),
-        "eval": [e for e in (read_part(out / "eval" / f"{n}.json", shape_eval) for n in ("table", "compare")) if e],
+        "eval": [found for found in evaluations if found],
         "samples": read_samples(out, max_samples, tokenizer),
     }
-    if not any(run[part] for part in ("mismatch", "metrics", "summary", "eval", "samples")):
+    if not any(run.values()):
         what = "nothing to report (no pairs, metrics.jsonl, mismatch.json, summary.json or eval)"
         raise UserError(what, f"in {out}", "give the folder of a run that has got further")
-    eta = record["args"].get("eta")
-    run["eta"] = run["mismatch"]["eta"] if run["mismatch"] else number(eta) if isinstance(eta, (int, float)) else None
+    run |= {"name": out.resolve().name, "path": str(out), **read_args(out)}
+    if run["mismatch"]:
+        run["eta"] = run["mismatch"]["eta"]
     return run
 
 
@@ -314,19 +280,21 @@ def escape_json(value):
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def render(runs):
-    """The page, ASCII text. The template's {{POLICY}}, {{TITLE}} and {{DATA}} are filled in one pass."""
+def render(gathered):
+    """The page about one or two runs, text. The template's {{POLICY}}, {{TITLE}} and {{DATA}} are filled in one pass."""
     template = TEMPLATE.read_text(encoding="utf-8")
+    template = re.sub('<p id="template">.*?</p>\n', "", template)  # says that it is the template: a page is none
     sources = {}
     for tag in ("script", "style"):
         bodies = re.findall(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL)
         digests = (base64.b64encode(hashlib.sha256(body.encode()).digest()).decode() for body in bodies)
         sources[tag] = " ".join(f"'sha256-{digest}'" for digest in digests)
     policy = f"default-src 'none'; script-src {sources['script']}; style-src {sources['style']}"
+    title = html.escape(" and ".join(run["name"] for run in gathered) + " - Warmup-Distill report")
     parts = {
         "POLICY": policy + "; base-uri 'none'; form-action 'none'",
-        "TITLE": html.escape(" and ".join(run["name"] for run in runs) + " - Warmup-Distill report"),
-        "DATA": escape_json({"unit": UNIT, "runs": runs}),
+        "TITLE": title.encode("utf-8", "xmlcharrefreplace").decode(),  # a folder's name can be no UTF-8
+        "DATA": escape_json({"unit": UNIT, "runs": gathered}),
     }
     return re.sub(r"\{\{(POLICY|TITLE|DATA)\}\}", lambda match: parts[match[1]], template)
 
@@ -334,14 +302,16 @@ def render(runs):
 def write_report(out, other=None, max_samples=MAX_SAMPLES, tokenizer=None):
     """Writes OUT/report.html about the run in `out`, beside that in `other` if given. Returns the path.
 
-    tokenizer: of the run in `out`, where the caller has it loaded.
+    tokenizer: of the run in `out`; None: the one that is found with the run.
     """
-    runs = [gather(out, max_samples, tokenizer)] + ([gather(other, max_samples)] if other is not None else [])
+    gathered = [gather(out, max_samples, tokenizer)]
+    if other is not None:
+        gathered.append(gather(other, max_samples))
     path = Path(out) / "report.html"
     try:
-        common.write_atomic(path, render(runs).encode("utf-8", "xmlcharrefreplace"))
+        runs.write_atomic(path, render(gathered))
     except OSError as error:
-        raise UserError(f"the report cannot be written ({common.one_line(error)})", f"at {path}", "check the folder")
+        raise UserError(f"the report cannot be written ({runs.one_line(error)})", f"at {path}", "check the folder")
     return path
 
 
@@ -350,21 +320,16 @@ def write_report(out, other=None, max_samples=MAX_SAMPLES, tokenizer=None):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def parse_args(argv=None):
-    parser = common.ArgumentParser(__doc__)
+def main(argv=None):
+    parser = runs.ArgumentParser(__doc__)
     parser.add_argument("out", help="folder of a run; the page is OUT/report.html")
     parser.add_argument("other", nargs="?", help="folder of a second run, to be shown beside the first")
     parser.add_argument("--max-samples", type=int, default=MAX_SAMPLES, help="samples of a run in the page, at most")
     args = parser.parse_args(argv)
-    check_range("--max-samples", args.max_samples, args.max_samples >= 1, "of 1 or more")
-    return args
-
-
-def main(argv=None):
-    args = parse_args(argv)
+    runs.check_range("--max-samples", args.max_samples, args.max_samples >= 1, "of 1 or more")
     path = write_report(args.out, args.other, args.max_samples)
     print(f"{path}, {path.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
-    common.run(main)
+    runs.run(main)

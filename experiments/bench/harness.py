@@ -1,6 +1,15 @@
-"""What every benchmark here needs: the project on the path, models of real shapes, CPU seconds, peak memory, ratios."""
+"""What the benchmarks share: models of real shapes, time, peak memory, and two kinds of the same work compared in turn.
 
+A benchmark is a script with a function measure(args) that does the work of `args.kind` and returns `Stages.result`.
+`compare` runs it for each kind in turn, each time in a process of its own, and raises AssertionError unless all kinds
+computed the same. It prints minimum, median and maximum of seconds and GiB, and the ratio to the first kind, which is
+this project; the last line is JSON.
+"""
+
+import argparse
+import importlib.util
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -11,10 +20,12 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT))
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-# hidden size, size between the two of the MLP, layers, heads, heads of keys and values, vocabulary
+from lib import decode, models, runs
+
+# hidden size, intermediate size, layers, heads, KV heads, vocabulary
 SHAPES = {
     "tiny": (32, 64, 2, 4, 2, 97),
     "smollm2-135m": (576, 1536, 30, 9, 3, 49152),
@@ -24,39 +35,60 @@ SHAPES = {
 }
 
 
-def add_arguments(parser, dtype="bfloat16", repeat=3):
-    """Flags that all benchmarks share."""
-    parser.add_argument("--dtype", choices=list(DTYPES), default=dtype)
+def make_parser(doc, shape=None, dtype="bfloat16", repeat=3):
+    """A parser with the flags that all benchmarks share."""
+    parser = argparse.ArgumentParser(description=doc.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--dtype", choices=list(runs.DTYPES), default=dtype)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--repeat", type=int, default=repeat)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeat", type=int, default=repeat, help="runs of each kind")
+    parser.add_argument("--kind", help="one run of this kind, in this process")
+    if shape:
+        parser.add_argument("--shape", choices=list(SHAPES), default=shape, help="of the random models")
+    return parser
 
 
-def random_model(shape, dtype=torch.float32, device="cpu", seed=0, vocab=None, layers=None, std=0.05):
-    """A random model of one of SHAPES; `vocab` and `layers` override the shape's."""
-    width, between, depth, heads, kv_heads, vocab_size = SHAPES[shape]
+def add_generation_arguments(parser, prompts=2, max_new_tokens=128):
+    """The size of steps 1 to 3."""
+    parser.add_argument("--prompts", type=int, default=prompts)
+    parser.add_argument("--prompt-length", type=int, default=100, help="the longest; lengths are drawn from half of it")
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens)
+    parser.add_argument("--hazard", type=float, default=0.02, help="probability that a token is a response's last")
+
+
+def random_model(shape, dtype=torch.float32, device="cpu", seed=0, std=0.05):
+    """A random model of one of SHAPES, its head tied to its embeddings."""
+    width, intermediate, depth, heads, kv_heads, vocab_size = SHAPES[shape]
     qwen = shape.startswith("qwen")
-    config = (Qwen2Config if qwen else LlamaConfig)(
-        vocab_size=vocab or vocab_size,
-        hidden_size=width,
-        intermediate_size=between,
-        num_hidden_layers=layers or depth,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-        initializer_range=std,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
+    sizes = {"hidden_size": width, "intermediate_size": intermediate, "num_hidden_layers": depth}
+    sizes |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocab_size}
+    make_config = Qwen2Config if qwen else LlamaConfig
+    config = make_config(max_position_embeddings=8192, tie_word_embeddings=True, initializer_range=std, **sizes)
     torch.manual_seed(seed)
-    model = (Qwen2ForCausalLM if qwen else LlamaForCausalLM)(config).to(device, dtype).eval()
-    model.generation_config = GenerationConfig(pad_token_id=0)  # no EOS: the benchmarks say where rows end
+    return without_eos((Qwen2ForCausalLM if qwen else LlamaForCausalLM)(config).to(device, dtype).eval())
+
+
+def without_eos(model):
+    """`generate` never ends a row by itself: the benchmarks say where rows end, the same for both kinds."""
+    model.generation_config = GenerationConfig(pad_token_id=0)
     return model
 
 
-def clock(device="cpu"):
+def load(path, args, seed=0):
+    """The model in the folder `path`, or a random one of `args.shape`."""
+    dtype = runs.DTYPES[args.dtype]
+    if path:
+        return without_eos(models.load_model(path, dtype, args.device))
+    return random_model(args.shape, dtype, args.device, seed)
+
+
+def tokens_of(model):
+    """What `decode` must know, without an EOS."""
+    return decode.Tokens(pad_id=0, eos_ids=[-1], vocab_size=model.config.vocab_size)
+
+
+def clock(device):
     """Seconds. On a CPU those of this process, which other processes disturb less: on one thread, wall time at rest."""
     if device == "cpu":
         return time.process_time()
@@ -64,57 +96,100 @@ def clock(device="cpu"):
     return time.perf_counter()
 
 
-def resident_gib():
-    """This process's resident memory in GiB (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**30
+class Stages:
+    """`result = stages(name, function)` calls function and keeps its seconds and its peak of memory.
 
-
-class PeakMemory:
-    """`with PeakMemory(device) as peak: ...` then peak.gib above the start, peak.total_gib in all.
-
-    On a CPU a thread reads the process's resident size every 10 ms; on a GPU it is the allocator's own peak.
+    Memory is that above what there was when this object was made. On a CPU a thread reads the process's resident memory
+    every 10 ms; on a GPU it is the allocator's own peak.
     """
 
-    def __init__(self, device="cpu"):
-        self.device = device
+    def __init__(self, device, clock=clock):
+        self.device, self.clock, self.stages = device, clock, {}
+        self.before = self.memory()
 
-    def __enter__(self):
-        if self.device == "cpu":
-            self.start = self.peak = resident_gib()
-            self.done = threading.Event()
-            self.watcher = threading.Thread(target=self.watch)
-            self.watcher.start()
-        else:
+    def __call__(self, name, function):
+        peak, done = [], threading.Event()
+        watcher = threading.Thread(target=self.watch, args=(peak, done))
+        if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-            self.start = torch.cuda.memory_allocated() / 2**30
-        return self
+        watcher.start()
+        began = self.clock(self.device)
+        result = function()
+        seconds = self.clock(self.device) - began
+        done.set()
+        watcher.join()
+        self.stages[name] = {"s": seconds, "GiB": max([*peak, self.memory()]) - self.before}
+        return result
 
-    def watch(self):
-        while not self.done.wait(0.01):
-            self.peak = max(self.peak, resident_gib())
+    def watch(self, peak, done):
+        while self.device == "cpu" and not done.wait(0.01):
+            peak.append(self.memory())
 
-    def __exit__(self, *_):
-        if self.device == "cpu":
-            self.done.set()
-            self.watcher.join()
-        else:
-            self.peak = torch.cuda.max_memory_allocated() / 2**30
-        self.gib, self.total_gib = self.peak - self.start, self.peak
+    def memory(self):
+        """GiB that this process holds (Linux), or the allocator's peak since it was reset."""
+        if self.device == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**30
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**30
 
-
-def child(script, argv, *extra):
-    """Runs a benchmark's script again in a process of its own; returns the JSON of its last line."""
-    command = [sys.executable, script, *argv, *map(str, extra)]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(output.splitlines()[-1])
-
-
-def spread(values):
-    """{median, range} of a list of numbers."""
-    return {"median": statistics.median(values), "range": [min(values), max(values)]}
+    def result(self, **check):
+        """check: what all kinds must have computed: {name: a number or nested lists of them}."""
+        return {"stages": self.stages, "check": check}
 
 
-def show(name, result, unit):
-    """Prints one line of `spread`."""
-    low, high = result["range"]
-    print(f"{name:40} {low:10.3f} {result['median']:10.3f} {high:10.3f}  {unit}, min median max", flush=True)
+def assert_same(ours, theirs, name, **tolerance):
+    """Raises AssertionError where numbers or nested lists differ. Integers must be equal; tolerance: math.isclose's."""
+    if isinstance(ours, list):
+        assert len(ours) == len(theirs), name
+        for a, b in zip(ours, theirs):
+            assert_same(a, b, name, **tolerance)
+    else:
+        same = ours == theirs if isinstance(ours, int) else math.isclose(ours, theirs, **tolerance)
+        assert same, f"{name}: {ours}, {theirs}"
+
+
+def compare(file, argv, args, measure, kinds, launch=lambda kind: [sys.executable], **tolerance):
+    """Runs `measure` for each of `kinds` in turn, checks and prints. Returns {kind: [what `Stages.result` returns]}.
+
+    args: `argv` as parsed; argv None is the command line. launch: kind -> the command that starts Python for it.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if args.kind:
+        torch.set_num_threads(args.threads)
+        result = measure(args)
+        if result:  # of rank 0
+            print(json.dumps(result))
+        return None
+    if any("trl" in kind for kind in kinds) and importlib.util.find_spec("trl") is None:
+        todo = "pip install -r experiments/bench/requirements.txt"
+        raise runs.UserError("TRL is not installed", "for this benchmark's peer", todo)
+    found = {kind: [] for kind in kinds}
+    for _ in range(args.repeat):
+        for kind in kinds:
+            command = [*launch(kind), file, *argv, "--kind", kind]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            found[kind].append(json.loads(output.splitlines()[-1]))
+    for kind in kinds[1:]:
+        for ours, theirs in zip(found[kinds[0]], found[kind]):
+            for name, value in ours["check"].items():
+                assert_same(value, theirs["check"][name], name, **tolerance)
+    print(f"check: {' and '.join(kinds)} agree in {', '.join(found[kinds[0]][0]['check'])}")
+    report(found)
+    stages = {kind: [result["stages"] for result in results] for kind, results in found.items()}
+    print(json.dumps({"args": vars(args), "stages": stages}), flush=True)
+    return found
+
+
+def report(found):
+    """Prints minimum, median and maximum of each stage and kind, and the ratio of the median to that of the first."""
+    first = next(iter(found))
+    print(f"{'stage':12} {'kind':14} {'min':>10} {'median':>10} {'max':>10}")
+    for stage in found[first][0]["stages"]:
+        for unit in ("s", "GiB"):
+            for kind, results in found.items():
+                values = [result["stages"][stage][unit] for result in results]
+                middle, ratio = statistics.median(values), ""
+                if kind == first:
+                    base = middle
+                elif base > 0:
+                    ratio = f"  {middle / base:.2f} times {first}"
+                print(f"{stage:12} {kind:14} {min(values):10.3f} {middle:10.3f} {max(values):10.3f} {unit}{ratio}")

@@ -1,49 +1,27 @@
-"""N samples a prompt: prefill + expand + decode (decode.py) beside transformers' generate(num_return_sequences=N), tokens/s.
+"""N samples a prompt: prefill + expand + decode (lib/decode.py) beside transformers' generate(num_return_sequences=N).
 
-    python bench/sampling.py                                 a random model of SmolLM2-135M's shape
-    python bench/sampling.py --model FOLDER --repeat 5       any causal language model
-    python bench/sampling.py --shape qwen2.5-1.5b --device cuda --prompts 32
+    python experiments/bench/sampling.py                                      random, of SmolLM2-135M's shape
+    python experiments/bench/sampling.py --model FOLDER --repeat 5            any causal language model
+    python experiments/bench/sampling.py --shape qwen2.5-1.5b --device cuda --prompts 32
 
-One process, ours and generate in turn on the same prompts. Two settings: `equal`, every response has --max-new-tokens
-tokens; `unequal`, every row ends with a probability of --hazard a token, drawn beforehand, so that both decode the same
-number of tokens for every row. Ours also returns the log-prob of every token; generate does not, and is not asked to.
-Seconds are of this process's CPU time: on one thread that is wall time on an idle machine, and other processes disturb
-it less. Checked first: greedy decoding gives the same tokens in float32, and the first tokens of both samplers follow
-the model's distribution (chi-square). The last line is JSON.
+Two settings: `equal`, every response has --max-new-tokens tokens; `unequal`, each token is a row's last with a
+probability of --hazard, drawn beforehand, at most 4 times as many, so that both decode the same number of tokens for
+every row. Ours also returns the log-prob of every token; generate does not, and is not asked to. Checked: greedy
+decoding gives the same tokens in float32. (That samples follow the model's distribution is tested in tests/.)
 """
 
-import argparse
-import json
-
 import torch
-from harness import DTYPES, SHAPES, add_arguments, clock, random_model, show, spread
-from transformers import GenerationConfig, StoppingCriteria
+from harness import Stages, add_generation_arguments, compare, load, make_parser, tokens_of
+from transformers import StoppingCriteria
 
-# harness.py has put the project on the path
-import decode
-import models
+from lib import decode, runs
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add_arguments(parser)
+    parser = make_parser(__doc__, "smollm2-135m")
     parser.add_argument("--model", help="folder or hub id; default: a random model of --shape")
-    parser.add_argument("--shape", choices=list(SHAPES), default="smollm2-135m")
-    parser.add_argument("--prompts", type=int, default=2)
-    parser.add_argument("--prompt-length", type=int, default=100, help="the longest; lengths are drawn from half of it")
-    parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="in `equal`; four times as many in `unequal`")
-    parser.add_argument("--hazard", type=float, default=0.02, help="probability that a token is the last, in `unequal`")
+    add_generation_arguments(parser, max_new_tokens=64)
     return parser.parse_args(argv)
-
-
-def load(path, args, seed=0):
-    """The model in `path`, or a random one, with nothing in its generation settings that would change the comparison."""
-    if not path:
-        return random_model(args.shape, DTYPES[args.dtype], args.device, seed)
-    model = models.load_model(path, DTYPES[args.dtype], args.device)
-    model.generation_config = GenerationConfig(pad_token_id=0)  # no EOS: `StopAt` ends the rows
-    return model
 
 
 def draw_prompts(count, longest, vocab_size):
@@ -54,7 +32,7 @@ def draw_prompts(count, longest, vocab_size):
 
 def draw_lengths(count, hazard, longest):
     """(count,) int64: how many tokens each row gets if each token is the last one with probability `hazard`."""
-    return (torch.empty(count).geometric_(hazard).long()).clamp(max=longest)
+    return torch.empty(count).geometric_(hazard).long().clamp(max=longest)
 
 
 class StopAt(StoppingCriteria):
@@ -67,84 +45,62 @@ class StopAt(StoppingCriteria):
         return input_ids.shape[1] - self.prompt_width >= self.lengths
 
 
-def ours(model, prompts, n, lengths, seed, greedy=False):
-    """Row i gets lengths[i] tokens. Returns P*n lists of ids."""
-    rows = decode.expand(decode.prefill(model, prompts, 0, model.device), n)
-    prompt_ids = torch.arange(len(prompts), device=model.device).repeat_interleave(n)
-    sample_ids = torch.arange(n, device=model.device).repeat(len(prompts))
-    choose = decode.sampler(seed, 0, prompt_ids, sample_ids, torch.zeros_like(prompt_ids), 1.0, 1.0)
-    choose = decode.greedy if greedy else choose
-    return decode.decode(model, rows, choose, lengths.to(model.device), [-1], model.config.vocab_size)[0]
+def names_of(prompts, n, device):
+    """(prompt ids, sample ids) of n rows a prompt, both (B,) int64."""
+    prompt_ids = torch.arange(len(prompts), device=device).repeat_interleave(n)
+    return prompt_ids, torch.arange(n, device=device).repeat(len(prompts))
 
 
-def generate(model, prompts, n, lengths, seed, greedy=False):
-    """The same by transformers' generate."""
+def ours(model, prompts, n, lengths, seed=0, greedy=False):
+    """Row i gets lengths[i] tokens. Returns P*n lists of ids, and their log-probs."""
+    rows = decode.expand(decode.prefill(model, prompts, tokens_of(model)), n)
+    lengths = lengths.to(model.device)
+    choose = decode.sampler(seed, decode.STUDENT_STAGE, *names_of(prompts, n, model.device), torch.zeros_like(lengths))
+    return decode.decode(model, rows, decode.greedy if greedy else choose, lengths, tokens_of(model))
+
+
+def generate(model, prompts, n, lengths, seed=0, greedy=False):
+    """The same by transformers' generate, without log-probs."""
     torch.manual_seed(seed)
-    width = max(map(len, prompts))
+    width, lengths, device = max(map(len, prompts)), lengths.to(model.device), model.device
     draw = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    output = model.generate(
-        input_ids=torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device),
-        attention_mask=torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device),
-        num_return_sequences=n,
-        max_new_tokens=int(lengths.max()),
-        stopping_criteria=[StopAt(width, lengths.to(model.device))],
-        **draw,
-    )
-    return [row[:k] for row, k in zip(output[:, width:].tolist(), lengths.tolist())]
+    size = {"num_return_sequences": n, "max_new_tokens": int(lengths.max())}
+    token_ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
+    attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    stop = [StopAt(width, lengths)]
+    output = model.generate(token_ids, attention_mask=attention, stopping_criteria=stop, **size, **draw)
+    return [row[:k] for row, k in zip(output[:, width:].tolist(), lengths.tolist())], None
 
 
-@torch.no_grad()
-def check(model, prompts, samples=512):
-    """Raises AssertionError unless both ways agree with each other (greedy) and with the model (sampling)."""
-    lengths = torch.full((len(prompts),), 12)
+WAYS = {"ours": ours, "generate": generate}
+
+
+def check(way, model, prompts):
+    """Greedy tokens of 12 steps, in float32."""
     dtype = model.dtype
-    model.float()
-    same = [way(model, prompts, 1, lengths, 0, greedy=True) for way in (ours, generate)]
+    greedy = way(model.float(), prompts, 1, torch.full((len(prompts),), 12), greedy=True)[0]
     model.to(dtype)
-    assert same[0] == same[1], "greedy tokens differ"
-    prompt = prompts[0][:8]  # short, since generate prefills it `samples` times
-    probs = model(torch.tensor([prompt], device=model.device)).logits[0, -1].double().softmax(-1).cpu()  # (V,)
-    ranked, order = probs.sort(descending=True)
-    bins = torch.empty_like(order).scatter_(0, order, (8 * (ranked.cumsum(0) - ranked)).long().clamp(max=7))
-    expected = samples * torch.zeros(8, dtype=probs.dtype).index_add_(0, bins, probs)
-    for way in (ours, generate):
-        first = torch.tensor(way(model, [prompt], samples, torch.ones(samples, dtype=torch.long), 1))[:, 0]
-        observed = bins[first].bincount(minlength=8)
-        chi_square = ((observed - expected) ** 2 / expected)[expected > 0].sum().item()
-        print(f"check: {way.__name__:8} chi-square {chi_square:5.1f}, 7 degrees of freedom")
-        assert chi_square < 45, "the first token's distribution is not the model's"  # p < 1e-6
+    return greedy
+
+
+def measure(args):
+    way, model, stages = WAYS[args.kind], load(args.model, args), Stages(args.device)
+    torch.manual_seed(0)
+    prompts = draw_prompts(args.prompts, args.prompt_length, model.config.vocab_size)
+    count = args.prompts * args.samples
+    lengths = {"equal": torch.full((count,), args.max_new_tokens)}
+    lengths["unequal"] = draw_lengths(count, args.hazard, 4 * args.max_new_tokens)
+    greedy = check(way, model, prompts)
+    for name, of_rows in lengths.items():
+        way(model, prompts, args.samples, of_rows.clamp(max=4))  # warm-up
+        written = stages(name, lambda of_rows=of_rows: way(model, prompts, args.samples, of_rows))[0]
+        assert [len(row) for row in written] == of_rows.tolist()
+    return stages.result(greedy_tokens=greedy)
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    torch.set_num_threads(args.threads)
-    model = load(args.model, args)
-    torch.manual_seed(0)
-    prompts = draw_prompts(args.prompts, args.prompt_length, model.config.vocab_size)
-    check(model, prompts)
-    count, summary = args.prompts * args.samples, {}
-    for setting in ("equal", "unequal"):
-        rates = {"ours": [], "generate": []}
-        for seed in range(-1, args.repeat):  # run -1 warms up
-            lengths = torch.full((count,), args.max_new_tokens)
-            if setting == "unequal":
-                lengths = draw_lengths(count, args.hazard, 4 * args.max_new_tokens)
-            if seed < 0:
-                lengths = lengths.clamp(max=4)
-            for way in (ours, generate):
-                began = clock(args.device)
-                tokens = sum(map(len, way(model, prompts, args.samples, lengths, seed + 1)))
-                seconds = clock(args.device) - began
-                assert tokens == lengths.sum()
-                if seed >= 0:
-                    rates[way.__name__].append(tokens / seconds)
-        summary[setting] = {way: spread(values) for way, values in rates.items()}
-        for way, result in summary[setting].items():
-            show(f"{setting} {way}", result, "tokens/s")
-        summary[setting]["ratio"] = summary[setting]["ours"]["median"] / summary[setting]["generate"]["median"]
-        print(f"{setting:8} ratio {summary[setting]['ratio']:.2f}", flush=True)
-    print(json.dumps({**vars(args), **summary}))
+    return compare(__file__, argv, parse_args(argv), measure, list(WAYS))
 
 
 if __name__ == "__main__":
-    main()
+    runs.run(main)
