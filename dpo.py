@@ -59,12 +59,8 @@ def dpo_loss(
 
 def shared_length(chosen, rejected):
     """How many leading ids two responses share: at least t*, more where the teacher drew y_t* again."""
-    length = 0
-    for a, b in zip(chosen, rejected):
-        if a != b:
-            break
-        length += 1
-    return length
+    different = (i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b)
+    return next(different, min(len(chosen), len(rejected)))
 
 
 def collate_pairs(pairs, pad_id, with_shared, device):
@@ -77,25 +73,26 @@ def collate_pairs(pairs, pad_id, with_shared, device):
     row, part (M,) where its log-prob is added: part 0 shared, 1 chosen suffix, 2 rejected suffix.
     """
     rows, positions, regions = [], [], []
-    source, target, row_of, part = [], [], [], []
-    for pair in pairs:
+    predicted_from, target, row_of, part = [], [], [], []
+    for i, pair in enumerate(pairs):
         prompt, chosen, rejected = pair["prompt_ids"], pair["chosen_ids"], pair["rejected_ids"]
         shared = shared_length(chosen, rejected)
-        chosen, rejected, prefix = chosen[shared:], rejected[shared:], prompt + chosen[:shared]
-        rows.append(prefix + chosen + rejected)
-        start, end = len(prefix), len(prefix) + len(chosen)
+        common, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+        start = len(prompt) + shared  # columns: prefix 0 .. start, chosen suffix .. end, rejected suffix
+        end = start + len(chosen)
+        rows.append(prompt + common + chosen + rejected)
         positions.append([*range(end), *range(start, start + len(rejected))])
         regions.append([0] * start + [1] * len(chosen) + [2] * len(rejected))
+        # A token is predicted from the column before it; the first of each suffix from the last of the prefix
+        parts = [(0, range(len(prompt) - 1, start - 1), common)] if with_shared else []
+        parts += [(1, range(start - 1, end - 1), chosen)]
+        parts += [(2, [start - 1, *range(end, end + len(rejected) - 1)], rejected)]
+        for number, columns, ids in parts:
+            predicted_from += columns[: len(ids)]
+            target += ids
+            row_of += [i] * len(ids)
+            part += [number] * len(ids)
     length = max(map(len, rows))
-    for i, (row, region, pair) in enumerate(zip(rows, regions, pairs)):
-        prefix = region.count(0)
-        for column in range(len(pair["prompt_ids"]) if with_shared else prefix, len(row)):
-            # A token is predicted from the column before it; the first of each suffix from the last of the prefix
-            begins_suffix = region[column] != region[column - 1]
-            source.append(i * length + (prefix if begins_suffix else column) - 1)
-            target.append(row[column])
-            row_of.append(i)
-            part.append(region[column])
     pad = lambda lists, value: torch.tensor([x + [value] * (length - len(x)) for x in lists], device=device)
     index = lambda values: torch.tensor(values, dtype=torch.long, device=device)
     region = pad(regions, 3)  # (B, L): 0 prefix, 1 chosen, 2 rejected, 3 padding
@@ -106,7 +103,7 @@ def collate_pairs(pairs, pad_id, with_shared, device):
         "token_ids": pad(rows, pad_id),
         "positions": pad(positions, 0),
         "attention": causal & ~blind,
-        "source": index(source),
+        "source": index(row_of) * length + index(predicted_from),
         "target": index(target),
         "row": index(row_of),
         "part": index(part),

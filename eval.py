@@ -17,7 +17,6 @@ run continues. Batches are cut from the order of the prompts: files and table ar
 
 import argparse
 import functools
-import math
 import re
 import statistics
 from pathlib import Path
@@ -25,7 +24,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from lib import benchmarks, decode, measure, models, runs, scoring
-from lib.runs import UserError, check_range
+from lib.runs import UserError
 from warmup_distill import first_mismatch
 
 # What all response files of one OUT/eval have in common
@@ -115,11 +114,11 @@ def evaluate(path, sets, args, world, out, checker, teacher):
         if question is None:
             rows = respond(model, *settings, benchmark.metric, seed, args, world, checker, file.stem)
             results[benchmark.name][seed] = rows
-            world.first(lambda: runs.write_jsonl(file, rows))
         else:
             found = measure.distance(model, teacher(), *settings, seed, world, args.eta, first_mismatch)
             table[benchmark.name]["distance"] = question | found
-            world.first(lambda: runs.write_json(file, question | found))
+        if world.rank == 0:
+            runs.write_jsonl(file, rows) if question is None else runs.write_json(file, question | found)
     for name, by_seed in results.items():
         table[name] |= scoring.summarise(by_seed)
     return table, results
@@ -147,26 +146,27 @@ def respond(model, prompts, tokens, tokenizer, max_new_tokens, batch_size, metri
 
 def print_table(table):
     """The table as Markdown, then what it leaves out, then the comparison."""
+    details = []
     for number, (model, row) in enumerate(table["models"].items()):
         if number == 0:
             titles = [f"{name} ({scoring.TITLES[s['metric']]})" for name, s in row["sets"].items()]
             print("\n| model | " + " | ".join([*titles, "average"]) + " |\n|" + "---|" * (len(titles) + 2))
-        spreads = ["" if s["std"] is None else f" ± {s['std']:.2f}" for s in row["sets"].values()]
-        cells = [f"{s['mean']:.2f}{spread}" for s, spread in zip(row["sets"].values(), spreads)]
-        print("| " + " | ".join([model, *cells, f"{row['average']:.2f}"]) + " |")
-    for model, name, s in ((m, name, s) for m, row in table["models"].items() for name, s in row["sets"].items()):
-        print(
-            f"{model}, {name}: {s['examples']} examples, {len(s['seeds'])} seed(s); {s['skipped']} prompts over the "
-            f"limit of {s['max_prompt_tokens']} tokens skipped; {s['unfinished']:.1%} of responses cut at the token "
-            f"limit; {s['check_failed']} answers scored 0 because their check hung or crashed"
-        )
-        if "distance" in s:
-            d = s["distance"]
-            print(
-                f"{model}, {name}: KL(p,q) {d['kl_teacher_student']:.4f}, KL(q,p) {d['kl_student_teacher']:.4f} nats a "
-                f"token from {d['teacher']}; margin above {d['eta']:g} in {d['replaced_tokens']:.2%} of tokens, "
-                f"{d['replaced_samples']:.2%} of samples"
+        cells = [model]
+        for name, s in row["sets"].items():
+            cells.append(f"{s['mean']:.2f}" + ("" if s["std"] is None else f" ± {s['std']:.2f}"))
+            details.append(
+                f"{model}, {name}: {s['examples']} examples, {len(s['seeds'])} seed(s); {s['skipped']} prompts over the "
+                f"limit of {s['max_prompt_tokens']} tokens skipped; {s['unfinished']:.1%} of responses cut at the token "
+                f"limit; {s['check_failed']} answers scored 0 because their check hung or crashed"
             )
+            if "distance" in s:
+                details.append(
+                    "{model}, {name}: KL(p,q) {kl_teacher_student:.4f}, KL(q,p) {kl_student_teacher:.4f} nats a token "
+                    "from {teacher}; margin above {eta:g} in {replaced_tokens:.2%} of tokens, {replaced_samples:.2%} of "
+                    "samples".format(model=model, name=name, **s["distance"])
+                )
+        print("| " + " | ".join([*cells, f"{row['average']:.2f}"]) + " |")
+    print(*details, sep="\n", end="\n" if details else "")
     if "compare" in table:
         print("\n{b} minus {a}, {resamples} resamples".format(**table["compare"]))
         for name, c in table["compare"]["sets"].items():
@@ -187,53 +187,53 @@ def parse_args(argv=None):
     runs.add_arguments(parser)
     group = parser.add_argument_group("prompts")
     group.add_argument("--metric", choices=["rouge", "math"], help="of files that have none of the known names")
-    group.add_argument("--limit", type=int, default=0, help="use the first LIMIT rows of each set; 0: all")
+    group.add_argument("--limit", type=runs.LIMIT, default=0, help="use the first LIMIT rows of each set; 0: all")
     group.add_argument("--template", choices=["auto", "chat", "alpaca", "none"], default="auto", help="as in training")
-    group.add_argument("--max-prompt-tokens", type=int, default=1024, help="a longer prompt is skipped and counted")
+    group.add_argument(
+        "--max-prompt-tokens", type=runs.COUNT, default=1024, help="a longer prompt is skipped and counted"
+    )
     group = parser.add_argument_group("decoding; math is greedy")
     group.add_argument("--preset", choices=PRESETS, default="none", help="minillm: their decoding and template")
-    group.add_argument("--seeds", type=int, nargs="+", default=[10, 20, 30, 40, 50], help="one response a prompt each")
-    group.add_argument("--temperature", type=float, default=1.0, help="of sampling")
-    group.add_argument("--top-p", type=float, default=1.0, help="of sampling")
-    group.add_argument("--max-new-tokens", type=int, default=0, help="0: 256, and 1024 for math")
-    group.add_argument("--no-repeat-ngram-size", type=int, default=0, help="never sample an n-gram twice; 0: off")
-    group.add_argument("--batch-size", type=int, default=32, help="prompts decoded at once by one process")
+    group.add_argument(
+        "--seeds", type=runs.SEED, nargs="+", default=[10, 20, 30, 40, 50], help="one response a prompt each"
+    )
+    group.add_argument("--temperature", type=runs.ABOVE_0, default=1.0, help="of sampling")
+    group.add_argument("--top-p", type=runs.TOP_P, default=1.0, help="of sampling")
+    group.add_argument("--max-new-tokens", type=runs.LIMIT, default=0, help="0: 256, and 1024 for math")
+    ngram = runs.ranged(int, lambda x: x == 0 or x >= 2, "0, or 2 or more")
+    group.add_argument("--no-repeat-ngram-size", type=ngram, default=0, help="never sample an n-gram twice; 0: off")
+    group.add_argument("--batch-size", type=runs.COUNT, default=32, help="prompts decoded at once by one process")
     group = parser.add_argument_group("comparisons")
-    pair = {"nargs": 2, "metavar": ("A", "B"), "default": []}
-    group.add_argument("--compare", **pair, help="two of --model, or folders of response files")
-    group.add_argument("--resamples", type=int, default=10_000, help="of the paired bootstrap; --seed decides them")
+    group.add_argument("--compare", nargs=2, metavar=("A", "B"), default=[], help="of --model, or response folders")
+    group.add_argument(
+        "--resamples", type=runs.COUNT, default=10_000, help="of the paired bootstrap; --seed decides them"
+    )
     group.add_argument("--distance", metavar="TEACHER", help="measure each model's distance from this one")
-    group.add_argument("--eta", type=float, default=4.0, help="threshold of the margin log q - log p, nats")
+    group.add_argument("--eta", type=runs.NATS, default=4.0, help="threshold of the margin log q - log p, nats")
     parser.set_defaults(**PRESETS[parser.parse_args(argv).preset])  # a flag that is given wins
     args = parser.parse_args(argv)
     if bool(args.model) != bool(args.data) or not (args.model or args.compare):
         raise UserError("--model and --data go together", "on the command line", "give both, or --compare alone")
     if args.distance is not None and not args.model:
         raise UserError("--distance needs --model and --data", "on the command line", "give them")
-    rules = {
-        "above 0": (lambda x: 0 < x < math.inf, ["temperature"]),
-        "in (0, 1]": (lambda x: 0 < x <= 1, ["top_p"]),
-        "of 0 or more": (lambda x: x >= 0, ["max_new_tokens", "limit"]),
-        "of 0, or 2 or more": (lambda x: x == 0 or x >= 2, ["no_repeat_ngram_size"]),
-        "of 1 or more": (lambda x: x >= 1, ["batch_size", "resamples"]),
-        "in nats, such as 4": (math.isfinite, ["eta"]),
-    }
-    runs.check_ranges(args, rules)
-    for seed in (args.seed, *args.seeds):
-        check_range("--seed and --seeds", seed, 0 <= seed < 1 << 62, "from 0 to 2^62 - 1")
-    for flag, values in (("--model", [model_name(path) for path in args.model]), ("--seeds", args.seeds)):
-        check_range(flag, " ".join(map(str, values)), len(set(values)) == len(values), "only once")
+    check_once("--model", [model_name(path) for path in args.model])
+    check_once("--seeds", args.seeds)
     return args
+
+
+def check_once(flag, values):
+    """Raises UserError where a flag has a value twice."""
+    if len(set(values)) < len(values):
+        raise UserError(f"{flag} is {' '.join(map(str, values))}", "on the command line", "give each only once")
 
 
 def main(argv=None):
     args = parse_args(argv)
     world, out = runs.start_processes(args.device, args.threads), Path(args.out) / "eval"
     found = [benchmarks.find(spec, args.metric) for spec in args.data]
-    different = len({benchmark.name for benchmark in found}) == len(found)
-    check_range("--data", " ".join(args.data), different, "with each name once")
-    for benchmark in found:
-        scoring.check_installed(benchmark.metric)
+    check_once("--data", [benchmark.name for benchmark in found])
+    for metric in {benchmark.metric for benchmark in found}:
+        scoring.check_installed(metric)
     sets = [(benchmark, benchmarks.load(benchmark, args.limit)) for benchmark in found]
     results = {name: read_folder(name) for name in args.compare if name not in args.model}
     settings = {key: getattr(args, key) for key in SETTINGS}

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from lib import data, decode, measure, models, responses, runs, training
-from lib.runs import UserError, check_range
+from lib.runs import UserError
 from warmup_distill import first_mismatch
 
 # Defaults of the toy, which is used without --teacher and --data
@@ -290,59 +290,46 @@ def parse_args(argv=None):
     data.add_arguments(parser)
     group = parser.add_argument_group("loss")
     group.add_argument("--loss", choices=list(LOSSES), default="forward_kl", help="divergence of teacher and student")
-    group.add_argument("--kd-rate", type=float, default=0.5, help="r in (1-r) CE + r KD; 0 is SFT, without a teacher")
-    group.add_argument("--temperature", type=float, default=1.0, help="of both models' logits in KD; no factor T^2")
-    group.add_argument("--jsd-beta", type=float, default=0.5, help="beta of jsd")
-    group.add_argument("--skew-alpha", type=float, default=0.1, help="alpha of skew_forward_kl and skew_reverse_kl")
-    group.add_argument("--tail-mass", type=float, default=0.5, help="share of p that is the tail of adaptive_kl")
+    group.add_argument("--kd-rate", type=runs.SHARE, default=0.5, help="r in (1-r) CE + r KD; 0: SFT, no teacher")
+    group.add_argument("--temperature", type=runs.ABOVE_0, default=1.0, help="of both models' logits; no factor T^2")
+    group.add_argument("--jsd-beta", type=runs.OPEN_SHARE, default=0.5, help="beta of jsd")
+    group.add_argument("--skew-alpha", type=runs.OPEN_SHARE, default=0.1, help="alpha of the two skewed losses")
+    group.add_argument("--tail-mass", type=runs.SHARE, default=0.5, help="share of p that is adaptive_kl's tail")
     group = parser.add_argument_group("responses")
     group.add_argument("--mode", choices=["gold", "teacher", "student"], default="gold", help="who wrote the responses")
     group.add_argument(
-        "--max-new-tokens", type=int, default=256, help="of a response; longer ones in data are left out"
+        "--max-new-tokens", type=runs.COUNT, default=256, help="of a response; longer gold ones: left out"
     )
     group.add_argument("--teacher-decoding", choices=["sample", "greedy"], default="greedy", help="in --mode teacher")
-    group.add_argument("--on-policy", type=float, default=1.0, help="the student's share of a batch in --mode student")
-    group.add_argument("--refresh-every", type=int, default=1, help="steps that are sampled from the same student")
-    group.add_argument("--prompts-per-batch", type=int, default=32, help="decoded at once; also examples a cache file")
+    group.add_argument("--on-policy", type=runs.SHARE, default=1.0, help="student's share of a batch in --mode student")
+    group.add_argument("--refresh-every", type=runs.COUNT, default=1, help="steps sampled from the same student")
+    group.add_argument("--prompts-per-batch", type=runs.COUNT, default=32, help="decoded at once; and in a cache file")
     group = parser.add_argument_group("teacher")
     group.add_argument("--shard-teacher", action="store_true", help="spread a teacher that does not fit")
     group.add_argument("--teacher-cache", help="folder: store the teacher's log-probs there once, or use those there")
-    group.add_argument("--teacher-top-k", type=int, default=64, help="log-probs a token in --teacher-cache")
+    group.add_argument("--teacher-top-k", type=runs.COUNT, default=64, help="log-probs a token in --teacher-cache")
     training.add_arguments(parser, lr=1e-5)
     group = parser.add_argument_group("closing table")
     data.add_eval_arguments(group, "no table, but for the toy's own")
-    group.add_argument("--eval-limit", type=int, default=500, help="prompts in the table; 0: no table")
+    group.add_argument("--eval-limit", type=runs.LIMIT, default=500, help="prompts in the table; 0: no table")
     args = parser.parse_args(argv)
     if args.teacher is None and args.data is None:
         parser.set_defaults(**TOY, **data.toy_paths(args.toy))
         args = parser.parse_args(argv)
-    return check_args(args)
-
-
-def check_args(args):
-    """Raises UserError for values that make no sense."""
-    needed = ["student", "data"] + ["teacher"] * (args.kd_rate > 0 or args.mode == "teacher")
+    where = "on the command line"
+    needed = ["student", "data", "teacher"] if args.kd_rate > 0 or args.mode == "teacher" else ["student", "data"]
     for name in needed:
         if not getattr(args, name):
-            todo = "give it, or neither teacher nor data for the toy"
-            raise UserError(f"--{name} is missing", "on the command line", todo)
-    rules = {
-        "from 0 to 1": (lambda x: 0 <= x <= 1, ["kd_rate", "on_policy", "tail_mass"]),
-        "in (0, 1)": (lambda x: 0 < x < 1, ["jsd_beta", "skew_alpha"]),
-        "above 0": (lambda x: 0 < x < math.inf, ["temperature"]),
-        "of 1 or more": (lambda x: x >= 1, ["max_new_tokens", "refresh_every", "prompts_per_batch", "teacher_top_k"]),
-        "of 0 or more": (lambda x: x >= 0, ["limit", "eval_limit"]),
-    }
-    runs.check_ranges(args, rules)
-    if args.mode == "student":
-        check_range("--kd-rate", args.kd_rate, args.kd_rate > 0, "above 0: with --mode student there are no labels")
+            raise UserError(f"--{name} is missing", where, "give it, or neither teacher nor data for the toy")
+    if args.mode == "student" and args.kd_rate == 0:
+        raise UserError("--kd-rate is 0.0", where, "give a value above 0: with --mode student there are no labels")
+    if args.mode == "student" and args.save_every % args.refresh_every:
         # On-policy samples are in no checkpoint, so it must be one where new samples are drawn
-        good = args.save_every % args.refresh_every == 0
-        check_range("--save-every", args.save_every, good, f"that --refresh-every {args.refresh_every} divides")
+        todo = f"give a value that --refresh-every {args.refresh_every} divides"
+        raise UserError(f"--save-every is {args.save_every}", where, todo)
     if args.teacher_cache and (args.mode == "student" or args.kd_rate == 0):
         what = "--teacher-cache needs responses that stay, and a teacher: not --mode student, not --kd-rate 0"
-        raise UserError(what, "on the command line", "leave it out")
-    training.check_args(args)
+        raise UserError(what, where, "leave it out")
     return args
 
 

@@ -1,10 +1,11 @@
-"""How much the settings that the paper does not give matter, on the toy: runs/dpo_sensitivity.json.
+"""How much the settings that the paper does not give matter, on the toy: experiments/dpo_sensitivity.json.
 
-    python runs/dpo_sensitivity.py
+    OMP_NUM_THREADS=1 python experiments/dpo_sensitivity.py          half an hour on one core; resumes
 
-Seeds 1 to 5, each with a toy of its own, dev sets; the test sets are not touched. DPO's variants learn from the same stored
-pairs of their seed, through dpo.py; the last rows make their own pairs. Greedy accuracy after the warm-up alone, and after 25 steps of KD (KD below) from there. The
-best row with and the best row without the NLL term, by the accuracy after KD, are what runs/toy_ablation.py uses.
+Seeds 1 to 5, each with a toy of its own, dev sets; the test sets are not touched. DPO's variants learn from the same
+stored pairs of their seed, through dpo.py; the last rows make their own pairs. Greedy accuracy after the warm-up alone,
+and after 25 steps of KD (KD below) from there. The best row with and the best row without the NLL term, by the accuracy
+after KD, are what toy_ablation.py uses.
 """
 
 import functools
@@ -14,22 +15,17 @@ import statistics
 import lab
 from lab import DEV_SEEDS, ROOT
 
-import toy
-
-RESULT = ROOT / "runs/dpo_sensitivity.json"
 # At its best rate of those in toy_ablation.py; after 100 steps every start is at 95% or more, and nothing differs
 KD = {"loss": "forward_kl", "max_steps": 25, "lr": 1e-3}
-
 PAIR_FLAGS = ("keep", "replace", "teacher_decoding", "samples", "temperature", "top_p")  # those of steps 1 to 3
-DEFAULT = {name: toy.WARMUP[name] for name in ("beta", "lr", "nll_weight", "max_steps")}
 
 
 def variants():
-    """{name: what differs from DEFAULT}. Flags of dpo.py, PAIR_FLAGS of warmup_distill.py; `reference` is "teacher"."""
+    """{name: what differs from lab.DPO}. Flags of dpo.py, PAIR_FLAGS of warmup_distill.py; `reference` is "teacher"."""
     found = {"default": {}}
     for nll, beta, rate in itertools.product((1.0, 0.0), (0.1, 0.5, 2.0), (1e-4, 2.5e-4, 5e-4, 1e-3)):
         settings = {"nll_weight": nll, "beta": beta, "lr": rate}
-        if settings.items() - DEFAULT.items():
+        if settings.items() - lab.DPO.items():
             found[f"nll-{nll:g} beta-{beta:g} lr-{rate:g}"] = settings
     for nll in (0.1, 0.3, 3.0):
         found[f"nll-{nll:g}"] = {"nll_weight": nll}
@@ -37,40 +33,30 @@ def variants():
         found[f"mean nll-{nll:g} beta-{beta:g}"] = {"logprobs": "mean", "nll_weight": nll, "beta": beta}
     for nll in (1.0, 0.0):
         found[f"reference-teacher nll-{nll:g}"] = {"reference": "teacher", "nll_weight": nll}
-    for keep in ("teacher", "correct"):
-        found[f"keep-{keep}"] = {"keep": keep}
+    found |= {f"keep-{keep}": {"keep": keep} for keep in ("teacher", "correct")}
     found["keep-correct nll-0 beta-0.1 lr-0.0001"] = {"keep": "correct", "nll_weight": 0.0, "beta": 0.1, "lr": 1e-4}
     found["label-smoothing-0.1"] = {"label_smoothing": 0.1}
-    for steps in (15, 30, 120):
-        found[f"steps-{steps}"] = {"max_steps": steps}
+    found |= {f"steps-{steps}": {"max_steps": steps} for steps in (15, 30, 120)}
     found["sft"] = {"beta": 1e-9}
     found["replace-after"], found["teacher-greedy"] = {"replace": "after"}, {"teacher_decoding": "greedy"}
-    for samples in (2, 16):
-        found[f"samples-{samples}"] = {"samples": samples}
-    for temperature in (0.7, 1.3):
-        found[f"temperature-{temperature:g}"] = {"temperature": temperature}
+    found |= {f"samples-{samples}": {"samples": samples} for samples in (2, 16)}
+    found |= {f"temperature-{temperature:g}": {"temperature": temperature} for temperature in (0.7, 1.3)}
     found["top-p-0.9"] = {"top_p": 0.9}
     return found
 
 
 def settings_of(name):
     """The settings of a row, complete."""
-    return DEFAULT | variants()[name]
-
-
-def pairs_name(changes):
-    """The folder of the pairs that a variant learns from."""
-    words = [v if isinstance(v, str) else f"{k}-{v:g}" for k, v in changes.items() if k in PAIR_FLAGS]
-    return "-".join(["pairs", *words])
+    return lab.DPO | variants()[name]
 
 
 def one(task, name, changes):
     """One variant on one seed's toy: pairs, DPO, then KD from there."""
-    pairs = pairs_name(changes)
-    task.warmup(
-        pairs, max_steps=1, **{k: v for k, v in changes.items() if k in PAIR_FLAGS}
-    )  # the pairs are what is kept
-    settings = {k: v for k, v in changes.items() if k not in PAIR_FLAGS}
+    of_pairs = {key: value for key, value in changes.items() if key in PAIR_FLAGS}
+    words = [value if isinstance(value, str) else f"{key}-{value:g}" for key, value in of_pairs.items()]
+    pairs = "-".join(["pairs", *words])
+    task.warmup(pairs, pairs_only=True, **of_pairs)
+    settings = {key: value for key, value in changes.items() if key not in PAIR_FLAGS}
     if "reference" in settings:
         settings["reference"] = task.paths[settings["reference"]]
     aligned = task.dpo(f"dpo/{name}", pairs, **settings)
@@ -81,9 +67,9 @@ def one(task, name, changes):
 def measure(seed):
     """{variant: result} of one seed."""
     task = lab.Toy(ROOT / "out/toy_dev", seed, "dev")
-    student = task.initial()
-    student["after_kd"] = task.kd("dpo-kd/no warm-up", task.paths["student"], **KD)["accuracy"]
+    distilled = task.kd("dpo-kd/no warm-up", task.paths["student"], **KD)
     jobs = [(name, functools.partial(one, task, name, changes)) for name, changes in variants().items()]
+    student = task.initial() | {"after_kd": distilled["accuracy"]}
     return {"no warm-up": student, **lab.run_all(jobs, f"DPO, seed {seed}")}
 
 
@@ -94,11 +80,8 @@ def best(result, with_nll):
     """
     rows = {}
     for name, changes in variants().items():
-        if (
-            changes.keys() <= {"nll_weight", "beta", "lr"}
-            and name != "sft"
-            and (settings_of(name)["nll_weight"] > 0) == with_nll
-        ):
+        tuned = changes.keys() <= {"nll_weight", "beta", "lr"} and name != "sft"
+        if tuned and (settings_of(name)["nll_weight"] > 0) == with_nll:
             rows[name] = statistics.fmean(result["runs"][name]["after_kd"])
     return max(rows, key=rows.get)
 
@@ -106,13 +89,13 @@ def best(result, with_nll):
 def main():
     measured = {seed: measure(seed) for seed in DEV_SEEDS}
     columns = ("accuracy", "after_kd", "pairs", "margin")
-    runs = {
+    rows = {
         name: {c: [round(measured[s][name][c], 4) for s in DEV_SEEDS] for c in columns if c in result}
         for name, result in measured[DEV_SEEDS[0]].items()
     }
     seconds = sum(r.get("dpo_seconds", 0) for results in measured.values() for r in results.values())
-    head = {"record": lab.record("dpo_sensitivity", seconds), "seeds": DEV_SEEDS, "default": DEFAULT, "kd": KD}
-    lab.write_result(RESULT, head, runs)
+    head = {"record": lab.record("python experiments/dpo_sensitivity.py", seconds), "seeds": DEV_SEEDS}
+    lab.write_result("dpo_sensitivity", head | {"default": lab.DPO, "kd": KD}, rows)
 
 
 if __name__ == "__main__":

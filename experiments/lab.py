@@ -1,7 +1,7 @@
 """What the experiments share: commands of the project in one process, resumption, costs, statistics, result files.
 
 A run is a call of a script's own `main(argv)` in a folder `NAME/`, ended by `NAME/result.json`; a run whose result is
-there is not run again. What a script prints goes to `NAME/log`. torch is imported once instead of once a run: that is
+there is not run again. What a script prints goes to `NAME.log`. torch is imported once instead of once a run: that is
 the only reason for one process.
 
 Costs are counted in token positions that a model computes: prompts and responses in sampling and checking, padded rows
@@ -12,10 +12,10 @@ shared machine they vary, since memory is shared.
 import contextlib
 import datetime
 import functools
+import io
 import json
 import math
 import os
-import platform
 import shutil
 import statistics
 import sys
@@ -32,7 +32,7 @@ from tqdm import tqdm
 import dpo
 import kd
 import warmup_distill
-from lib import data, decode, measure, models, runs, training
+from lib import data, measure, models, runs, training
 from toy import make
 
 FOLDER = ROOT / "experiments"
@@ -42,7 +42,6 @@ REPORT_SEEDS = (0, 42, 123, 11, 12, 13, 14, 15, 16, 17)  # used once, on the tes
 # What dpo.py needs for the toy, the same as warmup_distill.py's settings there
 DPO = {"beta": 0.5, "lr": 5e-4, "nll_weight": 1.0, "max_steps": 60}
 DPO_SIZE = {"batch_size": 32, "micro_batch_size": 32, "dtype": "float32", "threads": 1}
-KD_LIMIT, KD_BATCH = 1000, 32
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Statistics
@@ -96,9 +95,12 @@ def world():
 def call(script, settings, folder):
     """`python SCRIPT.py FLAGS --out FOLDER` in this process. Returns CPU seconds; what it prints goes to FOLDER.log."""
     started = time.process_time()
-    with open(f"{folder}.log", "a", encoding="utf-8") as file:
-        with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-            MAINS[script].main(flags({**settings, "out": folder}))
+    with (
+        open(f"{folder}.log", "a", encoding="utf-8") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        MAINS[script].main(flags({**settings, "out": folder}))
     return time.process_time() - started
 
 
@@ -130,23 +132,18 @@ def origin(folder):
 
 def accuracy(model, file):
     """Greedy accuracy of the model folder on a JSONL file of the toy's problems."""
-    tokenizer, tokens = models.shared_tokenizer(model, model, False)
-    lm = models.load_model(model, torch.float32, "cpu")
-    facts = runs.read_jsonl(file)
-    prompts = [
-        {"ids": tokenizer(f"<bos>{fact['prompt']}").input_ids, "gold": fact["response"], "prompt_id": i}
-        for i, fact in enumerate(facts)
-    ]
-    with contextlib.redirect_stderr(None):
+    tokenizer, tokens = models.shared_tokenizer(model, model)
+    lm, prompts = models.load_model(model, torch.float32, "cpu"), []
+    for prompt_id, row in enumerate(runs.read_jsonl(file)):
+        ids = tokenizer(f"<bos>{row['prompt']}").input_ids
+        prompts.append({"prompt_id": prompt_id, "ids": ids, "gold": row["response"]})
+    with contextlib.redirect_stderr(io.StringIO()):
         return measure.greedy_accuracy(lm, prompts, tokens, tokenizer, 48, 250, world())
 
 
 def run_all(jobs, title):
     """jobs: list of (name, function -> result). Returns {name: result}, with a bar."""
-    results = {}
-    for name, job in tqdm(jobs, desc=title, unit="run", ncols=100):
-        results[name] = job()
-    return results
+    return {name: job() for name, job in tqdm(jobs, desc=title, unit="run", ncols=100)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,15 +152,18 @@ def run_all(jobs, title):
 
 
 class Toy:
-    """The toy of one seed in ROOT/SEED/toy, and runs on it in ROOT/SEED/NAME. split: the file that is evaluated on."""
+    """The toy of one seed in ROOT/SEED/toy, and runs on it in ROOT/SEED/NAME. split: the file that is evaluated on.
 
-    def __init__(self, root, seed, split, settings=make.Settings()):
+    settings: those of toy/make.py's `Settings` that differ.
+    """
+
+    def __init__(self, root, seed, split, **settings):
         self.seed, self.folder = seed, Path(root) / str(seed)
         world()  # one thread, and no progress bars of transformers
         self.toy = self.folder / "toy"
         if not (self.toy / "settings.json").exists():
             shutil.rmtree(self.toy, ignore_errors=True)
-            make.build(self.toy, seed, settings)
+            make.build(self.toy, seed, make.Settings(**settings))
         self.paths = make.paths_in(self.toy)
         self.split = self.paths[split]
         self.common = {"toy": self.toy, "seed": seed, "eval_limit": 0}
@@ -208,14 +208,10 @@ class Toy:
             seconds = call("dpo", settings, folder)
             before, rows = runs.read_json(self.folder / pairs_of / "result.json"), runs.read_jsonl(pairs)
             tokens = sft_tokens(rows, settings) if settings["beta"] == 1e-9 else dpo_tokens(folder, rows)
-            return {
-                "accuracy": accuracy(folder / "student", self.split),
-                "margin": runs.read_jsonl(folder / "metrics.jsonl")[-1]["margin"],
-                "pairs": before["pairs"],
-                "dpo_seconds": seconds,
-                "student_tokens": before["student_tokens"] - before["dpo_tokens"] + tokens,
-                "teacher_tokens": before["teacher_tokens"],
-            }
+            result = {key: before[key] for key in ("pairs", "teacher_tokens")}
+            result["margin"] = runs.read_jsonl(folder / "metrics.jsonl")[-1]["margin"]
+            result["student_tokens"] = before["student_tokens"] - before["dpo_tokens"] + tokens
+            return result | {"accuracy": accuracy(folder / "student", self.split), "dpo_seconds": seconds}
 
         return resumable(folder, work, settings | origin(self.folder / pairs_of), keep=("student",))
 
@@ -244,10 +240,10 @@ def dpo_tokens(folder, pairs):
     file = folder / "metrics.jsonl"
     if not file.exists():
         return 0
-    reference = sum(
-        len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"]) - p["prefix_len"] for p in pairs
-    )
-    return reference + sum(step["tokens"] for step in runs.read_jsonl(file))
+    total = sum(step["tokens"] for step in runs.read_jsonl(file))
+    for pair in pairs:
+        total += sum(len(pair[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids")) - pair["prefix_len"]
+    return total
 
 
 def sft_tokens(pairs, settings):
@@ -287,24 +283,16 @@ def record(command, seconds):
     """What a result file says of how it came to be; a + after the commit: there were changes that no commit has."""
     commit, dirty = runs.git_commit()
     cpu = Path("/proc/cpuinfo").read_text()
-    name = next((line.partition(":")[2].strip() for line in cpu.splitlines() if line.startswith("model name")), "")
-    return {
-        "command": command,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": f"{commit}{'+' if dirty else ''}",
-        "cpu": name + (" with AMX" if "amx_bf16" in cpu else ""),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "cpu_seconds": round(seconds),
-    }
+    names = [line.partition(":")[2].strip() for line in cpu.splitlines() if line.startswith("model name")]
+    cpu = (names[0] if names else "unknown") + (" with AMX" if "amx_bf16" in cpu else "")
+    made = {"command": command, "date": datetime.date.today().isoformat(), "commit": f"{commit}{'+' if dirty else ''}"}
+    made |= {"cpu": cpu, "cores": os.cpu_count(), "torch": torch.__version__}
+    return made | {"transformers": transformers.__version__, "cpu_seconds": round(seconds)}
 
 
 def write_result(name, head, results):
     """experiments/NAME.json: the fields of `head`, and "runs", {name: value}, one to a line, for small diffs."""
-    lines = lambda fields, indent: ",\n".join(
-        f"{indent}{json.dumps(key)}: {json.dumps(value)}" for key, value in fields.items()
-    )
-    text = f'{{\n{lines(head, " ")},\n "runs": {{\n{lines(results, "  ")}\n }}\n}}\n'
+    line = lambda item: f"{json.dumps(item[0])}: {json.dumps(item[1])}"
+    top, rows = ",\n ".join(map(line, head.items())), ",\n  ".join(map(line, results.items()))
+    text = f'{{\n {top},\n "runs": {{\n  {rows}\n }}\n}}\n'
     runs.write_atomic(FOLDER / f"{name}.json", text)

@@ -1,10 +1,12 @@
-"""When does the warm-up pay? The toy, 10 seeds that nothing was chosen on, the test set once: runs/toy_ablation.json.
+"""When does the warm-up pay? The toy, 10 seeds that nothing was chosen on, the test set once: toy_ablation.json.
 
-    python runs/toy_ablation.py select                    learning rates of KD, on the dev sets of seeds 1 to 3
-    python runs/toy_ablation.py report CONDITION SEED...  the report seeds: two processes can share them
-    python runs/toy_ablation.py collect                   what is finished -> runs/toy_ablation.json
+    export OMP_NUM_THREADS=1
+    python experiments/toy_ablation.py select                    learning rates of KD, on the dev sets of seeds 1 to 3
+    python experiments/toy_ablation.py report CONDITION SEED...  the report seeds: two processes can share them
+    python experiments/toy_ablation.py collect                   what is finished -> experiments/toy_ablation.json
 
-Every arm ends in B steps of KD, B = 25, 100 and in "gold" 400. What differs is what they train on and where they start:
+About 2 hours of CPU time in all; resumes. Every arm ends in B steps of KD, B = 25, 100 and in "gold" 400. What differs
+is what they train on and where they start:
 
     condition  gold       KD on the data's responses (CE and KD in equal parts), as in the paper
                mismatch   the same with a student that has half of the facts wrong instead of a quarter
@@ -17,13 +19,13 @@ Every arm ends in B steps of KD, B = 25, 100 and in "gold" 400. What differs is 
                no-splice  the teacher writes all of y+, for every sample (--eta=-1e9 makes t* = 0)
                no-splice-same   ... for the samples with a mismatch only
                random     y+ is spliced at a random position instead of t*
-    none + tokens, none + teacher tokens, none + time    KD alone for as many more steps as the warm-up cost: in token
-               positions that student and teacher compute (lab.py), in those of the teacher alone, in CPU seconds
+    none + tokens, none + teacher tokens    KD alone for as many more steps as the warm-up cost: in token positions that
+               student and teacher compute (lab.py), in those of the teacher alone
 
-Learning rates of KD are chosen for each loss and budget, for "none" and for "warm-up" apart, in the condition "gold"; the
-other starts use those of "warm-up", KD with more steps that of the nearest budget, the other conditions the same. DPO's
-settings come from runs/dpo_sensitivity.json. The other conditions and the controls other than "sft" and "none + tokens" stop
-at 100 steps: at 400 there is little left to tell apart.
+Learning rates of KD are chosen for each loss and budget, for "none" and for "warm-up" apart, in the condition "gold";
+the other starts use those of "warm-up", KD with more steps that of the nearest budget, the other conditions the same.
+DPO's settings come from dpo_sensitivity.json. The other conditions and the controls other than "sft" and
+"none + tokens" stop at 100 steps: at 400 there is little left to tell apart.
 """
 
 import functools
@@ -33,17 +35,16 @@ import sys
 
 import dpo_sensitivity
 import lab
-from lab import REPORT_SEEDS, ROOT
+from lab import FOLDER, REPORT_SEEDS, ROOT
 
-import common
-import toy
+from lib import runs
 
 BUDGETS = (25, 100, 400)
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 SELECT_SEEDS = (1, 2, 3)
 LOSSES = ("forward_kl", "reverse_kl", "skew_reverse_kl")
 STARTS = ("none", "warm-up", "sft", "none + tokens", "none + teacher tokens")
-CONTROLS = ("plain", "no-splice", "no-splice-same", "random", "none + time")  # in "gold" alone
+CONTROLS = ("plain", "no-splice", "no-splice-same", "random")  # in "gold" alone
 SMALL_BUDGETS = (*CONTROLS, "none + teacher tokens")  # not at the largest
 # condition -> losses, largest budget, flags of kd.py
 CONDITIONS = {
@@ -52,12 +53,7 @@ CONDITIONS = {
     "teacher": (LOSSES[:2], 100, {"mode": "teacher"}),
     "student": (LOSSES[1:2], 100, {"mode": "student"}),
 }
-RESULT, SELECTED = ROOT / "runs/toy_ablation.json", ROOT / "runs/toy_selected.json"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Choices, on the dev sets
-# ---------------------------------------------------------------------------------------------------------------------
+COMMAND = "python experiments/toy_ablation.py"
 
 
 def search(start, dpo):
@@ -66,12 +62,10 @@ def search(start, dpo):
     for seed in SELECT_SEEDS:
         task = lab.Toy(ROOT / "out/toy_dev", seed, "dev")
         model, jobs = make_start(task, start, dpo)[0], []
-        for loss in LOSSES:
-            for budget in BUDGETS:
-                for rate in RATES:
-                    settings = {"loss": loss, "max_steps": budget, "lr": rate}
-                    name = f"{loss}/{budget}/{rate}"
-                    jobs.append((name, functools.partial(task.kd, f"{start}/{name}", model, **settings)))
+        for name in (f"{loss}/{budget}/{rate}" for loss in LOSSES for budget in BUDGETS for rate in RATES):
+            loss, budget, rate = name.split("/")
+            settings = {"loss": loss, "max_steps": budget, "lr": rate}
+            jobs.append((name, functools.partial(task.kd, f"{start}/{name}", model, **settings)))
         for name, result in lab.run_all(jobs, f"select, {start}, seed {seed}").items():
             found.setdefault(name, []).append(result["accuracy"])
     return found
@@ -79,29 +73,20 @@ def search(start, dpo):
 
 def best_rates(found):
     """{"loss/budget": the rate with the highest mean accuracy}; of equals the smallest. found: as `search` returns."""
-    mean = lambda loss, budget, rate: statistics.fmean(found[f"{loss}/{budget}/{rate}"])
-    return {
-        f"{loss}/{budget}": max(RATES, key=lambda rate: (mean(loss, budget, rate), -rate))
-        for loss in LOSSES
-        for budget in BUDGETS
-    }
+    cells = [f"{loss}/{budget}" for loss in LOSSES for budget in BUDGETS]
+    return {cell: max(RATES, key=lambda rate: (statistics.fmean(found[f"{cell}/{rate}"]), -rate)) for cell in cells}
 
 
 def select():
-    """runs/toy_selected.json: DPO's settings from dpo_sensitivity.json, KD's rates from a search on the dev sets."""
-    sensitivity = common.read_json(dpo_sensitivity.RESULT)
+    """toy_selected.json: DPO's settings from dpo_sensitivity.json, KD's rates from a search on the dev sets."""
+    sensitivity = runs.read_json(FOLDER / "dpo_sensitivity.json")
     plain, aided = (dpo_sensitivity.best(sensitivity, with_nll) for with_nll in (False, True))
     chosen = {"warm-up": dpo_sensitivity.settings_of(aided), "plain": dpo_sensitivity.settings_of(plain)}
     found = {start: search(start, chosen) for start in ("none", "warm-up")}
     rates = {start: best_rates(found[start]) for start in found}
     means = {f"{s}/{k}": [round(v, 4) for v in values] for s in found for k, values in found[s].items()}
-    head = {"record": lab.record("toy_ablation", 0), "seeds": SELECT_SEEDS, "dpo": chosen, "rates": rates}
-    lab.write_result(SELECTED, head, means)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The report
-# ---------------------------------------------------------------------------------------------------------------------
+    head = {"record": lab.record(f"{COMMAND} select", 0), "seeds": SELECT_SEEDS, "dpo": chosen, "rates": rates}
+    lab.write_result("toy_selected", head, means)
 
 
 def make_start(task, start, dpo):
@@ -125,15 +110,7 @@ def rate_of(rates, loss, steps):
 
 
 def extra_steps(extra, warmup, alone, loss):
-    """How many KD steps cost what the warm-up cost. alone: {loss: {budget: result}} of KD alone.
-
-    Seconds of a step are the mean over all losses, since single runs vary.
-    """
-    if extra == "none + time":
-        # The difference of two runs leaves out what every start of a script costs
-        steps = [(runs[min(runs)], runs[max(runs)]) for runs in alone.values()]
-        step = statistics.fmean((b["seconds"] - a["seconds"]) / (b["steps"] - a["steps"]) for a, b in steps)
-        return math.ceil(warmup["seconds"] / step)
+    """How many KD steps cost what the warm-up cost. alone: {loss: {budget: result}} of KD alone."""
     keys = ["teacher_tokens"] if extra == "none + teacher tokens" else ["student_tokens", "teacher_tokens"]
     long = alone[loss][max(alone[loss])]
     return math.ceil(sum(warmup[key] for key in keys) / sum(long[key] / long["steps"] for key in keys))
@@ -150,56 +127,57 @@ def distil(task, condition, start, loss, budget, selected, alone):
         model = make_start(task, start, selected["dpo"])[0]
         rates = selected["rates"]["none" if start == "none" else "warm-up"]
     settings = {**flags, "loss": loss, "max_steps": steps, "lr": rate_of(rates, loss, steps)}
-    if condition == "teacher":  # the teacher writes no more than is read
-        settings["limit"] = min(toy.KD["limit"], steps * toy.KD["batch_size"])
+    if condition == "teacher":  # the teacher writes no more than is read: 1,000 examples, in steps of 32
+        settings["limit"] = min(1000, steps * 32)
     result = task.kd(f"{condition}/{start}/{loss}/{budget}", model, **settings)
     if start == "none":
         alone.setdefault(loss, {})[budget] = result
     return result
 
 
+def folder_of(condition):
+    """Where the toys of a condition are."""
+    return ROOT / "out" / ("toy_mismatch" if condition == "mismatch" else "toy_test")
+
+
 def report(condition, seed):
     """All arms of one condition on the test set of one seed -> SEED/CONDITION.json."""
-    selected = common.read_json(SELECTED)
-    settings = toy.Settings(misconceived=0.5) if condition == "mismatch" else toy.Settings()
-    folder = "toy_mismatch" if condition == "mismatch" else "toy_test"
-    task, jobs, alone = lab.Toy(ROOT / "out" / folder, seed, "test", settings), [], {}
+    selected, changed = runs.read_json(FOLDER / "toy_selected.json"), {"misconceived": 0.5}
+    task = lab.Toy(folder_of(condition), seed, "test", **(changed if condition == "mismatch" else {}))
     losses, largest, _ = CONDITIONS[condition]
+    jobs, alone = [], {}
     for start in STARTS + (CONTROLS if condition == "gold" else ()):  # "none" first: it fills `alone`
         if not start.startswith("none +"):
             job = functools.partial(make_start, task, start, selected["dpo"])
             jobs.append((f"{condition}/{start}", lambda job=job: job()[1]))
+        budgets = BUDGETS[:2] if start in SMALL_BUDGETS else BUDGETS
         for loss in losses:
-            for budget in BUDGETS:
-                if budget <= largest and not (start in SMALL_BUDGETS and budget == BUDGETS[-1]):
-                    job = functools.partial(distil, task, condition, start, loss, budget, selected, alone)
-                    jobs.append((f"{condition}/{start}/{loss}/{budget}", job))
-    results = lab.run_all(jobs, f"{condition}, seed {seed}")
-    common.write_json(task.folder / f"{condition}.json", results)
+            for budget in (b for b in budgets if b <= largest):
+                job = functools.partial(distil, task, condition, start, loss, budget, selected, alone)
+                jobs.append((f"{condition}/{start}/{loss}/{budget}", job))
+    runs.write_json(task.folder / f"{condition}.json", lab.run_all(jobs, f"{condition}, seed {seed}"))
 
 
 def collect():
-    """runs/toy_ablation.json: {arm: {"accuracy": one value a seed, and mean costs}} of the seeds that are finished."""
-    seeds, runs, seconds = {}, {}, 0
+    """toy_ablation.json: {arm: {"accuracy": one value a seed, and mean costs}} of the seeds that are finished."""
+    seeds, rows, seconds = {}, {}, 0
     for condition in CONDITIONS:
-        folder = ROOT / "out" / ("toy_mismatch" if condition == "mismatch" else "toy_test")
-        files = {seed: folder / str(seed) / f"{condition}.json" for seed in REPORT_SEEDS}
-        found = {seed: common.read_json(file) for seed, file in files.items() if file.exists()}
+        files = {seed: folder_of(condition) / str(seed) / f"{condition}.json" for seed in REPORT_SEEDS}
+        found = {seed: runs.read_json(file) for seed, file in files.items() if file.exists()}
+        print(f"{condition}: {len(found)} of {len(REPORT_SEEDS)} seeds")
         if not found:
             continue
         seeds[condition] = list(found)
         for name in next(iter(found.values())):
             results = [found[seed][name] for seed in found]
-            row = {"accuracy": [round(r["accuracy"], 4) for r in results]}
+            rows[name] = {"accuracy": [round(r["accuracy"], 4) for r in results]}
             for key in ("steps", "pairs", "student_tokens", "teacher_tokens", "seconds"):
                 if key in results[0]:
-                    row[key] = round(statistics.fmean(r[key] for r in results), 1)
+                    rows[name][key] = round(statistics.fmean(r[key] for r in results), 1)
             seconds += sum(r.get("seconds", 0) for r in results)
-            runs[name] = row
-        print(f"{condition}: {len(found)} of {len(REPORT_SEEDS)} seeds")
-    selected = common.read_json(SELECTED)
-    head = {"record": lab.record("toy_ablation", seconds), "seeds": seeds}
-    lab.write_result(RESULT, head | {"dpo": selected["dpo"], "rates": selected["rates"]}, runs)
+    selected = runs.read_json(FOLDER / "toy_selected.json")
+    head = {"record": lab.record(f"{COMMAND} report, collect", seconds), "seeds": seeds}
+    lab.write_result("toy_ablation", head | {"dpo": selected["dpo"], "rates": selected["rates"]}, rows)
 
 
 def main(argv):

@@ -107,6 +107,8 @@ def read_examples(args):
     Raises UserError where columns are not found or a row cannot be used.
     """
     rows = load_rows(args.data, args.data_config, args.split)
+    if not len(rows):
+        raise UserError("no rows", f"in {args.data}", "give data with at least one row")
     if args.limit:
         rows = rows.select(range(min(args.limit, len(rows))))
     names = rows.column_names
@@ -114,14 +116,13 @@ def read_examples(args):
     prompt = args.prompt_column or next((c for c in PROMPT_COLUMNS if c in names), None)
     response = args.response_column or next((c for c in RESPONSE_COLUMNS if c in names and c != prompt), None)
     context = next((c for c in INPUT_COLUMNS if c in names and c not in (prompt, response)), None)
-    if (messages or prompt) not in names:
-        what = f"no column {prompt}" if prompt else "no prompt column"
-        raise UserError(what, f"in {args.data} with columns {', '.join(names)}", "name it with --prompt-column")
-    if args.response_column not in (None, *names):
-        what = f"no column {args.response_column}"
-        raise UserError(what, f"in {args.data} with columns {', '.join(names)}", "name it with --response-column")
-    if not len(rows):
-        raise UserError("no rows", f"in {args.data}", "give data with at least one row")
+    wanted = {"prompt": messages or prompt}
+    if args.response_column:
+        wanted["response"] = response
+    for name, column in wanted.items():
+        if column not in names:
+            what = f"no {name} column" if column is None else f"no column {column}"
+            raise UserError(what, f"in {args.data} with columns {', '.join(names)}", f"name it with --{name}-column")
     try:
         for number, row in enumerate(rows):
             where = f"in {args.data} row {number}"

@@ -5,15 +5,10 @@ import json
 import math
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    GenerationConfig,
-)
+from transformers import AutoConfig, AutoTokenizer
 
 from lib.decode import Tokens
 from lib.runs import DTYPES, UserError, one_line
@@ -49,14 +44,8 @@ def load_tokenizer(path, trust_remote_code=False):
 
 def load_safetensors(auto_class, path, dtype, trust_remote_code, **options):
     """`from_pretrained` from safetensors alone. Raises ValueError where a weight is missing: it would be random."""
-    model, info = auto_class.from_pretrained(
-        path,
-        dtype=dtype,
-        use_safetensors=True,
-        trust_remote_code=trust_remote_code,
-        output_loading_info=True,
-        **options,
-    )
+    options |= {"dtype": dtype, "use_safetensors": True, "trust_remote_code": trust_remote_code}
+    model, info = auto_class.from_pretrained(path, output_loading_info=True, **options)
     if info["missing_keys"]:
         raise ValueError(f"no weights for {min(info['missing_keys'])}")
     return model
@@ -65,7 +54,9 @@ def load_safetensors(auto_class, path, dtype, trust_remote_code, **options):
 def load_model(path, dtype, device, trust_remote_code=False):
     """A causal language model in `dtype` on `device`, attention through sdpa. Raises UserError for what it cannot be."""
     try:
-        model = load_safetensors(AutoModelForCausalLM, path, dtype, trust_remote_code, attn_implementation="sdpa")
+        model = load_safetensors(
+            transformers.AutoModelForCausalLM, path, dtype, trust_remote_code, attn_implementation="sdpa"
+        )
     except LOAD_ERRORS as error:
         what = f"no model can be loaded ({one_line(error)})"
         raise UserError(what, f"in {path}", "a folder or hub id with safetensors is needed")
@@ -90,9 +81,11 @@ def load_frozen(path, args, world, tokenizer, device=None):
 def load_reward_model(path, args, world):
     """(model, tokenizer) of a sequence-classification reward model with one label."""
     tokenizer = load_tokenizer(path, args.trust_remote_code)
-    dtype = compute_dtype(args.dtype, world.device)
+    dtype, auto_class = compute_dtype(args.dtype, world.device), transformers.AutoModelForSequenceClassification
     try:
-        model = load_safetensors(AutoModelForSequenceClassification, path, dtype, args.trust_remote_code, num_labels=1)
+        model = load_safetensors(auto_class, path, dtype, args.trust_remote_code)
+        if model.config.num_labels != 1:
+            raise ValueError(f"it has {model.config.num_labels} labels, not one")
     except LOAD_ERRORS as error:
         raise UserError(f"no reward model can be loaded ({one_line(error)})", f"in {path}", "check --keep")
     return model.to(world.device).eval(), tokenizer
@@ -103,7 +96,7 @@ def model_eos_ids(paths, tokenizer, trust_remote_code=False):
     ids = {tokenizer.eos_token_id}
     for path in paths:
         try:
-            eos = GenerationConfig.from_pretrained(path).eos_token_id
+            eos = transformers.GenerationConfig.from_pretrained(path).eos_token_id
         except OSError:  # no generation_config.json
             try:
                 eos = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).eos_token_id

@@ -124,7 +124,7 @@ class AnswerChecker:
             if self.process is None:
                 context = multiprocessing.get_context("spawn")  # a fork would inherit locks and GPU handles
                 self.process = context.Pool(1, limit_memory, [self.memory])
-                self.process.apply_async(len, [""]).get(60)  # its start does not count
+                self.process.apply_async(verdict, [self.compare, "", ""]).get(60)  # its imports do not count
             return self.process.apply_async(verdict, [self.compare, response, gold]).get(self.seconds)
         except multiprocessing.TimeoutError:
             self.close()

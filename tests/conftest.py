@@ -11,7 +11,7 @@ import torch
 from hypothesis import settings
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-import toy
+from toy import make as toy
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)

@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from conftest import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaModel
 
-import decode
+from lib import decode
 
-CPU = torch.device("cpu")
 PAD, VOCAB = 0, 22
 EOS = [3, 19, 21]  # three of 22 tokens: these models end responses at different steps
+TOKENS = decode.Tokens(PAD, EOS, VOCAB)
 PROMPTS = [[1, 5, 9, 13, 4, 4, 8, 20, 6], [1], [1, 17, 3], [1, 12, 10, 19, 4], [1, 3, 5, 7]]
 RESPONSES = [[4, 9, 2], [15, 8, 8, 21, 5, 6, 2], [2], [6, 6, 13, 18, 4], [19, 10]]
 FAMILIES = ["llama", "qwen2", "biased"]
@@ -635,7 +635,7 @@ def test_positions_end_with_the_context():
 def test_score_equals_each_sequence_alone(models, family, responses):
     """Log-probs, 0 beyond a response's end; hidden[:, t] predicts token t. A response may be empty beside others."""
     model = models[family]
-    _, hidden, logprobs = decode.score(model, prefill(model, PROMPTS), responses, VOCAB)
+    _, hidden, logprobs = decode.score(model, prefill(model, PROMPTS), responses, TOKENS)
     assert logprobs.shape == (5, max(map(len, responses))) and logprobs.dtype == torch.float32
     assert hidden.shape[:2] == (5, logprobs.shape[1] + 1)
     for i, (prompt, response) in enumerate(zip(PROMPTS, responses)):
@@ -652,7 +652,7 @@ def test_score_gives_decode_its_own_logprobs_back(models, family):
     """The check's margin is zero where teacher and student are one model."""
     model = models[family]
     tokens, logprobs = fast_decode(model, prefill(model, PROMPTS), fast_sampler(5), 12)
-    _, _, scored = decode.score(model, prefill(model, PROMPTS), tokens, VOCAB)
+    _, _, scored = decode.score(model, prefill(model, PROMPTS), tokens, TOKENS)
     for ours, theirs in zip(scored.tolist(), logprobs):
         assert ours[: len(theirs)] == pytest.approx(theirs, abs=1e-5)
 
@@ -660,7 +660,7 @@ def test_score_gives_decode_its_own_logprobs_back(models, family):
 def test_decode_goes_on_after_score(models):
     """Without a rewind: rows predict what follows their whole response, the empty one too."""
     model, responses = models["qwen2"], [[4, 9, 3], [15, 8, 8, 21, 5, 6], [], [6], [19, 10]]
-    rows, _, _ = decode.score(model, prefill(model, PROMPTS), responses, VOCAB)
+    rows, _, _ = decode.score(model, prefill(model, PROMPTS), responses, TOKENS)
     fresh = prefill(model, [p + r for p, r in zip(PROMPTS, responses)])
     choose = fast_sampler(5)
     assert_same(fast_decode(model, rows, choose, 8), fast_decode(model, fresh, choose, 8))
@@ -670,7 +670,7 @@ def test_score_cuts_and_renormalises_the_vocabulary(models):
     """Over the 22 tokens of the 32-row head the probabilities of the next token sum to 1."""
     model = models["qwen2"]
     rows = decode.expand(prefill(model, [PROMPTS[0]]), VOCAB)
-    _, _, logprobs = decode.score(model, rows, [[t] for t in range(VOCAB)], VOCAB)
+    _, _, logprobs = decode.score(model, rows, [[t] for t in range(VOCAB)], TOKENS)
     assert logprobs.exp().sum().item() == pytest.approx(1, abs=1e-5)
 
 
@@ -687,7 +687,7 @@ def test_rewind_equals_a_fresh_prefill(models, family, choose_name):
     for limit in range(max(map(len, RESPONSES)) + 1):
         keep = torch.tensor([min(limit, len(r)) for r in RESPONSES])
         choose = decode.greedy if choose_name == "greedy" else fast_sampler(5, keep)
-        rows, hidden, _ = decode.score(model, prefill(model, PROMPTS), RESPONSES, VOCAB)
+        rows, hidden, _ = decode.score(model, prefill(model, PROMPTS), RESPONSES, TOKENS)
         fast = fast_decode(model, decode.rewind(rows, keep, hidden), choose, 8, [])
         kept = [p + r[:k] for p, r, k in zip(PROMPTS, RESPONSES, keep.tolist())]
         assert_same(fast, fast_decode(model, prefill(model, kept), choose, 8, []))
@@ -699,7 +699,7 @@ def test_rewind_equals_no_cache(models):
     prompts = [p for p in PROMPTS[:3] for _ in range(n)]
     responses = [RESPONSES[i] for i in (0, 1, 1, 4, 3, 3)]
     rows = decode.expand(prefill(model, PROMPTS[:3]), n)
-    rows, hidden, _ = decode.score(model, rows, responses, VOCAB)
+    rows, hidden, _ = decode.score(model, rows, responses, TOKENS)
     rows = decode.rewind(rows.select(chosen), torch.minimum(keep, torch.tensor([3, 2, 7, 5])), hidden[chosen])
     choose = fast_sampler(4, keep, prompt_ids=[0, 1, 1, 2], sample_ids=[0, 1, 0, 1])
     fast = fast_decode(model, rows, choose, 10 - keep)
@@ -715,8 +715,8 @@ def test_score_after_rewind(models, family):
     """The forgotten tokens are without effect on a second response's log-probs."""
     model, keep = models[family], torch.tensor([1, 7, 0, 3, 2])
     second = [[9, 9, 2], [3], [20, 4, 18, 5, 12], [6, 2], []]
-    rows, hidden, _ = decode.score(model, prefill(model, PROMPTS), RESPONSES, VOCAB)
-    _, _, logprobs = decode.score(model, decode.rewind(rows, keep, hidden), second, VOCAB)
+    rows, hidden, _ = decode.score(model, prefill(model, PROMPTS), RESPONSES, TOKENS)
+    _, _, logprobs = decode.score(model, decode.rewind(rows, keep, hidden), second, TOKENS)
     for i, response in enumerate(second):
         expected = slow_score(model, PROMPTS[i] + RESPONSES[i][: keep[i]], response)
         torch.testing.assert_close(logprobs[i, : len(response)], expected, atol=1e-5, rtol=0)
@@ -738,7 +738,7 @@ def test_each_query_sees_a_column(models, monkeypatch):
         return forward_tokens(model, cache, token_ids, attention, positions)
 
     monkeypatch.setattr(decode, "forward_tokens", spy)
-    rows, hidden, _ = decode.score(models["llama"], prefill(models["llama"], PROMPTS), RESPONSES, VOCAB)
+    rows, hidden, _ = decode.score(models["llama"], prefill(models["llama"], PROMPTS), RESPONSES, TOKENS)
     fast_decode(models["llama"], decode.rewind(rows, torch.zeros(5).long(), hidden), decode.greedy, 3, [])
     assert len(masks) == 4 and all(mask.any(-1).all() for mask in masks)
 
@@ -751,10 +751,10 @@ def test_one_token_beside_a_long_prompt(family, dtype):
     long = torch.randint(3, VOCAB, (200,), generator=torch.Generator().manual_seed(5)).tolist()
     rows = prefill(model, [[1], long])
     assert all(torch.isfinite(layer.keys).all() and torch.isfinite(layer.values).all() for layer in rows.cache.layers)
-    rows, hidden, logprobs = decode.score(model, rows, [[5, 6, 7, 2], [8]], VOCAB)
+    rows, hidden, logprobs = decode.score(model, rows, [[5, 6, 7, 2], [8]], TOKENS)
     assert torch.isfinite(hidden).all() and torch.isfinite(logprobs).all()
     # In bfloat16 a different summation order moves a log-prob by some 2^-8 of its size
-    _, _, alone = decode.score(model, prefill(model, [[1]]), [[5, 6, 7, 2]], VOCAB)
+    _, _, alone = decode.score(model, prefill(model, [[1]]), [[5, 6, 7, 2]], TOKENS)
     torch.testing.assert_close(logprobs[0], alone[0], atol=1e-5 if dtype == torch.float32 else 0.15, rtol=0)
     rows = decode.rewind(rows, torch.tensor([2, 0]), hidden)
     tokens, logprobs = fast_decode(model, rows, fast_sampler(2), 6, [])

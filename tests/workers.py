@@ -7,7 +7,7 @@ To start Python and import torch is most of a test's time. So every rank forks o
 a process group of its own. The exit status of each job goes to JOBS.json.RANK.
 "die": {"at": "os.rename", "call": "checkpoint/step-000004"}: the process that calls this function with these words in
 its last argument or keyword arguments is killed before the call (on rank "rank", if given), and then all others are.
-With "signal": 15 it is sent that signal instead, once, and the others are left alone.
+With "signal": 15 it is sent that signal instead, and the others are left alone.
 "record": gradients before clipping go to OUT/gradients.pt; the weights stay as they are.
 """
 
@@ -23,11 +23,11 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaForCausalLM, Qwen2ForCausalLM  # noqa: F401  once here, not in every child
 
-import common
-import training
 import warmup_distill  # noqa: F401
+from lib import runs, training
 
 RANK, SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+KILL = int(signal.SIGKILL)
 SECONDS = 60  # for one job: a hang becomes a failed test
 
 
@@ -42,18 +42,17 @@ def meet_in_store(name):
     )
 
 
-def die_at(at, call, marker, rank=RANK, **kind):
+def die_at(at, call, marker, rank=RANK, signal=KILL):
     """Replaces the function `at` by one that kills this process when it is called with `call` in its arguments."""
-    number = kind.get("signal", signal.SIGKILL)
     module, name = at.rsplit(".", 1)
     module = importlib.import_module(module)
     function = getattr(module, name)
 
     def deadly(*args, **kwargs):
         if rank == RANK and call in f"{args[-1]} {kwargs}":
-            if number == signal.SIGKILL:
+            if signal == KILL:
                 marker.touch()
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal)
         return function(*args, **kwargs)
 
     setattr(module, name, deadly)
@@ -84,8 +83,7 @@ def do(job, number, marker):
         record_gradients(job["argv"][job["argv"].index("--out") + 1])
     if RANK == 0:
         print(f"--- job {number}: {job}", file=sys.stderr, flush=True)
-    common.run(lambda: importlib.import_module(job["main"]).main(job["argv"]))
-    os._exit(0)  # the interpreter's own end takes a second, a job a half
+    runs.run(lambda: importlib.import_module(job["main"]).main(job["argv"]))
 
 
 def wait(pid, marker):
@@ -111,15 +109,15 @@ def main(file):
 
 
 def error_of_one_rank():
-    world = common.start_processes("cpu", 1)
+    world = runs.start_processes("cpu", 1)
     if world.rank == 1:
-        raise common.UserError("rank 1 met something", "in its own data", "mend it")
+        raise runs.UserError("rank 1 met something", "in its own data", "repair it")
     world.barrier()
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "rank-error":
-        common.run(error_of_one_rank)
+        runs.run(error_of_one_rank)
     else:
         torch.set_num_threads(1)
         main(sys.argv[1])

@@ -42,8 +42,7 @@ def read_samples(out, prompt_id):
         with report.reading("a file", f"in {file}"):
             found = [record for record in records if record["prompt_id"] == prompt_id]
             for record in found:
-                report.pack_record(record, {})
-                report.STATUSES.index(record["status"])
+                report.STATUSES.index(record["status"])  # ValueError for one that is no word of ours
         if found and found[0]["status"] == "too_long":
             what = f"prompt {prompt_id} was skipped: it is over --max-prompt-tokens"
             raise UserError(what, f"in {file}", "explain another one")
@@ -150,23 +149,20 @@ def explain_check(record, eta, tokenizer):
     heading(f"2. check   sample {record['sample_id']}: m_t = log q(y_t | x, y_<t) - log p(y_t | x, y_<t), nats")
     print(f"{'t':>5}  {'token':24}{'log q':>9}{'log p':>9}{'margin':>9}")
     centre = t_star if t_star >= 0 else margins.index(max(margins))
-    folds = {ENDS: centre - NEAR, centre + NEAR + 1: len(ids) - ENDS}  # from here: up to there
-    t = 0
-    while t < len(ids):
-        end = folds.get(t, t)
-        if end - t > 1:  # one row is not worth folding
-            above = sum(m > eta for m in margins[t:end])
-            tail = f", {above} above eta" if above else ""
-            print(f"{'':7}... {end - t} tokens, margins at most {max(margins[t:end]):.4f}{tail} ...")
-            t = end
-            continue
+    rows = []
+    for t, margin in enumerate(margins):
         mark = "  <- t*" if t == t_star else ""
-        if margins[t] > eta and t != t_star:
+        if margin > eta and t != t_star:
             mark = "  above eta, not the first" if max(margins[:t], default=eta) > eta else "  above eta"
-        row = f"{t:5}  {fit(token_text(tokenizer, ids[t]), 24)}{log_q[t]:9.4f}{log_p[t]:9.4f}{margins[t]:9.4f}"
-        print(row + mark)
-        t += 1
-    print("\n" + "\n".join(verdict(record, eta)))
+        token = fit(token_text(tokenizer, ids[t]), 24)
+        rows.append(f"{t:5}  {token}{log_q[t]:9.4f}{log_p[t]:9.4f}{margin:9.4f}{mark}")
+    for start, end in ((centre + NEAR + 1, len(ids) - ENDS), (ENDS, centre - NEAR)):
+        hidden = margins[start : max(start, end)]
+        if len(hidden) > 1:  # one row is not worth folding
+            above = sum(margin > eta for margin in hidden)
+            tail = f", {above} above eta" if above else ""
+            rows[start:end] = [f"       ... {len(hidden)} tokens, margins at most {max(hidden):.4f}{tail} ..."]
+    print(*rows, "", *verdict(record, eta), sep="\n")
 
 
 def verdict(record, eta):
@@ -190,7 +186,8 @@ def verdict(record, eta):
     lines = [f"t* = {t_star} was found by the rule of first_mismatch; {which}"]
     if t_now != t_star:
         lines.append(f"first_mismatch as it is now finds t* = {t_now}, not {t_star}: the code has changed since")
-        lines.append("(or a margin is within 0.0001 nats of eta, the rounding of the stored log-probs)")
+        if any(abs(margin - eta) < 1.5e-4 for margin in margins):
+            lines.append("(or it is rounding: a margin is within 0.0001 nats of eta, and the file has four digits)")
     return lines if t_star >= 0 else [*lines, "no mismatch, y stays untouched"]
 
 
@@ -275,8 +272,6 @@ def explain_dpo(record, args, out, tokenizer, device, trust_remote_code=False):
     heading("4. align   L = -log sigma(beta [(log pi(y+) - log pi_ref(y+)) - (log pi(y-) - log pi_ref(y-))])")
     show("pi", safe(policy_path) + ("" if trained else ", not trained yet"))
     show("pi_ref", safe(reference_path))
-    if average:
-        print("--logprobs mean: averages do not cancel, so the exact row adds the shared tokens, too")
     eps = args.label_smoothing
     plain, exact = (dpo_terms(policy[way], reference[way], args.beta, eps) for way in ("plain", "exact"))
     titles = [f"log {model}({y} | x)" for model in ("pi", "pi_ref") for y in ("y+", "y-")]
@@ -287,9 +282,10 @@ def explain_dpo(record, args, out, tokenizer, device, trust_remote_code=False):
     print(f"\n{'':44}{'plain: two rows':>17}{'exact: one row':>17}{'difference':>13}")
     for title, symbol in zip(titles, plain, strict=True):
         print(f"{title:44}{plain[symbol]:17.6f}{exact[symbol]:17.6f}{exact[symbol] - plain[symbol]:13.1e}")
-    if not average:
-        print("(log-probs differ by the shared prefix, which one row leaves out: it cancels in D+ - D-)")
-    print()
+    note = "log-probs differ by the shared prefix, which one row leaves out: it cancels in D+ - D-"
+    if average:
+        note = "--logprobs mean: averages do not cancel, so one row has the shared prefix, too"
+    print(f"({note})\n")
     for way, v in (("plain", plain), ("exact", exact)):
         ratios = f"({v['pi+']:.4f} - {v['ref+']:.4f}) - ({v['pi-']:.4f} - {v['ref-']:.4f})".replace("- -", "+ ")
         print(f"{way:{INDENT}}z = {args.beta:g} [{ratios}] = {v['z']:.6f}")
@@ -312,10 +308,11 @@ def explain(out, prompt_id, sample_id=None, device="cpu", trust_remote_code=Fals
     out = Path(out)
     records = read_samples(out, prompt_id)
     record = pick_sample(records, sample_id)
-    args = report.read_part(out / "args.json", lambda value: Namespace(**value["args"]))
+    with report.reading("a run of warmup_distill.py", f"in {out / 'args.json'}"):
+        args = Namespace(**runs.read_json(out / "args.json")["args"])
+        show("run", safe(str(out)))
+        show("settings", f"eta {args.eta:g}, beta {args.beta:g}, N {args.samples:d}, reference: the {args.reference}")
     tokenizer = models.load_tokenizer(args.student, trust_remote_code)
-    show("run", safe(str(out)))
-    show("settings", f"eta {args.eta:g}, beta {args.beta:g}, N {args.samples:d}, reference: the {args.reference}")
     explain_prompt(records, tokenizer)
     explain_check(record, args.eta, tokenizer)
     if record["t_star"] < 0:
@@ -330,6 +327,7 @@ def explain(out, prompt_id, sample_id=None, device="cpu", trust_remote_code=Fals
 
 def main(argv=None):
     parser = runs.ArgumentParser(__doc__)
+    parser.prog = "python -m tools.explain"
     parser.add_argument("out", help="folder of a run of warmup_distill.py")
     parser.add_argument("prompt_id", type=int, help="the prompt")
     parser.add_argument("sample_id", type=int, nargs="?", help="one of its samples; not given: the first that was kept")

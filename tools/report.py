@@ -31,7 +31,7 @@ MAX_SAMPLES, MAX_STEPS = 10_000, 2_000  # embedded at most: samples of a run, po
 UNIT = 10_000  # log-probs are embedded as whole numbers of 1e-4 nats, which is what the files hold
 STATUSES = ("kept", "untouched", "identical", "duplicate", "filtered", "too_long")
 CURVES = "loss dpo_loss nll margin wins chosen_reward rejected_reward chosen_logp rejected_logp ce kd grad_norm lr"
-BAD_SHAPE = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError)
+BAD_SHAPE = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError, OSError)
 BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]  # in byte-level BPE these bytes stand for themselves
 BYTE_OF = {chr(b): b for b in BYTES} | {chr(256 + k): b for k, b in enumerate(sorted(set(range(256)) - set(BYTES)))}
 
@@ -70,8 +70,8 @@ def read_samples(out, max_samples, tokenizer=None):
         return None
     shown = min(total, max_samples)
     wanted = {k * total // shown for k in range(shown)}
-    statuses, prompts, rows = list(STATUSES), [], []
-    prompt_numbers, vocabulary = {}, {}  # prompt id -> its place in `prompts`; token id -> its number in the page
+    rows, statuses = [], {status: number for number, status in enumerate(STATUSES)}
+    prompts, vocabulary = {}, {}  # prompt id: (its number in the page, its text); token id: its number in the page
     for position, (line, where) in enumerate(lines_of(files)):
         if position not in wanted:
             continue
@@ -79,18 +79,16 @@ def read_samples(out, max_samples, tokenizer=None):
             record = json.loads(line)
             row = pack_record(record, vocabulary)
             prompt_id, text, status = int(record["prompt_id"]), str(record["prompt"]), str(record["status"])
-        if prompt_id not in prompt_numbers:
-            prompt_numbers[prompt_id] = len(prompts)
-            prompts.append([prompt_id, text])
-        if status not in statuses:
-            statuses.append(status)
-        rows.append(row | {"prompt": prompt_numbers[prompt_id], "status": statuses.index(status)})
+        row["status"] = statuses.setdefault(status, len(statuses))
+        row["prompt"], _ = prompts.setdefault(prompt_id, (len(prompts), text))
+        rows.append(row)
     if tokenizer is None:
         tokenizer = load_tokenizer(out)
     has_text = tokenizer is not None
     texts = [token_text(tokenizer, token) if has_text else f"⟨{token}⟩" for token in vocabulary]
     columns = {name: [row[name] for row in rows] for name in rows[0]}
-    columns |= {"total": total, "statuses": statuses, "prompts": prompts}
+    columns |= {"total": total, "statuses": list(statuses)}
+    columns["prompts"] = [[prompt_id, text] for prompt_id, (_, text) in prompts.items()]
     return columns | {"ids": list(vocabulary), "vocabulary": texts, "has_text": has_text}
 
 
@@ -258,13 +256,9 @@ def gather(out, max_samples, tokenizer=None):
     if not out.is_dir():
         raise UserError("OUT is not a folder", f"at {out}", "give the folder of a run")
     evaluations = [read_part(out / "eval" / name, shape_eval) for name in ("table.json", "compare.json")]
-    run = {
-        "mismatch": read_part(out / "mismatch.json", shape_mismatch),
-        "metrics": read_metrics(out / "metrics.jsonl"),
-        "summary": read_part(out / "summary.json", shape_summary),
-        "eval": [found for found in evaluations if found],
-        "samples": read_samples(out, max_samples, tokenizer),
-    }
+    run = {"mismatch": read_part(out / "mismatch.json", shape_mismatch), "metrics": read_metrics(out / "metrics.jsonl")}
+    run |= {"summary": read_part(out / "summary.json", shape_summary), "eval": [e for e in evaluations if e]}
+    run["samples"] = read_samples(out, max_samples, tokenizer)
     if not any(run.values()):
         what = "nothing to report (no pairs, metrics.jsonl, mismatch.json, summary.json or eval)"
         raise UserError(what, f"in {out}", "give the folder of a run that has got further")
@@ -282,31 +276,27 @@ def escape_json(value):
 
 def render(gathered):
     """The page about one or two runs, text. The template's {{POLICY}}, {{TITLE}} and {{DATA}} are filled in one pass."""
-    template = TEMPLATE.read_text(encoding="utf-8")
-    template = re.sub('<p id="template">.*?</p>\n', "", template)  # says that it is the template: a page is none
+    # The template says in one line that it is the template: a page is none
+    template = re.sub('<p id="template">.*?</p>\n', "", TEMPLATE.read_text(encoding="utf-8"))
     sources = {}
     for tag in ("script", "style"):
         bodies = re.findall(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL)
         digests = (base64.b64encode(hashlib.sha256(body.encode()).digest()).decode() for body in bodies)
         sources[tag] = " ".join(f"'sha256-{digest}'" for digest in digests)
     policy = f"default-src 'none'; script-src {sources['script']}; style-src {sources['style']}"
+    policy += "; base-uri 'none'; form-action 'none'"
     title = html.escape(" and ".join(run["name"] for run in gathered) + " - Warmup-Distill report")
-    parts = {
-        "POLICY": policy + "; base-uri 'none'; form-action 'none'",
-        "TITLE": title.encode("utf-8", "xmlcharrefreplace").decode(),  # a folder's name can be no UTF-8
-        "DATA": escape_json({"unit": UNIT, "runs": gathered}),
-    }
+    title = title.encode("utf-8", "xmlcharrefreplace").decode()  # the name of a folder need not be UTF-8
+    parts = {"POLICY": policy, "TITLE": title, "DATA": escape_json({"unit": UNIT, "runs": gathered})}
     return re.sub(r"\{\{(POLICY|TITLE|DATA)\}\}", lambda match: parts[match[1]], template)
 
 
 def write_report(out, other=None, max_samples=MAX_SAMPLES, tokenizer=None):
     """Writes OUT/report.html about the run in `out`, beside that in `other` if given. Returns the path.
 
-    tokenizer: of the run in `out`; None: the one that is found with the run.
+    tokenizer: of the samples; None: the one that is found with each run.
     """
-    gathered = [gather(out, max_samples, tokenizer)]
-    if other is not None:
-        gathered.append(gather(other, max_samples))
+    gathered = [gather(folder, max_samples, tokenizer) for folder in (out, other) if folder is not None]
     path = Path(out) / "report.html"
     try:
         runs.write_atomic(path, render(gathered))
@@ -322,11 +312,11 @@ def write_report(out, other=None, max_samples=MAX_SAMPLES, tokenizer=None):
 
 def main(argv=None):
     parser = runs.ArgumentParser(__doc__)
+    parser.prog = "python -m tools.report"
     parser.add_argument("out", help="folder of a run; the page is OUT/report.html")
     parser.add_argument("other", nargs="?", help="folder of a second run, to be shown beside the first")
-    parser.add_argument("--max-samples", type=int, default=MAX_SAMPLES, help="samples of a run in the page, at most")
+    parser.add_argument("--max-samples", type=runs.COUNT, default=MAX_SAMPLES, help="the most samples of one run")
     args = parser.parse_args(argv)
-    runs.check_range("--max-samples", args.max_samples, args.max_samples >= 1, "of 1 or more")
     path = write_report(args.out, args.other, args.max_samples)
     print(f"{path}, {path.stat().st_size / 1e6:.1f} MB")
 

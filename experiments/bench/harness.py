@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
@@ -58,15 +58,13 @@ def add_generation_arguments(parser, prompts=2, max_new_tokens=128):
 
 
 def random_model(shape, dtype=torch.float32, device="cpu", seed=0, std=0.05):
-    """A random model of one of SHAPES, its head tied to its embeddings."""
+    """A random Llama of one of SHAPES, its head tied to its embeddings."""
     width, intermediate, depth, heads, kv_heads, vocab_size = SHAPES[shape]
-    qwen = shape.startswith("qwen")
     sizes = {"hidden_size": width, "intermediate_size": intermediate, "num_hidden_layers": depth}
     sizes |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocab_size}
-    make_config = Qwen2Config if qwen else LlamaConfig
-    config = make_config(max_position_embeddings=8192, tie_word_embeddings=True, initializer_range=std, **sizes)
+    config = LlamaConfig(max_position_embeddings=8192, tie_word_embeddings=True, initializer_range=std, **sizes)
     torch.manual_seed(seed)
-    return without_eos((Qwen2ForCausalLM if qwen else LlamaForCausalLM)(config).to(device, dtype).eval())
+    return without_eos(LlamaForCausalLM(config).to(device, dtype).eval())
 
 
 def without_eos(model):
