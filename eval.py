@@ -86,7 +86,7 @@ def evaluate(path, sets, args, world, out, checker, teacher):
         models.check_same_tokenizer(tokenizer, theirs, path, args.distance)
     folder, table, results, missing = out / model_name(path), {}, {}, []
     for benchmark, examples in sets:  # what can be refused is refused before the model is loaded
-        name, new_tokens = benchmark.name, args.max_new_tokens if args.max_new_tokens else benchmark.max_new_tokens
+        name, new_tokens = benchmark.name, args.max_new_tokens if args.max_new_tokens > 0 else benchmark.max_new_tokens
         limit = models.prompt_limit([path], args.max_prompt_tokens, new_tokens, args.trust_remote_code)
         prompts, skipped = benchmarks.encode(examples, tokenizer, args.template, limit)
         table[name] = {"metric": benchmark.metric, "skipped": skipped, "max_prompt_tokens": limit}
@@ -95,9 +95,9 @@ def evaluate(path, sets, args, world, out, checker, teacher):
         # A greedy response has no randomness: one seed is enough
         for seed in args.seeds if benchmark.metric == "rouge" else args.seeds[:1]:
             file = folder / f"{name}-seed{seed}.jsonl"
-            if file.exists():
-                results[name][seed] = read_responses(file, path, benchmark.metric, prompts)
-            else:
+            done = file.exists()
+            results[name][seed] = read_responses(file, path, benchmark.metric, prompts) if done else None
+            if not done:
                 missing.append((benchmark, seed, None, file, settings))
         if args.distance is not None:
             question = {"teacher": args.distance, "eta": args.eta, "seed": args.seeds[0], "prompts": len(prompts)}
@@ -117,8 +117,10 @@ def evaluate(path, sets, args, world, out, checker, teacher):
         else:
             found = measure.distance(model, teacher(), *settings, seed, world, args.eta, first_mismatch)
             table[benchmark.name]["distance"] = question | found
-        if world.rank == 0:
-            runs.write_jsonl(file, rows) if question is None else runs.write_json(file, question | found)
+        if world.rank == 0 and question is None:
+            runs.write_jsonl(file, rows)
+        elif world.rank == 0:
+            runs.write_json(file, question | found)
     for name, by_seed in results.items():
         table[name] |= scoring.summarise(by_seed)
     return table, results
@@ -189,14 +191,10 @@ def parse_args(argv=None):
     group.add_argument("--metric", choices=["rouge", "math"], help="of files that have none of the known names")
     group.add_argument("--limit", type=runs.LIMIT, default=0, help="use the first LIMIT rows of each set; 0: all")
     group.add_argument("--template", choices=["auto", "chat", "alpaca", "none"], default="auto", help="as in training")
-    group.add_argument(
-        "--max-prompt-tokens", type=runs.COUNT, default=1024, help="a longer prompt is skipped and counted"
-    )
+    group.add_argument("--max-prompt-tokens", type=runs.COUNT, default=1024, help="longer ones are skipped, counted")
     group = parser.add_argument_group("decoding; math is greedy")
     group.add_argument("--preset", choices=PRESETS, default="none", help="minillm: their decoding and template")
-    group.add_argument(
-        "--seeds", type=runs.SEED, nargs="+", default=[10, 20, 30, 40, 50], help="one response a prompt each"
-    )
+    group.add_argument("--seeds", type=runs.SEED, nargs="+", default=[10, 20, 30, 40, 50], help="a response for each")
     group.add_argument("--temperature", type=runs.ABOVE_0, default=1.0, help="of sampling")
     group.add_argument("--top-p", type=runs.TOP_P, default=1.0, help="of sampling")
     group.add_argument("--max-new-tokens", type=runs.LIMIT, default=0, help="0: 256, and 1024 for math")
@@ -205,9 +203,7 @@ def parse_args(argv=None):
     group.add_argument("--batch-size", type=runs.COUNT, default=32, help="prompts decoded at once by one process")
     group = parser.add_argument_group("comparisons")
     group.add_argument("--compare", nargs=2, metavar=("A", "B"), default=[], help="of --model, or response folders")
-    group.add_argument(
-        "--resamples", type=runs.COUNT, default=10_000, help="of the paired bootstrap; --seed decides them"
-    )
+    group.add_argument("--resamples", type=runs.COUNT, default=10_000, help="of the paired bootstrap, from --seed")
     group.add_argument("--distance", metavar="TEACHER", help="measure each model's distance from this one")
     group.add_argument("--eta", type=runs.NATS, default=4.0, help="threshold of the margin log q - log p, nats")
     parser.set_defaults(**PRESETS[parser.parse_args(argv).preset])  # a flag that is given wins
@@ -249,8 +245,7 @@ def main(argv=None):
     checker, table = scoring.AnswerChecker(), {"models": {}}
     for path in args.model:
         lines, results[path] = evaluate(path, sets, args, world, out, checker, teacher)
-        average = statistics.fmean(line["mean"] for line in lines.values())
-        table["models"][path] = {"sets": lines, "average": average}
+        table["models"][path] = {"sets": lines, "average": statistics.fmean(s["mean"] for s in lines.values())}
     checker.close()
     if world.rank > 0:
         return

@@ -297,9 +297,7 @@ def parse_args(argv=None):
     group.add_argument("--tail-mass", type=runs.SHARE, default=0.5, help="share of p that is adaptive_kl's tail")
     group = parser.add_argument_group("responses")
     group.add_argument("--mode", choices=["gold", "teacher", "student"], default="gold", help="who wrote the responses")
-    group.add_argument(
-        "--max-new-tokens", type=runs.COUNT, default=256, help="of a response; longer gold ones: left out"
-    )
+    group.add_argument("--max-new-tokens", type=runs.COUNT, default=256, help="longest response, also of the data's")
     group.add_argument("--teacher-decoding", choices=["sample", "greedy"], default="greedy", help="in --mode teacher")
     group.add_argument("--on-policy", type=runs.SHARE, default=1.0, help="student's share of a batch in --mode student")
     group.add_argument("--refresh-every", type=runs.COUNT, default=1, help="steps sampled from the same student")

@@ -89,10 +89,9 @@ def best(result, with_nll):
 def main():
     measured = {seed: measure(seed) for seed in DEV_SEEDS}
     columns = ("accuracy", "after_kd", "pairs", "margin")
-    rows = {
-        name: {c: [round(measured[s][name][c], 4) for s in DEV_SEEDS] for c in columns if c in result}
-        for name, result in measured[DEV_SEEDS[0]].items()
-    }
+    rows = {}
+    for name, result in measured[DEV_SEEDS[0]].items():
+        rows[name] = {c: [round(measured[s][name][c], 4) for s in DEV_SEEDS] for c in columns if c in result}
     seconds = sum(r.get("dpo_seconds", 0) for results in measured.values() for r in results.values())
     head = {"record": lab.record("python experiments/dpo_sensitivity.py", seconds), "seeds": DEV_SEEDS}
     lab.write_result("dpo_sensitivity", head | {"default": lab.DPO, "kd": KD}, rows)

@@ -95,12 +95,10 @@ def world():
 def call(script, settings, folder):
     """`python SCRIPT.py FLAGS --out FOLDER` in this process. Returns CPU seconds; what it prints goes to FOLDER.log."""
     started = time.process_time()
-    with (
-        open(f"{folder}.log", "a", encoding="utf-8") as log,
-        contextlib.redirect_stdout(log),
-        contextlib.redirect_stderr(log),
-    ):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         MAINS[script].main(flags({**settings, "out": folder}))
+    Path(f"{folder}.log").write_text(printed.getvalue())
     return time.process_time() - started
 
 
@@ -115,7 +113,7 @@ def resumable(folder, work, settings, keep=()):
     if file.exists() and (result := runs.read_json(file))["settings"] == settings:
         return result
     shutil.rmtree(folder, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True)
     result = work() | {"settings": settings}
     for path in folder.iterdir():
         if path.name not in keep:
@@ -188,8 +186,9 @@ class Toy:
             prompts = sum({r["prompt_id"]: len(r["prompt_ids"]) for r in records}.values())
             sampled = prompts + sum(len(r["response_ids"]) for r in records)
             spliced = sum(len(r["chosen_ids"]) - r["prefix_len"] for r in records)
-            result = {"pairs": len(pairs), "seconds": seconds, "dpo_tokens": dpo_tokens(folder, pairs)}
+            result = {"pairs": len(pairs), "seconds": seconds, "dpo_tokens": 0}
             if (folder / "student").exists():  # not with --pairs-only
+                result["dpo_tokens"] = dpo_tokens(folder, pairs)
                 result["accuracy"] = accuracy(folder / "student", self.split)
             tokens = {"student_tokens": sampled + result["dpo_tokens"], "teacher_tokens": sampled + spliced}
             return result | tokens
@@ -236,11 +235,8 @@ class Toy:
 
 
 def dpo_tokens(folder, pairs):
-    """Token positions of DPO: its steps, and the reference's pass over all pairs; 0 if there was none."""
-    file = folder / "metrics.jsonl"
-    if not file.exists():
-        return 0
-    total = sum(step["tokens"] for step in runs.read_jsonl(file))
+    """Token positions of DPO: its steps, and the reference's pass over all pairs."""
+    total = sum(step["tokens"] for step in runs.read_jsonl(folder / "metrics.jsonl"))
     for pair in pairs:
         total += sum(len(pair[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids")) - pair["prefix_len"]
     return total

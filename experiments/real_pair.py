@@ -26,7 +26,7 @@ TRAIN = {"max_prompt_tokens": 384, "batch_size": 16, "micro_batch_size": 4, "act
 TRAIN |= {"data": OUT / "train.jsonl", "max_new_tokens": 256, "save_every": 1000, **MODEL}
 WARMUP = {"limit": 24, "samples": 8, "prompts_per_batch": 8, "beta": 0.1, "lr": 5e-6, "max_steps": 3, "eval_limit": 0}
 KD = {"limit": 64, "lr": 1e-5}
-TITLES = {"warm": "warm-up", "kd": "KD", "warm-kd": "warm-up + KD"}
+ARMS = ("warm", "kd", "warm-kd")
 
 
 def split(rows):
@@ -66,7 +66,7 @@ def main(teacher, student, file, *seeds):
         run("warmup_distill", out / "warm", {**settings, **WARMUP, "student": student})
         run("kd", out / "warm-kd", {**settings, **KD, "student": out / "warm/student"})
         run("kd", out / "kd", {**settings, **KD, "student": student})
-        for arm in TITLES:
+        for arm in ARMS:
             losses = [step["loss"] for step in runs.read_jsonl(out / arm / "metrics.jsonl")]
             steps = {"steps": len(losses), "loss": [round(losses[i], 4) for i in (0, -1)]}
             found[f"{arm}/{seed}"] = evaluate(out / arm / "student", out / arm) | steps

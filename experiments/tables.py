@@ -64,19 +64,16 @@ def table(header, rows, result, text):
     return "\n".join(["| " + " | ".join(map(str, line)) + " |" for line in lines]) + f"\n\n{made}, {record['date']}."
 
 
-def seeds_of(result):
-    return f"{len(result['seeds'])} seeds, dev sets"
-
-
 def test_seeds(result):
     seeds = ", ".join(f"{len(seeds)} ({condition})" for condition, seeds in result["seeds"].items())
     return f"test sets of 500 problems, seeds: {seeds}"
 
 
-def kd_of(result):
-    """Which KD a table's "after KD" is."""
+def dev_seeds(result, text=""):
+    """Of a table on dev sets; which KD its "after KD" is."""
     kd = result["kd"]
-    return f"KD: {kd['max_steps']} steps, {kd['loss']}, lr {kd['lr']:g}"
+    kd = f"KD: {kd['max_steps']} steps, {kd['loss']}, lr {kd['lr']:g}"
+    return f"{len(result['seeds'])} seeds, dev sets{text}; {kd}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,11 +109,8 @@ def ablation_controls(result):
             minus = difference(ours["accuracy"], theirs["accuracy"]) + steps
             row.append(f"{percent(ours['accuracy'])} %" if start == "warm-up" else minus)
         rows.append(row)
-    header = [
-        "start",
-        "before KD, %",
-        *(f"{column.replace('/', ', ')} steps: warm-up minus this" for column in columns),
-    ]
+    header = ["start", "before KD, %"]
+    header += [f"{column.replace('/', ', ')} steps: warm-up minus this" for column in columns]
     return table(header, rows, result, test_seeds(result))
 
 
@@ -165,7 +159,7 @@ def eta_accuracy(result):
         cells = [round(statistics.fmean(row["pairs"])), percent(row["accuracy"]), percent(row["after_kd"])]
         rows.append([eta.removesuffix(".0"), *cells, difference(row["after_kd"], base) if eta != "4.0" else ""])
     header = ["eta, nats", "pairs", "after the warm-up, %", "after KD, %", "after KD, to eta 4"]
-    return table(header, rows, result, f"{seeds_of(result)}; {kd_of(result)}")
+    return table(header, rows, result, dev_seeds(result))
 
 
 def sensitivity(result):
@@ -178,7 +172,7 @@ def sensitivity(result):
         rows.append([*cells, "" if row in (none, base) else difference(row["after_kd"], base["after_kd"])])
     header = ["DPO", "after the warm-up, %", "after KD, %", "after KD, to no warm-up", "after KD, to default"]
     default = " ".join(f"{key} {value:g}" for key, value in result["default"].items())
-    return table(header, rows, result, f"{seeds_of(result)}; default: {default}; {kd_of(result)}")
+    return table(header, rows, result, dev_seeds(result, f"; default: {default}"))
 
 
 def real_pair(result):

@@ -53,7 +53,6 @@ CONDITIONS = {
     "teacher": (LOSSES[:2], 100, {"mode": "teacher"}),
     "student": (LOSSES[1:2], 100, {"mode": "student"}),
 }
-COMMAND = "python experiments/toy_ablation.py"
 
 
 def search(start, dpo):
@@ -85,8 +84,8 @@ def select():
     found = {start: search(start, chosen) for start in ("none", "warm-up")}
     rates = {start: best_rates(found[start]) for start in found}
     means = {f"{s}/{k}": [round(v, 4) for v in values] for s in found for k, values in found[s].items()}
-    head = {"record": lab.record(f"{COMMAND} select", 0), "seeds": SELECT_SEEDS, "dpo": chosen, "rates": rates}
-    lab.write_result("toy_selected", head, means)
+    head = {"record": lab.record("python experiments/toy_ablation.py select", 0), "seeds": SELECT_SEEDS}
+    lab.write_result("toy_selected", head | {"dpo": chosen, "rates": rates}, means)
 
 
 def make_start(task, start, dpo):
@@ -176,7 +175,7 @@ def collect():
                     rows[name][key] = round(statistics.fmean(r[key] for r in results), 1)
             seconds += sum(r.get("seconds", 0) for r in results)
     selected = runs.read_json(FOLDER / "toy_selected.json")
-    head = {"record": lab.record(f"{COMMAND} report, collect", seconds), "seeds": seeds}
+    head = {"record": lab.record("python experiments/toy_ablation.py", seconds), "seeds": seeds}
     lab.write_result("toy_ablation", head | {"dpo": selected["dpo"], "rates": selected["rates"]}, rows)
 
 

@@ -1,9 +1,10 @@
-"""Prompts: columns, file formats, templates, and the one bos token, with a byte-level tokenizer made here."""
+"""lib/data.py: columns, file formats, templates, the one bos token, Arrow files; with a byte-level tokenizer made here."""
 
 import csv
+import itertools
 import json
+from types import SimpleNamespace
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -12,12 +13,10 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-import common
-import data
-import toy
+from lib import data, runs
 
-datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # no network: it counts each load, of a local file too
 BOS, EOS = 0, 1
+WORLD = SimpleNamespace(rank=0, first=lambda function: function())
 
 
 def byte_tokenizer(add_bos=True, chat_template=None):
@@ -33,11 +32,16 @@ def byte_tokenizer(add_bos=True, chat_template=None):
     )
 
 
-def read(path, *flags):
-    """The rows of `path` as `data.read_examples` returns them, given the flags that a user types."""
-    parser = common.ArgumentParser("test")
+def parse(path, *flags):
+    """What a script's arguments say of `path`, given the flags that a user types."""
+    parser = runs.ArgumentParser("test")
     data.add_arguments(parser)
-    return list(data.read_examples(parser.parse_args(["--data", str(path), *map(str, flags)])))
+    return parser.parse_args(["--data", str(path), *map(str, flags)])
+
+
+def read(path, *flags):
+    """The rows of `path` as `data.read_examples` returns them."""
+    return list(data.read_examples(parse(path, *flags)))
 
 
 def write(tmp_path, *rows, name="data.jsonl"):
@@ -90,34 +94,29 @@ def test_usual_columns_are_found(tmp_path, row, expected):
     assert read(write(tmp_path, row)) == [expected]
 
 
-@pytest.mark.parametrize(
-    "row, flags, expected",
-    [
-        ({"text": "Q", "label": "A"}, ("--prompt-column", "text", "--response-column", "label"), example("Q", "", "A")),
-        ({"question": "no", "text": "Q", "answer": "A"}, ("--prompt-column", "text"), example("Q", "", "A")),
-        ({"prompt": "Q", "answer": "no", "gold": "A"}, ("--response-column", "gold"), example("Q", "", "A")),
-        ({"messages": [ASK], "prompt": "P", "answer": "A"}, ("--prompt-column", "prompt"), example("P", "", "A")),
-        ({"input": "Q", "output": "A"}, ("--prompt-column", "input"), example("Q", "", "A")),
-        ({"prompt": "Q", "context": "A"}, ("--response-column", "context"), example("Q", "", "A")),
-        ({"solution": "Q"}, ("--prompt-column", "solution"), example("Q")),
-    ],
-    ids=[
-        "both",
-        "prompt",
-        "response",
-        "prompt before messages",
-        "prompt is `input`",
-        "response is `context`",
-        "prompt is `solution`",
-    ],
-)
+NAMED = {
+    "both": ({"text": "Q", "label": "A"}, "--prompt-column text --response-column label", example("Q", "", "A")),
+    "prompt": ({"question": "no", "text": "Q", "answer": "A"}, "--prompt-column text", example("Q", "", "A")),
+    "response": ({"prompt": "Q", "answer": "no", "gold": "A"}, "--response-column gold", example("Q", "", "A")),
+    "not messages": (
+        {"messages": [ASK], "prompt": "P", "answer": "A"},
+        "--prompt-column prompt",
+        example("P", "", "A"),
+    ),
+    "prompt is `input`": ({"input": "Q", "output": "A"}, "--prompt-column input", example("Q", "", "A")),
+    "response is `context`": ({"prompt": "Q", "context": "A"}, "--response-column context", example("Q", "", "A")),
+    "prompt is `solution`": ({"solution": "Q"}, "--prompt-column solution", example("Q")),
+}
+
+
+@pytest.mark.parametrize("row, flags, expected", NAMED.values(), ids=NAMED)
 def test_columns_named_by_flag(tmp_path, row, flags, expected):
     """A column that is the prompt or the response is not the prompt's input as well."""
-    assert read(write(tmp_path, row), *flags) == [expected]
+    assert read(write(tmp_path, row), *flags.split()) == [expected]
 
 
 def test_rows_like_gsm8k(tmp_path):
-    """The response is kept whole, with its calculator marks and the answer behind ####."""
+    """The response is kept whole, with its calculator marks and the answer after ####."""
     answer = "She has 16-3-4=<<16-3-4=9>>9 eggs.\nShe makes 9*2=$<<9*2=18>>18.\n#### 18"
     found = read(write(tmp_path, {"question": "Janet’s ducks lay 16 eggs.", "answer": answer}))
     assert found == [example("Janet’s ducks lay 16 eggs.", response=answer)]
@@ -137,7 +136,7 @@ def test_limit_takes_the_first_rows(tmp_path):
 
 
 def test_limit_reads_no_further(tmp_path):
-    """A bad row behind the limit is no error."""
+    """A bad row after the limit is no error."""
     path = write(tmp_path, {"prompt": "1"}, {"prompt": None})
     assert read(path, "--limit", 1) == [example("1")]
 
@@ -160,17 +159,20 @@ def write_csv(path):
         writer.writerows(ROWS)
 
 
-@pytest.mark.parametrize(
-    "name, put",
-    [
-        ("a.json", lambda path: path.write_text(json.dumps(ROWS))),
-        ("a.jsonl", lambda path: path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS))),
-        ("a.csv", write_csv),
-        ("a.parquet", lambda path: pq.write_table(pa.Table.from_pylist(ROWS), path)),
-        ("with space.jsonl", lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))),
-    ],
-    ids=["json", "jsonl", "csv", "parquet", "space in name"],
-)
+def write_jsonl(path):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS), encoding="utf-8")
+
+
+WRITERS = {
+    "a.json": lambda path: path.write_text(json.dumps(ROWS)),
+    "a.jsonl": write_jsonl,
+    "a.csv": write_csv,
+    "a.parquet": lambda path: pq.write_table(pa.Table.from_pylist(ROWS), path),
+    "with space.jsonl": write_jsonl,
+}
+
+
+@pytest.mark.parametrize("name, put", WRITERS.items(), ids=WRITERS)
 def test_file_formats(tmp_path, name, put):
     """The same rows from every format, in order, quotes, newlines and accents untouched."""
     put(tmp_path / name)
@@ -231,17 +233,16 @@ def test_alpaca_by_flag_although_there_is_a_chat_template():
     assert found == WITHOUT_INPUT.replace("Add", "S\n\nAdd")
 
 
+CHATS = {
+    "instruction": (example("Q"), "<s>[user]Q[assistant]"),
+    "instruction and input": (example("Q", "I"), "<s>[user]Q\n\nI[assistant]"),
+    "system turn": (example("S\n\nQ", messages=[SYSTEM, ASK]), "<s>[system]S[user]Q[assistant]"),
+    "several turns": (example("", messages=[ASK, HELP, ASK]), "<s>[user]Q[assistant]A[user]Q[assistant]"),
+}
+
+
 @pytest.mark.parametrize("template", ["auto", "chat"])
-@pytest.mark.parametrize(
-    "row, text",
-    [
-        (example("Q"), "<s>[user]Q[assistant]"),
-        (example("Q", "I"), "<s>[user]Q\n\nI[assistant]"),
-        (example("S\n\nQ", messages=[SYSTEM, ASK]), "<s>[system]S[user]Q[assistant]"),
-        (example("", messages=[ASK, HELP, ASK]), "<s>[user]Q[assistant]A[user]Q[assistant]"),
-    ],
-    ids=["instruction", "instruction and input", "system turn", "several turns"],
-)
+@pytest.mark.parametrize("row, text", CHATS.values(), ids=CHATS)
 def test_chat_template(template, row, text):
     assert data.prompt_text(row, byte_tokenizer(chat_template=CHAT), template) == text
 
@@ -305,9 +306,99 @@ def test_bos_counts_towards_the_limit():
     assert encode([example("1234"), example("123")], byte_tokenizer(), "none", max_tokens=4)[1] == 1
 
 
-def test_toy_prompt():
+def test_toy_prompt(tokenizer):
     """The embedded default: <bos> and the characters, one token each."""
-    tokenizer = toy.make_tokenizer()
     [prompt], _ = encode([example("199+877:")], tokenizer)
     assert prompt["text"] == "<bos>199+877:"
     assert prompt["ids"] == tokenizer.convert_tokens_to_ids(["<bos>", *"199+877:"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arrow files
+# ---------------------------------------------------------------------------------------------------------------------
+
+ARROW = {"number": "int64", "ids": ["int32"], "text": "string"}
+
+
+def test_arrow_file_has_what_was_written(tmp_path):
+    """Empty lists, null text, the ends of int64; a key without a column is left out; batches of `datasets` keep order."""
+    rows = [{"number": k, "ids": list(range(k % 3)), "text": "é\n" if k % 2 else None} for k in range(2500)]
+    rows += [{"number": number, "ids": [], "text": ""} for number in (-(2**63), 2**63 - 1)]
+    data.write_arrow(tmp_path / "a.arrow", ({**row, "other": 1} for row in rows), **ARROW)
+    found = data.open_arrow(tmp_path / "a.arrow")
+    assert found.column_names == list(ARROW) and list(found) == rows
+    assert found[2:4]["ids"] == [[0, 1], []]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.arrow"]
+
+
+def test_arrow_file_without_rows(tmp_path):
+    data.write_arrow(tmp_path / "a.arrow", [], **ARROW)
+    assert len(data.open_arrow(tmp_path / "a.arrow")) == 0
+
+
+@pytest.mark.parametrize("good", [0, 1, 2500])
+@pytest.mark.parametrize(
+    "bad", [{}, {"number": "text", "ids": [], "text": ""}, None], ids=["no column", "type", "error"]
+)
+def test_arrow_file_is_written_whole_or_not_at_all(tmp_path, good, bad):
+    """An error in the rows, however many were good, leaves the folder as it was: an older file, and no partial one."""
+    path = tmp_path / "a.arrow"
+    row = {"number": 1, "ids": [2], "text": "new"}
+
+    def rows():
+        yield from itertools.repeat(row, good)
+        yield bad if bad is not None else 1 / 0
+
+    for _ in range(2):
+        before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+        with pytest.raises((KeyError, ZeroDivisionError, pa.ArrowInvalid)):
+            data.write_arrow(path, rows(), **ARROW)
+        assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+        data.write_arrow(path, [row | {"text": "old"}], **ARROW)
+
+
+def prompts_of(tmp_path, *rows, flags=("--template", "none")):
+    return data.write_prompts(parse(write(tmp_path, *rows), *flags), byte_tokenizer(), tmp_path, WORLD)
+
+
+@pytest.mark.parametrize("template", ["none", "alpaca", "chat"])
+def test_write_prompts(tmp_path, template):
+    """Every row in order, one that is too long as well; each what `encode_prompt` makes of it, its messages as JSON."""
+    rows = [{"prompt": "é 1", "response": "A"}, {"prompt": "12345" * 100, "response": None}, {"prompt": "3"}]
+    args, tokenizer = parse(write(tmp_path, *rows), "--template", template), byte_tokenizer(chat_template=CHAT)
+    found = list(data.write_prompts(args, tokenizer, tmp_path, WORLD))
+    expected = [data.encode_prompt(row, k, tokenizer, template) for k, row in enumerate(data.read_examples(args))]
+    assert [row | {"messages": json.loads(row["messages"])} for row in found] == expected
+    assert [row["gold"] for row in found] == ["A", None, None] and len(found[1]["ids"]) > args.max_prompt_tokens
+
+
+def test_write_prompts_keeps_a_conversation(tmp_path):
+    [prompt] = prompts_of(tmp_path, {"messages": [SYSTEM, ASK, HELP]})
+    assert json.loads(prompt["messages"]) == [SYSTEM, ASK] and prompt["gold"] == "A"
+    assert prompt["text"] == "<s>S\n\nQ"
+
+
+OBJECTS = {"prompt": {"\u0000": {}}}  # pyarrow cannot make Python objects of it
+BAD_PROMPTS = {
+    "all too long": ([{"prompt": "1234"}, {"prompt": "12345"}], "all prompts are over --max-prompt-tokens 4, in .+"),
+    "objects": ([OBJECTS], ".+, in .+data.jsonl.*, .+"),
+    "blank": ([{"prompt": "1"}, {"prompt": " "}], "column prompt is empty, in .+ row 1, repair .+"),
+}
+
+
+@pytest.mark.parametrize("rows, expected", BAD_PROMPTS.values(), ids=BAD_PROMPTS)
+def test_write_prompts_of_bad_data(tmp_path, rows, expected):
+    """One UserError, and no file that a later run would take for the data."""
+    with pytest.raises(runs.UserError, match=f"^{expected}$"):
+        prompts_of(tmp_path, *rows, flags=("--template", "none", "--max-prompt-tokens", 4))
+    assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
+
+
+def test_write_prompts_again_after_a_change(tmp_path):
+    """The file of an earlier start is replaced, although it is mapped into memory."""
+    old = prompts_of(tmp_path, {"prompt": "old"})
+    assert [row["text"] for row in prompts_of(tmp_path, {"prompt": "new"}, {"prompt": "newer"})] == [
+        "<s>new",
+        "<s>newer",
+    ]
+    assert old[0]["text"] == "<s>old"

@@ -21,15 +21,14 @@ from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM
 
-import common
-import dpo
+from lib import runs, training
 
 BETA = 0.1
 SHARED = "--batch-size 6 --micro-batch-size 1 --threads 1 --device cpu"
 PAIRS = "--samples 4 --max-new-tokens 10 --prompts-per-batch 4 --limit 14 --eta 1.5 --eval-limit 0 --max-steps 1"
 FEW = "--samples 4 --max-new-tokens 10 --prompts-per-batch 4 --limit 6 --eta 1.5 --eval-limit 6 --max-steps 1"
 TURNS = "--samples 1 --max-new-tokens 6 --prompts-per-batch 1 --limit 7 --eta 4 --eval-limit 0 --max-steps 1"
-TRAIN = "--epochs 3 --lr 1e-3 --save-every 2"  # 10 pairs, 6 of them a step: 6 steps, two checkpoints
+TRAIN = "--epochs 3 --lr 1e-3 --save-every 2"  # 10 pairs, 6 of them a step: 6 steps, three checkpoints
 # name -> policy, reference, number of pairs, flags. Steps are of 6 + 1 or 6 + 4 pairs: ranks without a pair, or with
 # fewer micro-batches than others. --micro-batch-size 1 accumulates (6 times with one process), 6 does not
 GRADIENTS = {
@@ -41,13 +40,14 @@ GRADIENTS = {
 # 24 divides by 1, 2, 3 and 8: one step an epoch of 10 pairs or 14 examples, and most of 8 ranks have one or none
 EIGHT = "--batch-size 24 --epochs 4 --lr 1e-3"
 KD = "--mode teacher --loss reverse_kl --max-new-tokens 12 --prompts-per-batch 3 --limit 14 --eval-limit 0 --save-every 2"
+APPEND, STOPPED = "lib.runs.append_jsonl", 128 + signal.SIGTERM
 # Where a training run is killed, one after the other; each time it is started again. (function, words in its arguments)
 DEATHS = [
-    ("os.replace", "reference.json"),  # the reference's log-probs are written, not yet renamed
-    ("common.append_jsonl", "'step': 2,"),  # before any checkpoint
-    ("training.HuggingFaceStorageWriter", "step-000002"),  # on rank 1; rank 0 begins to write
+    ("os.replace", "pairs.arrow"),  # the pairs are written, not yet renamed
+    (APPEND, "'step': 2,"),  # before any checkpoint
+    ("lib.training.HuggingFaceStorageWriter", "step-000002"),  # on rank 1; rank 0 begins to write
     ("os.rename", "checkpoint/step-000002"),  # the checkpoint is written, not yet renamed
-    ("common.append_jsonl", "'step': 4,"),  # one step after a checkpoint
+    (APPEND, "'step': 4,"),  # one step after a checkpoint
     ("os.rename", "checkpoint/step-000004"),
     ("shutil.rmtree", "checkpoint/step-000002"),  # two checkpoints are there
     ("os.rename", "broken/student"),  # the model is written, not yet renamed
@@ -67,54 +67,51 @@ def make_pairs(count):
     return pairs
 
 
-class Runs:
+def die(at, call, **more):
+    """What makes a job of workers.py die."""
+    return {"die": {"at": at, "call": call, **more}}
+
+
+class Jobs:
     """Folders of the jobs: root/PROCESSES/NAME."""
 
     def __init__(self, root, models, prompts_file):
         self.root, self.models, self.prompts_file = root, models, prompts_file
         self.jobs, self.codes, self.process = {}, {}, {}
         for count in (7, 10):
-            common.write_jsonl(root / f"pairs-{count}.jsonl", make_pairs(count))
+            runs.write_jsonl(root / f"pairs-{count}.jsonl", make_pairs(count))
         long = "123456789+123456789:"
         rows = [{"prompt": prompt, "response": "3"} for prompt in ("1+2:", long, "199+877:", long, long)]
-        common.write_jsonl(root / "long.jsonl", rows)
+        runs.write_jsonl(root / "long.jsonl", rows)
 
-    def method(self, name, flags, data=None, **extra):
-        """A job of warmup_distill.py."""
-        data = ["--data", str(data or self.prompts_file)]
-        models = ["--teacher", self.models["teacher"], "--student", self.models["student"], *data]
-        flags = f"--template none --lr 1e-3 {SHARED} {flags}"
-        return name, {"main": "warmup_distill", "argv": [*models, *flags.split()], **extra}
+    def method(self, name, flags, main="warmup_distill", data=None, **extra):
+        """A job of warmup_distill.py or kd.py."""
+        argv = ["--teacher", self.models["teacher"], "--student", self.models["student"]]
+        argv += ["--data", str(data or self.prompts_file), *f"--template none --lr 1e-3 {SHARED} {flags}".split()]
+        return name, {"main": main, "argv": argv, **extra}
 
     def dpo(self, name, flags, policy="student", reference="student", count=10, **extra):
         """A job of dpo.py."""
-        models = ["--model", self.models[policy], "--reference", self.models[reference]]
-        pairs = ["--pairs", str(self.root / f"pairs-{count}.jsonl")]
-        return name, {"main": "dpo", "argv": [*models, *pairs, *f"{SHARED} {flags}".split()], **extra}
-
-    def kd(self, name, flags, **extra):
-        """A job of kd.py."""
-        models = ["--teacher", self.models["teacher"], "--student", self.models["student"], "--data", self.prompts_file]
-        return name, {"main": "kd", "argv": [*models, *f"--template none {SHARED} {flags}".split()], **extra}
+        argv = ["--model", self.models[policy], "--reference", self.models[reference]]
+        argv += ["--pairs", str(self.root / f"pairs-{count}.jsonl"), *f"{SHARED} {flags}".split()]
+        return name, {"main": "dpo", "argv": argv, **extra}
 
     def plan(self, n):
         """(name, job) for `n` processes, in order; several jobs of one name share a folder."""
-        die = lambda at, call, **rank: {"die": {"at": at, "call": call, **rank}}
         yield self.method("pairs", PAIRS + (" --batch-size 24" if n == 8 else ""))
         yield self.dpo("eight", EIGHT)
-        yield self.kd("eight-kd", f"{KD} {EIGHT}")
+        yield self.method("eight-kd", f"{KD} {EIGHT}", "kd")
         if n == 8:
             return
         for name, (policy, reference, count, flags) in GRADIENTS.items():
             yield self.dpo(name, flags, policy, reference, count, record=True)
         yield self.dpo("train", TRAIN)
-        yield self.dpo("moved", TRAIN, **(die("common.append_jsonl", "'step': 4,") if n == 2 else {}))
-        # Begun with 2 processes, gone on with with 1, ended with 3
+        # Begun with 2 processes, continued with 1, ended with 3
         step = {2: 3, 0: 5, 3: None}[n]
-        yield self.dpo("chain", TRAIN, **(die("common.append_jsonl", f"'step': {step},") if step else {}))
+        yield self.dpo("chain", TRAIN, **(die(APPEND, f"'step': {step},") if step else {}))
         if n != 3:  # rank 0 alone is told to stop, at steps that are none of --save-every
-            yield self.dpo("stopped", TRAIN, **die("common.append_jsonl", "'step': 3,", signal=int(signal.SIGTERM)))
-            yield self.dpo("stopped", TRAIN, **die("common.append_jsonl", "'step': 5,", signal=int(signal.SIGINT)))
+            yield self.dpo("stopped", TRAIN, **die(APPEND, "'step': 3,", signal=int(signal.SIGTERM)))
+            yield self.dpo("stopped", TRAIN, **die(APPEND, "'step': 5,", signal=int(signal.SIGINT)))
             yield self.dpo("stopped", TRAIN)
         if n != 2:  # with 2 processes it is a test of the command itself
             yield self.method("few", FEW)
@@ -124,11 +121,10 @@ class Runs:
         if n == 2:
             yield self.method("no-pair", TURNS + " --shard-teacher --eta 100")
             for name, flag in (("long", ""), ("long-sharded", " --shard-teacher")):
-                yield self.method(name, f"{TURNS} --max-prompt-tokens 12{flag}", self.root / "long.jsonl")
+                yield self.method(name, f"{TURNS} --max-prompt-tokens 12{flag}", data=self.root / "long.jsonl")
             yield self.dpo("bfloat16", TRAIN + " --dtype bfloat16")
             for at, call in DEATHS:
-                rank = {"rank": 1} if at.endswith("Writer") else {}
-                yield self.dpo("broken", TRAIN, **die(at, call, **rank))
+                yield self.dpo("broken", TRAIN, **die(at, call, **({"rank": 1} if at.endswith("Writer") else {})))
             yield self.dpo("broken", TRAIN)
             for file in ("pairs/00001.jsonl", "pairs/00003.jsonl", "/mismatch.json"):
                 yield self.method("pairs-broken", PAIRS, **die("os.replace", file))
@@ -140,9 +136,11 @@ class Runs:
             job["argv"] += ["--out", str(self.root / str(n) / name)]
         file = self.root / f"jobs-{n}.json"
         file.write_text(json.dumps([job for _, job in self.jobs[n]]))
-        for name, begun in {0: {"moved": 2, "chain": 2}, 3: {"moved": 2, "chain": 0}}.get(n, {}).items():
-            shutil.copytree(self.root / str(begun) / name, self.root / str(n) / name)
+        begun = {0: 2, 3: 0}.get(n)
+        if begun is not None:
+            shutil.copytree(self.root / str(begun) / "chain", self.root / str(n) / "chain")
         self.process[n] = launch(n, "tests/workers.py", file, env={"PYTHONPATH": str(ROOT)})
+        assert self.process[n].returncode == 0, self.process[n].stderr[-5000:]
         ranks = [json.loads((self.root / f"{file.name}.{rank}").read_text()) for rank in range(max(n, 1))]
         self.codes[n] = list(zip(*ranks))
 
@@ -150,26 +148,28 @@ class Runs:
         """The folder of a job, after a look at the exit statuses of all who worked in it."""
         for number, ((job_name, job), codes) in enumerate(zip(self.jobs[n], self.codes[n], strict=True)):
             if job_name == name:
-                sent = job.get("die", {}).get("signal", signal.SIGKILL)
-                expected = -9 if sent == signal.SIGKILL else 128 + sent
-                good = expected in codes and 0 not in codes if "die" in job else set(codes) == {0}
-                assert good, f"exit statuses {codes} of job {self.process[n].stderr.split('--- job ')[number + 1]}"
+                stderr = self.process[n].stderr.split("--- job ")[number + 1]
+                if "die" not in job:
+                    assert set(codes) == {0}, stderr
+                elif "signal" in job["die"]:
+                    assert set(codes) == {STOPPED}, stderr
+                else:
+                    assert -signal.SIGKILL in codes and 0 not in codes, stderr
         return self.root / str(n) / name
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, pair_of_models, prompts_file):
-    runs = Runs(tmp_path_factory.mktemp("distributed"), pair_of_models, prompts_file)
+def jobs(tmp_path_factory, pair_of_models, prompts_file):
+    jobs = Jobs(tmp_path_factory.mktemp("distributed"), pair_of_models, prompts_file)
     for n in (2, 0, 3, 8):
-        runs.start(n)
-        assert runs.process[n].returncode == 0, runs.process[n].stderr[-5000:]
-    return runs
+        jobs.start(n)
+    return jobs
 
 
 def metrics(out):
     """The numbers of metrics.jsonl without what a clock or the machine says."""
     rest = ("stage", "seconds", "tokens_per_second", "peak_memory_gb")
-    return [{k: v for k, v in row.items() if k not in rest} for row in common.read_jsonl(out / "metrics.jsonl")]
+    return [{k: v for k, v in row.items() if k not in rest} for row in runs.read_jsonl(out / "metrics.jsonl")]
 
 
 def weights(out):
@@ -189,30 +189,49 @@ def pair_files(out):
     return {name: (out / name).read_bytes() for name in names}
 
 
+def assert_same_table(ours, alone):
+    ours, alone = (runs.read_json(out / "summary.json") for out in (ours, alone))
+    for name in ("teacher", "student before", "student after"):
+        assert ours[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-6)
+
+
+def assert_same_training(ours, alone, models, steps):
+    """Losses, and what is added to the student's weights, to float32 rounding."""
+    assert [row["step"] for row in metrics(alone)] == list(range(1, steps + 1))
+    for row, expected in zip(metrics(ours), metrics(alone), strict=True):
+        assert row == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    start = load_file(models["student"] + "/model.safetensors")
+    update, expected = ({k: w[k] - start[k] for k in start} for w in (weights(ours), weights(alone)))
+    assert all(v.abs().max() > 1e-4 for v in expected.values())
+    assert distance(update, expected) < 1e-3
+
+
+def assert_identical(ours, whole):
+    """Bit for bit: weights and metrics; and nothing half-written is left."""
+    a, b = weights(ours), weights(whole)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert metrics(ours) == metrics(whole)
+    assert not list(ours.rglob("*.partial"))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The number of processes changes nothing
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [2, 3, 8])
-def test_pairs_are_identical(runs, n):
+def test_pairs_are_identical(jobs, n):
     """Byte for byte, in four files and what is made of them."""
-    alone = pair_files(runs.out(0, "pairs"))
+    alone = pair_files(jobs.out(0, "pairs"))
     assert len(alone) == 6 and alone["pairs.jsonl"].count(b"\n") > 10
-    assert pair_files(runs.out(n, "pairs")) == alone
+    assert pair_files(jobs.out(n, "pairs")) == alone
 
 
-def test_fewer_micro_batches_than_processes(runs):
+def test_fewer_micro_batches_than_processes(jobs):
     """Two micro-batches of prompts for three processes: the same files, and the same closing table."""
-    alone, ours = runs.out(0, "few"), runs.out(3, "few")
+    alone, ours = jobs.out(0, "few"), jobs.out(3, "few")
     assert len(pair_files(alone)) == 4 and pair_files(ours) == pair_files(alone)
     assert_same_table(ours, alone)
-
-
-def assert_same_table(ours, alone):
-    ours, alone = (json.loads((out / "summary.json").read_text()) for out in (ours, alone))
-    for name in ("teacher", "student before", "student after"):
-        assert ours[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-6)
 
 
 def plain_gradients(policy, reference, pairs, vocab_size, flags):
@@ -242,25 +261,22 @@ def plain_gradients(policy, reference, pairs, vocab_size, flags):
 
 
 @pytest.fixture(scope="module")
-def plain(runs, tokenizer):
+def plain(pair_of_models, tokenizer):
     """name -> for each step: the loss and gradients of the plain loop."""
     result = {}
     for name, (policy, reference, count, flags) in GRADIENTS.items():
-        pairs, models = make_pairs(count), runs.models
-        batches = [dpo.batch_of_step(step, count, 6, 0) for step in range(2)]
+        pairs, models = make_pairs(count), (pair_of_models[policy], pair_of_models[reference])
+        batches = [training.batch_of_step(step, count, 6, 0) for step in range(2)]
         assert sorted(batches[0] + batches[1]) == list(range(count))
-        result[name] = [
-            plain_gradients(models[policy], models[reference], [pairs[i] for i in batch], len(tokenizer), flags)
-            for batch in batches
-        ]
+        result[name] = [plain_gradients(*models, [pairs[i] for i in b], len(tokenizer), flags) for b in batches]
     return result
 
 
 @pytest.mark.parametrize("n", [0, 2, 3])
 @pytest.mark.parametrize("name", GRADIENTS)
-def test_gradients_equal_the_plain_loop(runs, plain, name, n):
+def test_gradients_equal_the_plain_loop(jobs, plain, name, n):
     """What reaches the optimizer, before clipping: relative 1e-5 in every tensor, whatever the ranks had to do."""
-    out = runs.out(n, name)
+    out = jobs.out(n, name)
     steps = torch.load(out / "gradients.pt")
     assert len(steps) == len(plain[name]) == 2
     for step, row, (loss, expected) in zip(steps, metrics(out), plain[name]):
@@ -270,43 +286,25 @@ def test_gradients_equal_the_plain_loop(runs, plain, name, n):
             assert distance({key: step["lm." + key].double()}, {key: gradient}) < 1e-5, key
 
 
-@pytest.mark.parametrize("n", [2, 3])
-def test_training_does_not_depend_on_processes(runs, pair_of_models, n):
-    ours, alone = runs.out(n, "train"), runs.out(0, "train")
-    assert [row["step"] for row in metrics(alone)] == [1, 2, 3, 4, 5, 6]
-    for row, expected in zip(metrics(ours), metrics(alone), strict=True):
-        assert row == pytest.approx(expected, rel=1e-5, abs=1e-6)
-    assert update_distance(ours, alone, pair_of_models) < 1e-3
-
-
-@pytest.mark.parametrize("n", [2, 3, 8])
-@pytest.mark.parametrize("name", ["eight", "eight-kd"])
-def test_dpo_and_kd_do_not_depend_on_processes(runs, pair_of_models, name, n):
-    """Losses and weights to float32 rounding; most of 8 ranks have one example of a step, or none."""
-    ours, alone = runs.out(n, name), runs.out(0, name)
-    assert len(metrics(alone)) == 4
-    for row, expected in zip(metrics(ours), metrics(alone), strict=True):
-        assert row == pytest.approx(expected, rel=1e-5, abs=1e-6)
-    assert update_distance(ours, alone, pair_of_models) < 1e-3
+@pytest.mark.parametrize(
+    "name, n, steps",
+    [("train", 2, 6), ("train", 3, 6), *[(name, n, 4) for name in ("eight", "eight-kd") for n in (2, 3, 8)]],
+)
+def test_training_does_not_depend_on_processes(jobs, pair_of_models, name, n, steps):
+    """In DPO and KD; most of 8 ranks have one example of a step, or none. The teacher's responses are the same bytes."""
+    ours, alone = jobs.out(n, name), jobs.out(0, name)
+    assert_same_training(ours, alone, pair_of_models, steps)
     files = sorted(f.name for f in alone.glob("responses/*"))
     assert len(files) == (5 if name == "eight-kd" else 0)
     assert all((ours / "responses" / f).read_bytes() == (alone / "responses" / f).read_bytes() for f in files)
 
 
-def update_distance(ours, alone, models):
-    """Relative difference of what two runs have added to the student's weights."""
-    start = load_file(models["student"] + "/model.safetensors")
-    update, expected = ({k: w[k] - start[k] for k in start} for w in (weights(ours), weights(alone)))
-    assert all(v.abs().max() > 1e-4 for v in expected.values())
-    return distance(update, expected)
-
-
-def test_bfloat16(runs):
+def test_bfloat16(jobs):
     """The policy computes in bfloat16, 8 bits of mantissa; weights and reductions stay in float32."""
-    for row, expected in zip(metrics(runs.out(2, "bfloat16")), metrics(runs.out(2, "train")), strict=True):
+    for row, expected in zip(metrics(jobs.out(2, "bfloat16")), metrics(jobs.out(2, "train")), strict=True):
         assert row["loss"] == pytest.approx(expected["loss"], abs=0.03)
         assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=0.1)
-    assert all(v.dtype == torch.float32 for v in weights(runs.out(2, "bfloat16")).values())
+    assert all(v.dtype == torch.float32 for v in weights(jobs.out(2, "bfloat16")).values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -314,10 +312,14 @@ def test_bfloat16(runs):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def pair_shards(out):
+    return [runs.read_jsonl(file) for file in sorted(out.glob("pairs/*.jsonl"))]
+
+
 @pytest.mark.parametrize("n", [2, 3])
-def test_sharded_teacher(runs, n):
+def test_sharded_teacher(jobs, n):
     """Same tokens, log-probs to 1e-4: also in turns where a rank has no mismatch, or (the last) no micro-batch."""
-    ours, usual = (pair_shards(runs.out(n, name)) for name in ("turns-sharded", "turns"))
+    ours, usual = (pair_shards(jobs.out(n, name)) for name in ("turns-sharded", "turns"))
     touched = [any(r["t_star"] >= 0 for r in batch) for batch in usual]
     turns = [touched[k : k + n] for k in range(0, len(touched), n)]
     assert any(any(turn) and not all(turn) for turn in turns[:-1]) and len(turns[-1]) < n and touched[-1]
@@ -325,24 +327,22 @@ def test_sharded_teacher(runs, n):
         for a, b in zip(batch, expected, strict=True):
             assert a.keys() == b.keys()
             for key in b:
-                assert a[key] == (pytest.approx(b[key], abs=1.1e-4) if "logprobs" in key or key == "margin" else b[key])
+                assert a[key] == (pytest.approx(b[key], abs=1.1e-4) if "logprobs" in key else b[key])
 
 
-def test_sharded_teacher_and_a_batch_of_long_prompts(runs):
+def test_sharded_teacher_and_a_batch_of_long_prompts(jobs):
     """A rank whose prompts are all over the limit takes part in the others' forwards: no hang, the same tokens."""
-    ours, usual = (pair_shards(runs.out(2, name)) for name in ("long-sharded", "long"))
-    assert [[r["status"] == "too_long" for r in batch] for batch in ours] == [[False], [True], [False], [True], [True]]
-    tokens = [[(r["status"], r.get("response_ids"), r.get("chosen_ids")) for r in batch] for batch in ours]
-    assert tokens == [[(r["status"], r.get("response_ids"), r.get("chosen_ids")) for r in batch] for batch in usual]
+    ours, usual = (
+        [[(r["status"], r.get("response_ids"), r.get("chosen_ids")) for r in batch] for batch in pair_shards(out)]
+        for out in (jobs.out(2, "long-sharded"), jobs.out(2, "long"))
+    )
+    assert [[status == "too_long" for status, *_ in batch] for batch in ours] == [[k in (1, 3, 4)] for k in range(5)]
+    assert ours == usual
 
 
-def pair_shards(out):
-    return [common.read_jsonl(file) for file in sorted(out.glob("pairs/*.jsonl"))]
-
-
-def test_no_pair_at_all(runs, pair_of_models):
+def test_no_pair_at_all(jobs, pair_of_models):
     """No rank has a mismatch in any turn: no hang, no pair, and the student comes out as it went in."""
-    out = runs.out(2, "no-pair")
+    out = jobs.out(2, "no-pair")
     assert (out / "pairs.jsonl").read_text() == ""
     assert distance(weights(out), load_file(pair_of_models["student"] + "/model.safetensors")) == 0
 
@@ -352,46 +352,28 @@ def test_no_pair_at_all(runs, pair_of_models):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_killed_training_ends_as_if_unbroken(runs):
-    """Killed in eight places and started again each time: bit for bit the weights of a run that nobody killed."""
-    broken, whole = runs.out(2, "broken"), runs.out(2, "train")
-    ours, expected = weights(broken), weights(whole)
-    assert ours.keys() == expected.keys() and all(torch.equal(ours[k], expected[k]) for k in ours)
-    assert metrics(broken) == metrics(whole)
-    assert not list(broken.glob("checkpoint/.*")) and not list(broken.glob(".student*"))
+def test_killed_training_ends_as_if_unbroken(jobs):
+    """Killed in eight places and started again each time."""
+    assert_identical(jobs.out(2, "broken"), jobs.out(2, "train"))
 
 
-@pytest.mark.parametrize("n", [0, 3])
-def test_resume_with_other_processes(runs, pair_of_models, n):
-    """Begun with 2 processes, killed after step 3, ended with n."""
-    begun = runs.out(2, "moved")
-    assert len(metrics(begun)) == 3 and (begun / "checkpoint" / "step-000002").is_dir()
-    moved, whole = runs.out(n, "moved"), runs.out(n, "train")
-    for row, expected in zip(metrics(moved), metrics(whole), strict=True):
-        assert row == pytest.approx(expected, rel=1e-5, abs=1e-6)
-    assert update_distance(moved, whole, pair_of_models) < 1e-3
+def test_killed_sampling_ends_as_if_unbroken(jobs):
+    assert pair_files(jobs.out(2, "pairs-broken")) == pair_files(jobs.out(0, "pairs"))
 
 
-def test_resume_with_two_then_one_then_three_processes(runs, pair_of_models):
-    moved, whole = runs.out(3, "chain"), runs.out(3, "train")
-    runs.out(2, "chain"), runs.out(0, "chain")  # both were killed as planned
-    for row, expected in zip(metrics(moved), metrics(whole), strict=True):
-        assert row == pytest.approx(expected, rel=1e-5, abs=1e-6)
-    assert update_distance(moved, whole, pair_of_models) < 1e-3
+def test_resume_with_two_then_one_then_three_processes(jobs, pair_of_models):
+    begun = jobs.out(2, "chain")
+    assert len(metrics(begun)) == 2 and (begun / "checkpoint" / "step-000002").is_dir()
+    jobs.out(0, "chain")  # killed as planned
+    assert_same_training(jobs.out(3, "chain"), jobs.out(3, "train"), pair_of_models, 6)
 
 
 @pytest.mark.parametrize("n", [0, 2])
-def test_stopped_training_ends_as_if_unbroken(runs, n):
-    """SIGTERM behind step 3, Ctrl-C behind step 5, to rank 0 alone: all ranks write a checkpoint and leave together."""
-    stopped, whole = runs.out(n, "stopped"), runs.out(n, "train")
-    ours, expected = weights(stopped), weights(whole)
-    assert all(torch.equal(ours[k], expected[k]) for k in expected) and metrics(stopped) == metrics(whole)
-    for step in (3, 5) if n == 0 else ():  # under torchrun one error line is all that a job of many has
-        assert f"error: stopped after step {step}, whose checkpoint is written, in stage dpo" in runs.process[n].stderr
-
-
-def test_killed_sampling_ends_as_if_unbroken(runs):
-    assert pair_files(runs.out(2, "pairs-broken")) == pair_files(runs.out(0, "pairs"))
+def test_stopped_training_ends_as_if_unbroken(jobs, n):
+    """SIGTERM in step 3, Ctrl-C in step 5, to rank 0 alone: all ranks write a checkpoint and leave together."""
+    assert_identical(jobs.out(n, "stopped"), jobs.out(n, "train"))
+    for step in (3, 5):
+        assert f"stopped after step {step}, whose checkpoint is written" in jobs.process[n].stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -400,18 +382,17 @@ def test_killed_sampling_ends_as_if_unbroken(runs):
 
 
 @pytest.mark.parametrize("n", [0, 2])
-def test_command_ends_cleanly(runs, tmp_path, n):
+def test_command_ends_cleanly(jobs, tmp_path, n):
     """With and without torchrun: status 0, the group is taken down, and the same pairs as ever."""
-    argv = runs.method("", FEW)[1]["argv"]
+    argv = jobs.method("", FEW)[1]["argv"]
     result = launch(n, "warmup_distill.py", *argv, "--out", tmp_path / "out")
     assert result.returncode == 0, result.stderr
-    assert "destroy_process_group" not in result.stderr and "Traceback" not in result.stderr
-    assert "warn" not in result.stderr.lower(), result.stderr
-    assert pair_files(tmp_path / "out") == pair_files(runs.out(0, "few"))
-    assert_same_table(tmp_path / "out", runs.out(0, "few"))
+    assert not re.search("destroy_process_group|Traceback|warn", result.stderr, re.IGNORECASE), result.stderr
+    assert pair_files(tmp_path / "out") == pair_files(jobs.out(0, "few"))
+    assert_same_table(tmp_path / "out", jobs.out(0, "few"))
 
 
-def test_two_nodes(runs, tmp_path):
+def test_two_nodes(jobs, tmp_path):
     """The README's command for two machines, on one: two torchrun agents that meet on loopback. Bit for bit the files and
     weights of two processes under one torchrun."""
     readme = re.search(r"torchrun (--nnodes 2 .*?) warmup_distill.py", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -419,43 +400,36 @@ def test_two_nodes(runs, tmp_path):
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     words = re.sub(r"--nproc_per_node \d+", "--nproc_per_node 1", readme[1]).replace("HOST:29500", f"localhost:{port}")
-    argv = [
-        *words.split(),
-        str(ROOT / "warmup_distill.py"),
-        *runs.method("", PAIRS)[1]["argv"],
-        "--out",
-        tmp_path / "out",
-    ]
-    command = [sys.executable, "-m", "torch.distributed.run", *map(str, argv)]
+    argv = [ROOT / "warmup_distill.py", *jobs.method("", PAIRS)[1]["argv"], "--out", tmp_path / "out"]
+    command = [sys.executable, "-m", "torch.distributed.run", *words.split(), *map(str, argv)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with open(tmp_path / "log-0", "w") as log_0, open(tmp_path / "log-1", "w") as log_1:
-        agents = [subprocess.Popen(command, stdout=log, stderr=log, env=environment) for log in (log_0, log_1)]
+    with open(tmp_path / "log", "w") as log:
+        agents = [subprocess.Popen(command, stdout=log, stderr=log, env=environment) for _ in range(2)]
     try:
         codes = [agent.wait(120) for agent in agents]
     finally:
         for agent in agents:
             agent.kill()
-    assert codes == [0, 0], (tmp_path / "log-0").read_text() + (tmp_path / "log-1").read_text()
-    whole = runs.out(2, "pairs")
+    assert codes == [0, 0], (tmp_path / "log").read_text()
+    whole = jobs.out(2, "pairs")
     assert pair_files(tmp_path / "out") == pair_files(whole)
-    ours, expected = weights(tmp_path / "out"), weights(whole)
-    assert all(torch.equal(ours[k], expected[k]) for k in expected)
+    assert_identical(tmp_path / "out", whole)
 
 
-def error_lines(n, *command):
-    """Lines that begin with "error: " from a job that must fail, and soon."""
+def error_lines(*command):
+    """Lines that begin with "error: " from two processes that must fail, and soon."""
     started = time.perf_counter()
-    result = launch(n, *command, timeout=90, env={"PYTHONPATH": str(ROOT)})
+    result = launch(2, *command, timeout=90, env={"PYTHONPATH": str(ROOT)})
     assert result.returncode != 0 and time.perf_counter() - started < 60
-    return [line for line in result.stderr.splitlines() if line.startswith("error: ")], result
+    return [line for line in result.stderr.splitlines() if line.startswith("error: ")], result.stderr
 
 
-def test_error_of_all_ranks_is_printed_once(runs, tmp_path):
-    argv = runs.method("", FEW)[1]["argv"] + ["--student", str(tmp_path / "nothing"), "--out", str(tmp_path / "out")]
-    lines, result = error_lines(2, "warmup_distill.py", *argv)
-    assert len(lines) == 1 and str(tmp_path / "nothing") in lines[0] and "(rank" not in lines[0], result.stderr
+def test_error_of_all_ranks_is_printed_once(jobs, tmp_path):
+    argv = jobs.method("", FEW)[1]["argv"] + ["--student", str(tmp_path / "nothing"), "--out", str(tmp_path / "out")]
+    lines, stderr = error_lines("warmup_distill.py", *argv)
+    assert len(lines) == 1 and str(tmp_path / "nothing") in lines[0] and "(rank" not in lines[0], stderr
 
 
 def test_error_of_one_rank_is_printed(tmp_path):
-    lines, result = error_lines(2, "tests/workers.py", "rank-error")
-    assert lines == ["error: rank 1 met something, in its own data, mend it (rank 1)"], result.stderr
+    lines, stderr = error_lines("tests/workers.py", "rank-error")
+    assert lines == ["error: rank 1 met something, in its own data, repair it (rank 1)"], stderr

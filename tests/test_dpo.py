@@ -7,19 +7,22 @@ sums the response's log-probs: no shared rows, no mask, no cache, no FSDP.
 import inspect
 import json
 import math
+import os
+import signal
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_model
 from safetensors import safe_open
+from test_data import BOS, CHAT, EOS, byte_tokenizer, turn, write
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-import common
 import dpo
-import models
-import training
-from pairs import read_pairs
+from lib import models, runs, training
+from lib.runs import UserError
 
 VOCAB, PAD = 22, 0
 CPU = torch.device("cpu")
@@ -192,7 +195,7 @@ def assert_same_loss_and_gradients(lm, fast, slow, tolerance=1e-4):
     """
     assert fast.item() == pytest.approx(slow.item(), rel=tolerance / 10)
     names, parameters = zip(*lm.named_parameters())
-    ours, theirs = (torch.autograd.grad(loss, parameters) for loss in (fast, slow))
+    ours, theirs = (torch.autograd.grad(loss, parameters, retain_graph=True) for loss in (fast, slow))
     floor = 1e-2 * tolerance * torch.stack([g.norm() for g in theirs]).norm()
     for name, a, b in zip(names, ours, theirs, strict=True):
         assert (a - b).norm() <= tolerance * b.norm() + floor, name
@@ -206,25 +209,18 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("family", MODELS)
+BATCHES = [(family, PAIRS, 0.1) for family in MODELS] + [("qwen2", [pair], 1.0) for pair in PAIRS]
+
+
+@pytest.mark.parametrize("family, pairs, beta", BATCHES, ids=[f"{family}-{len(pairs)}" for family, pairs, _ in BATCHES])
 @pytest.mark.parametrize("name", LOSSES)
-def test_prefix_sharing_equals_two_rows(family, name):
-    """Loss and the gradients of all parameters, on a batch of all kinds of pairs, padded to the longest."""
+def test_prefix_sharing_equals_two_rows(family, pairs, beta, name):
+    """Loss and the gradients of all parameters: a batch of all kinds of pairs, padded to the longest; each kind alone."""
     lm, reference = MODELS[family](1), MODELS[family](2)
     options, choices = LOSSES[name]
+    slow = two_row_loss(lm, reference, pairs, beta, **options)
     for with_shared in choices:
-        fast = one_row_loss(lm, reference, PAIRS, with_shared, **options)
-        assert_same_loss_and_gradients(lm, fast, two_row_loss(lm, reference, PAIRS, **options))
-
-
-@pytest.mark.parametrize("number", range(len(PAIRS)))
-@pytest.mark.parametrize("name", LOSSES)
-def test_prefix_sharing_equals_two_rows_for_each_kind_of_pair(number, name):
-    lm, reference = MODELS["qwen2"](3), MODELS["qwen2"](4)
-    options, choices = LOSSES[name]
-    for with_shared in choices:
-        fast = one_row_loss(lm, reference, [PAIRS[number]], with_shared, beta=1.0, **options)
-        slow = two_row_loss(lm, reference, [PAIRS[number]], beta=1.0, **options)
+        fast = one_row_loss(lm, reference, pairs, with_shared, beta, **options)
         assert_same_loss_and_gradients(lm, fast, slow)
 
 
@@ -313,74 +309,13 @@ def test_collate_pairs_with_shared_by_hand():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Batches
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("count, batch_size", [(12, 4), (13, 4), (3, 8), (1, 1)])
-def test_batch_of_step(count, batch_size):
-    """Each epoch is a permutation in batches of `batch_size`, the last one short where it does not divide."""
-    per_epoch = -(-count // batch_size)
-    for epoch in range(3):
-        batches = [training.batch_of_step(epoch * per_epoch + k, count, batch_size, 7) for k in range(per_epoch)]
-        assert [len(b) for b in batches[:-1]] == [batch_size] * (per_epoch - 1)
-        assert len(batches[-1]) == count - batch_size * (per_epoch - 1)
-        assert sorted(i for batch in batches for i in batch) == list(range(count))
-
-
-def test_batch_of_step_is_seeded():
-    order = lambda step, seed: training.batch_of_step(step, 40, 40, seed)
-    assert order(0, 1) == order(0, 1) != sorted(order(0, 1))
-    assert order(0, 1) != order(1, 1) and order(0, 1) != order(0, 5)
-
-
-def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
-    """Steps behind the last checkpoint go, and so does a line that a kill cut short."""
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
-    training.open_metrics(path, 2, world_of(0, 1))
-    assert common.read_jsonl(path) == [{"step": 1}, {"step": 2}]
-
-
-def world_of(rank, size):
-    return common.World(rank, size, CPU)
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 8])
-@pytest.mark.parametrize("count", [1, 7, 8, 16, 19])
-@pytest.mark.parametrize("micro_batch_size", [1, 3, 4])
-def test_micro_batches_are_a_partition(size, count, micro_batch_size):
-    """Over all ranks each pair once; equally many micro-batches a rank, none too large; an idle rank's is empty."""
-    indices = torch.randperm(30, generator=torch.Generator().manual_seed(count)).tolist()[:count]
-    lengths = torch.randint(5, 50, (30,), generator=torch.Generator().manual_seed(1)).tolist()
-    ranks = [training.micro_batches(indices, lengths, micro_batch_size, world_of(r, size)) for r in range(size)]
-    assert sorted(i for batches in ranks for batch in batches for i in batch) == sorted(indices)
-    assert {len(batches) for batches in ranks} == {math.ceil(math.ceil(count / size) / micro_batch_size)}
-    assert all(len(batch) <= micro_batch_size for batches in ranks for batch in batches)
-    shares = [sum(map(len, batches)) for batches in ranks]
-    assert max(shares) - min(shares) <= 1
-    # Dealt out in order of length: each rank's are sorted, and no rank has more than one place's advantage
-    assert all(s == sorted(s) for s in ([lengths[i] for batch in batches for i in batch] for batches in ranks))
-    assert ranks == [
-        training.micro_batches(indices[::-1], lengths, micro_batch_size, world_of(r, size)) for r in range(size)
-    ]
-
-
-def test_micro_batches_by_hand():
-    """Lengths 9 2 5 2 7: in order 1 3 2 4 0, dealt to two ranks: 1 2 0 and 3 4, then nothing."""
-    lengths = [9, 2, 5, 2, 7]
-    assert training.micro_batches([0, 1, 2, 3, 4], lengths, 2, world_of(0, 2)) == [[1, 2], [0]]
-    assert training.micro_batches([0, 1, 2, 3, 4], lengths, 2, world_of(1, 2)) == [[3, 4], []]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Training, in a group of one process
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def world():
-    return common.start_processes("cpu", 1)
+    return runs.start_processes("cpu", 1)
 
 
 @pytest.mark.parametrize("with_shared", [False, True])
@@ -405,29 +340,6 @@ def test_reference_logprobs(world, with_shared, micro_batch_size):
         assert (sums[:, 0] == 0).all()
 
 
-@pytest.mark.parametrize(
-    "total, warmup_ratio, expected",
-    [
-        # Warm-up of ceil(0.2 x 10) = 2 steps: 1/2, 1; cosine over steps 2 .. 9, so step 2 is the peak and step 9 is 10%
-        (10, 0.2, {0: 0.5, 1: 1, 2: 1, 9: 0.1}),
-        # 11 steps, no warm-up: halfway at step 5, (1 + 0.1) / 2; a quarter of the way cos(pi / 5) at step 2
-        (11, 0.0, {0: 1, 5: 0.55, 2: 0.1 + 0.45 * (1 + math.cos(math.pi / 5)), 10: 0.1}),
-        (4, 1.0, {0: 0.25, 1: 0.5, 2: 0.75, 3: 1}),  # warm-up alone
-        (1, 0.03, {0: 1}),  # one step: one step of warm-up, at the peak
-        (2, 0.03, {0: 1, 1: 1}),  # one of warm-up, and one that is the cosine's first
-    ],
-)
-def test_learning_rate(total, warmup_ratio, expected):
-    for step, factor in expected.items():
-        assert training.learning_rate(step, total, 3e-4, warmup_ratio, 0.1) == pytest.approx(3e-4 * factor, rel=1e-12)
-
-
-def test_learning_rate_rises_then_falls():
-    rates = [training.learning_rate(step, 100, 1.0, 0.1, 0.1) for step in range(100)]
-    assert rates[:10] == sorted(set(rates[:10])) and rates[10:] == sorted(set(rates[10:]), reverse=True)
-    assert max(rates) == 1 and rates[9] == rates[10] == 1 and rates[99] == pytest.approx(0.1)
-
-
 def dozen_pairs():
     """Twelve pairs: the seven kinds above, and five with longer responses."""
     rng = torch.Generator().manual_seed(6)
@@ -446,12 +358,14 @@ def train(world, tokenizer, out, student, *flags, pairs=None, reference=None):
     defaults = ["--device", "cpu", "--threads", "1", "--batch-size", "4", "--micro-batch-size", "2", "--lr", "2e-3"]
     args = dpo.parse_args(["--model", student, "--pairs", "unused", *defaults, *flags])
     out.mkdir(exist_ok=True)
-    last = dpo.train(args, world, tokenizer, pairs or dozen_pairs(), student, reference or student, out)
-    return last, common.read_jsonl(out / "metrics.jsonl")
+    runs.write_jsonl(out / "pairs.jsonl", dozen_pairs() if pairs is None else pairs)
+    pairs = dpo.write_pairs(out / "pairs.jsonl", tokenizer, out, world)
+    last = dpo.train(args, world, tokenizer, pairs, student, student if reference is None else reference, out)
+    return last, runs.read_jsonl(out / "metrics.jsonl")
 
 
 METRICS = {
-    "stage", "step", "loss", "dpo_loss", "margin", "accuracy", "chosen_reward", "rejected_reward", "chosen_logp",
+    "stage", "step", "loss", "dpo_loss", "margin", "wins", "chosen_reward", "rejected_reward", "chosen_logp",
     "rejected_logp", "grad_norm", "lr", "seconds", "tokens", "tokens_per_second", "peak_memory_gb",
 }  # fmt: skip
 
@@ -464,7 +378,7 @@ def test_train_end_to_end(world, tokenizer, pair_of_models, tmp_path):
     assert all(isinstance(v, str) or math.isfinite(v) for m in steps for v in m.values())
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert sum(m["loss"] for m in steps[-3:]) / 3 < 0.5 * math.log(2)
-    assert steps[-1]["accuracy"] == 1 and steps[-1]["margin"] > 0.5
+    assert steps[-1]["wins"] == 1 and steps[-1]["margin"] > 0.5
     assert last == steps[-1]
 
     before, after = (AutoModelForCausalLM.from_pretrained(p) for p in (student, tmp_path / "student"))
@@ -478,9 +392,56 @@ def test_train_end_to_end(world, tokenizer, pair_of_models, tmp_path):
             ]
             assert margins[1] > margins[0]
 
-    files = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
     again, _ = train(world, tokenizer, tmp_path, student, "--epochs", "6", "--beta", "0.5")
-    assert again is None and files == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+    assert again is None and runs.read_jsonl(tmp_path / "metrics.jsonl") == steps
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "student").state_dict()
+    assert all(torch.equal(trained[name], parameter) for name, parameter in new.items())
+
+
+@pytest.mark.parametrize("reference", ["student", "teacher"])
+def test_sharded_models_are_freed(world, tokenizer, pair_of_models, tmp_path, monkeypatch, reference):
+    """The policy after the training, another reference before the first step: FSDP's modules are in cycles."""
+    models_there, at_the_optimizer = [], []
+    load_policy, make_optimizer = dpo.load_policy, training.make_optimizer
+
+    def watch_load(*arguments):
+        loaded = load_policy(*arguments)
+        models_there.append(weakref.ref(loaded[0]))
+        return loaded
+
+    def watch_optimizer(*arguments):
+        at_the_optimizer.extend(model() is not None for model in models_there)
+        return make_optimizer(*arguments)
+
+    monkeypatch.setattr(dpo, "load_policy", watch_load)
+    monkeypatch.setattr(training, "make_optimizer", watch_optimizer)
+    path = pair_of_models["student"]
+    train(world, tokenizer, tmp_path, path, "--max-steps", "1", reference=pair_of_models[reference])
+    assert at_the_optimizer == ([True] if reference == "student" else [True, False])
+    training.release_memory()
+    assert [model() for model in models_there] == [None] * len(models_there)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_after_the_step(world, tokenizer, pair_of_models, tmp_path, monkeypatch, number):
+    """The step is finished and its checkpoint written; the same command then gives the student of one run."""
+    learning_rate, student, flags = training.learning_rate, pair_of_models["student"], ("--max-steps", "4")
+
+    def told_to_stop(step, *arguments):
+        if step == 1:
+            os.kill(os.getpid(), number)
+        return learning_rate(step, *arguments)
+
+    _, whole = train(world, tokenizer, tmp_path / "whole", student, *flags)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "learning_rate", told_to_stop)
+        with pytest.raises(runs.Stopped, match="stopped after step 2"):
+            train(world, tokenizer, tmp_path / "out", student, *flags)
+    assert [path.name for path in (tmp_path / "out" / "checkpoint").iterdir()] == ["step-000002"]
+    _, steps = train(world, tokenizer, tmp_path / "out", student, *flags)
+    assert [row["loss"] for row in steps] == [row["loss"] for row in whole]
+    one, other = (AutoModelForCausalLM.from_pretrained(tmp_path / name / "student") for name in ("whole", "out"))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
 # Flags, the twin's options, and which model is the reference
@@ -534,7 +495,7 @@ def test_train_equals_a_plain_loop(world, tokenizer, pair_of_models, tmp_path, n
 
 
 def test_logged_numbers(world, tokenizer, pair_of_models, tmp_path):
-    """Rewards, margin, accuracy and log-probs of a first step over all twelve pairs, from the twin's log-probs.
+    """Rewards, margin, wins and log-probs of a first step over all twelve pairs, from the twin's log-probs.
 
     With an NLL term the shared tokens are counted, so rewards and log-probs are those of whole responses.
     """
@@ -554,7 +515,7 @@ def test_logged_numbers(world, tokenizer, pair_of_models, tmp_path):
         "chosen_reward": chosen.mean(),
         "rejected_reward": rejected.mean(),
         "margin": (chosen - rejected).mean(),
-        "accuracy": (chosen > rejected).float().mean(),
+        "wins": (chosen > rejected).float().mean(),
         "chosen_logp": logps[:, 0].mean(),
         "rejected_logp": logps[:, 1].mean(),
         "dpo_loss": F.softplus(rejected - chosen).mean(),
@@ -564,22 +525,14 @@ def test_logged_numbers(world, tokenizer, pair_of_models, tmp_path):
         assert metrics[key] == pytest.approx(value.item(), rel=1e-4, abs=1e-5), key
 
 
-def test_reference_teacher_differs_from_reference_student(world, tokenizer, pair_of_models, tmp_path):
-    student, teacher = pair_of_models["student"], pair_of_models["teacher"]
-    own, _ = train(world, tokenizer, tmp_path / "own", student, "--max-steps", "1")
-    other, _ = train(world, tokenizer, tmp_path / "other", student, "--max-steps", "1", reference=teacher)
-    assert own["loss"] == pytest.approx(math.log(2), abs=1e-5) and own["margin"] == pytest.approx(0, abs=1e-5)
-    assert abs(other["loss"] - own["loss"]) > 0.01 and abs(other["margin"]) > 0.01
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_save_dtype(world, tokenizer, pair_of_models, tmp_path, dtype):
     """The files hold this dtype, config.json says so, and a plain from_pretrained loads it as such."""
     train(world, tokenizer, tmp_path, pair_of_models["student"], "--max-steps", "1", "--save-dtype", dtype)
     with safe_open(tmp_path / "student" / "model.safetensors", "pt") as file:
-        assert {file.get_tensor(key).dtype for key in list(file.keys())} == {common.DTYPES[dtype]}
-    assert common.read_json(tmp_path / "student" / "config.json")["dtype"] == dtype
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "student").dtype == common.DTYPES[dtype]
+        assert {file.get_tensor(key).dtype for key in list(file.keys())} == {runs.DTYPES[dtype]}
+    assert runs.read_json(tmp_path / "student" / "config.json")["dtype"] == dtype
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "student").dtype == runs.DTYPES[dtype]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -594,100 +547,232 @@ def test_dropout_is_off(world, tokenizer, tmp_path, family):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Reading pairs
+# ---------------------------------------------------------------------------------------------------------------------
+
+IDS = {"prompt_ids": [9], "chosen_ids": [10], "rejected_ids": [11]}  # a good row
+ASK, GOOD, BAD, SYSTEM = turn("user", "Q"), turn("assistant", "good"), turn("assistant", "bad"), turn("system", "S")
+TEMPLATE = CHAT.replace("{% endfor %}", "{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}")
+
+
+def read(path, tokenizer):
+    return list(dpo.read_pairs(path, tokenizer))
+
+
+def read_one(tmp_path, row, tokenizer):
+    [pair] = read(write(tmp_path, row), tokenizer)
+    return {key: pair[key] for key in IDS}
+
+
+def text_ids(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def test_own_format_is_taken_as_it_is(tmp_path):
+    """Ids are used untouched, whatever the text beside them says; the highest, 257, too; numbers of tokens are added.
+
+    A fingerprint is not obligatory. Without a prompt_id it is the row's number.
+    """
+    tokenizer = byte_tokenizer()
+    row = {"prompt_id": 4, "prompt_ids": [BOS, 9], "chosen_ids": [257, EOS], "rejected_ids": [257], "prompt": "x"}
+    row |= {"chosen": "y", "rejected": "y"}
+    rows = [row | {"tokenizer": models.tokenizer_fingerprint(tokenizer)}, row, IDS, {**IDS, "prompt_id": "a"}]
+    found = read(write(tmp_path, *rows), tokenizer)
+    counts = {"tokens": 5, "chosen_tokens": 2, "rejected_tokens": 1}
+    assert found[:2] == [{**rows[0], **counts}, {**row, **counts}]
+    assert [pair["prompt_id"] for pair in found] == [4, 4, 2, 3]
+    assert read(write(tmp_path), tokenizer) == []
+
+
+def test_pairs_in_a_file(world, tmp_path):
+    """OUT/pairs.arrow, mapped into memory: the rows in their order, as `train` indexes them."""
+    rows = [{**IDS, "chosen_ids": [10 + k] * (k + 1)} for k in range(2, 7)]
+    pairs = dpo.write_pairs(write(tmp_path, *rows), byte_tokenizer(), tmp_path, world)
+    assert [pairs[i]["chosen_ids"] for i in range(5)] == [row["chosen_ids"] for row in rows]
+    assert pairs["prompt_id"][:] == [0, 1, 2, 3, 4] and pairs["tokens"][:] == [5, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize("add_bos", [True, False], ids=["tokenizer adds bos", "tokenizer adds none"])
+@pytest.mark.parametrize("written", ["", "<s>"], ids=["no bos in the text", "bos in the text"])
+def test_trl_text_format(tmp_path, add_bos, written):
+    """Prompt with one bos if the tokenizer adds it or the text has it; responses without bos, closed by one eos.
+
+    The text columns of OUT/pairs.jsonl are such a data set.
+    """
+    tokenizer = byte_tokenizer(add_bos)
+    row = {"prompt": f"{written}Wie viel? ", "chosen": "é 5", "rejected": ""}
+    bos = [BOS] if add_bos or written else []
+    assert read_one(tmp_path, row, tokenizer) == {
+        "prompt_ids": bos + text_ids(tokenizer, "Wie viel? "),
+        "chosen_ids": [*text_ids(tokenizer, "é 5"), EOS],
+        "rejected_ids": [EOS],
+    }
+
+
+CONVERSATIONS = {
+    "prompt as messages": ({"prompt": [ASK], "chosen": [GOOD], "rejected": [BAD]}, ""),
+    "system turn": ({"prompt": [SYSTEM, ASK], "chosen": [GOOD], "rejected": [BAD]}, "[system]S"),
+    "prompt as text": ({"prompt": "Q", "chosen": [GOOD], "rejected": [BAD]}, ""),
+    "no prompt": ({"chosen": [ASK, GOOD], "rejected": [ASK, BAD]}, ""),
+    "null prompt": ({"prompt": None, "chosen": [ASK, GOOD], "rejected": [ASK, BAD]}, ""),
+    "several turns": (
+        {"chosen": [SYSTEM, ASK, GOOD, ASK, GOOD], "rejected": [SYSTEM, ASK, GOOD, ASK, BAD]},
+        "[system]S[user]Q[assistant]good</s>",
+    ),
+    "text and in both (UltraFeedback)": ({"prompt": "Q", "chosen": [ASK, GOOD], "rejected": [ASK, BAD]}, ""),
+}
+
+
+@pytest.mark.parametrize("row, before", CONVERSATIONS.values(), ids=CONVERSATIONS)
+@pytest.mark.parametrize("dated", [False, True])
+def test_conversational_format(tmp_path, row, before, dated):
+    """The chat template decides where the response begins; bos once; what both conversations begin with is the prompt.
+
+    A date in the template is pinned: a run taken up tomorrow must see today's ids.
+    """
+    date = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{{ date_string }}"
+    tokenizer = byte_tokenizer(chat_template=date + TEMPLATE if dated else TEMPLATE)
+    assert read_one(tmp_path, row, tokenizer) == {
+        "prompt_ids": text_ids(tokenizer, f"{'26 Jul 2024' if dated else ''}<s>{before}[user]Q[assistant]"),
+        "chosen_ids": text_ids(tokenizer, "good</s>"),
+        "rejected_ids": text_ids(tokenizer, "bad</s>"),
+    }
+
+
+def test_fingerprint_is_of_the_vocabulary(tmp_path, monkeypatch, tokenizer):
+    """Equal for equal vocabularies, whatever the template; different when two tokens are swapped or one is added.
+
+    It sorts and hashes the vocabulary, 0.2 s for 152k tokens: once a file, not once a line.
+    """
+    fingerprint, hashed = models.tokenizer_fingerprint, []
+    one, same, more = byte_tokenizer(), byte_tokenizer(add_bos=False, chat_template=CHAT), byte_tokenizer()
+    more.add_tokens(["<new>"])
+    assert fingerprint(one) == fingerprint(same)
+    assert len({fingerprint(t) for t in (one, more, tokenizer)}) == 3 and len(fingerprint(one)) == 16
+    swapped, plain = (SimpleNamespace(get_vocab=lambda v=v: v) for v in ({"a": 1, "b": 0}, {"b": 1, "a": 0}))
+    assert fingerprint(swapped) != fingerprint(plain)
+    monkeypatch.setattr(models, "tokenizer_fingerprint", lambda t: [fingerprint(t), hashed.append(t)][0])
+    assert len(read(write(tmp_path, *[{**IDS, "tokenizer": fingerprint(one)}] * 20), one)) == 20 and len(hashed) == 1
+
+
+COLUMNS = "no columns chosen and rejected, in {}, see the README for the format"
+NOT_TEXT = "prompt, chosen and rejected are not all text or all messages, in {}, repair the line"
+SAME = "chosen equals rejected, in {}, repair or delete the line"
+NO_PROMPT = "there is no prompt, and the conversations share none, in {}, repair the line"
+OTHER = "the ids were made with another tokenizer, in {}, use the model that the pairs were made with"
+REFUSED = [
+    *[(row, COLUMNS) for row in ([1], "text", None, {}, {"prompt": "a", "chosen": "b"})],
+    ({"prompt_ids": [9], "chosen_ids": [10]}, COLUMNS),
+    ({"chosen": "b", "rejected": "c"}, NOT_TEXT),
+    ({"prompt": None, "chosen": "b", "rejected": "c"}, NOT_TEXT),
+    ({"prompt": 1, "chosen": "b", "rejected": "c"}, NOT_TEXT),
+    ({"prompt": "a", "chosen": "b", "rejected": None}, NOT_TEXT),
+    ({"prompt": "a", "chosen": [GOOD], "rejected": "c"}, NOT_TEXT),
+    ({"prompt": [ASK], "chosen": "b", "rejected": "c"}, NOT_TEXT),
+    ({"prompt": [ASK], "chosen": ["b"], "rejected": ["c"]}, NOT_TEXT),
+    ({"prompt": "a", "chosen": "b", "rejected": "b"}, SAME),
+    ({**IDS, "chosen_ids": [11]}, SAME),
+    ({"chosen": [GOOD], "rejected": [BAD]}, NO_PROMPT),
+    ({**IDS, "tokenizer": "0123456789abcdef"}, OTHER),
+    # A response of no token has no mean log-prob; even an empty answer has its eos
+    *[({**IDS, key: []}, f"{key} is empty, in {{}}, repair or delete the line") for key in IDS],
+    *[
+        ({**IDS, key: value}, f"{key} is not a list of ids below 258, in {{}}, use the pairs' own tokenizer")
+        for key in IDS
+        for value in ([258], [9, 258], [-1], [1.5], ["9"], "9", None, 9, [[9]], [True])
+    ],
+]
+
+
+@pytest.mark.parametrize("row, expected", REFUSED, ids=[json.dumps(row) for row, _ in REFUSED])
+def test_rows_that_are_no_pair(tmp_path, row, expected):
+    """Named by their line. The tokenizer has 258 tokens: 256 bytes and two specials."""
+    path = write(tmp_path, IDS, row)
+    with pytest.raises(UserError) as error:
+        read(path, byte_tokenizer(chat_template=TEMPLATE))
+    assert str(error.value) == expected.format(f"{path} line 2")
+
+
+@pytest.mark.parametrize(
+    "template, expected",
+    [
+        (None, "the pair is a conversation, the tokenizer has no chat template, in .* line 1, give text"),
+        # Qwen3 style: the generation prompt opens an empty thought that a finished turn does not have. Where the
+        # response begins is then unknown, and taking the whole conversation for it would train on the prompt
+        (TEMPLATE.replace("[assistant]{% endif %}", "[assistant]<think>{% endif %}"), "chat template writes a prompt"),
+    ],
+    ids=["none", "prompt is no beginning"],
+)
+def test_templates_that_are_refused(tmp_path, template, expected):
+    path = write(tmp_path, {"prompt": [ASK], "chosen": [GOOD], "rejected": [BAD]})
+    with pytest.raises(UserError, match=expected):
+        read(path, byte_tokenizer(chat_template=template))
+
+
+@pytest.mark.parametrize("content", [b'{"prompt": "a",\n', b"\n", b"\xff\xfe\x00\n"], ids=["cut", "blank", "binary"])
+def test_files_that_are_no_json(tmp_path, content):
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"^not JSON \(.*\), in {path} line 1, repair or delete the line$"):
+        read(path, byte_tokenizer())
+    for missing in (tmp_path / "nope.jsonl", tmp_path):
+        with pytest.raises(UserError, match=f"^no pairs file, at {missing}, run warmup_distill.py first or check"):
+            read(missing, byte_tokenizer())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The command
 # ---------------------------------------------------------------------------------------------------------------------
 
 TEXTS = [("1+1:", "2", "3"), ("12+5:", "17", "18;"), ("9+9:", "18", "8"), ("4+4:", "8", "88")]
+ROWS = [{"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in TEXTS]
 
 
-def turn(role, content):
-    return {"role": role, "content": content}
-
-
-def to_row(form, prompt, chosen, rejected):
-    """One preference as text, as conversations with a prompt, and as conversations that both begin with it."""
-    if form == "text":
-        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    user, answers = turn("user", prompt), [turn("assistant", chosen), turn("assistant", rejected)]
-    if form == "messages":
-        return {"prompt": [user], "chosen": answers[:1], "rejected": answers[1:]}
-    return {"chosen": [user, answers[0]], "rejected": [user, answers[1]]}
-
-
-def write_rows(path, form):
-    path.write_text("".join(json.dumps(to_row(form, *texts)) + "\n" for texts in TEXTS))
-    return path
-
-
-FORMS = ["text", "messages", "messages_without_prompt"]
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_read_pairs(tokenizer, tmp_path, form):
-    """Text: the prompt as it is, responses end with <eos>. Messages: the toy's template: <bos>, contents, no <eos>."""
-    ids = lambda text: tokenizer.convert_tokens_to_ids(list(text))
-    bos, eos = ([], [tokenizer.eos_token_id]) if form == "text" else ([tokenizer.bos_token_id], [])
-    assert read_pairs(write_rows(tmp_path / "pairs.jsonl", form), tokenizer) == [
-        {"prompt_ids": bos + ids(p), "chosen_ids": ids(c) + eos, "rejected_ids": ids(r) + eos} for p, c, r in TEXTS
+@pytest.fixture
+def argv(tmp_path, pair_of_models):
+    argv = [
+        "--model",
+        pair_of_models["student"],
+        "--pairs",
+        str(tmp_path / "data.jsonl"),
+        "--out",
+        str(tmp_path / "out"),
     ]
+    argv += ["--device", "cpu", "--threads", "1", "--batch-size", "4", "--micro-batch-size", "2", "--beta", "1"]
+    return argv
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_command(world, tokenizer, pair_of_models, tmp_path, capsys, form):
+def test_command(tokenizer, argv, tmp_path, capsys):
     """dpo.main on a TRL-style file: reads, trains, says so in one line, leaves a model; again, it changes nothing."""
-    pairs, out, student = write_rows(tmp_path / "pairs.jsonl", form), tmp_path / "out", pair_of_models["student"]
-    argv = ["--model", student, "--pairs", str(pairs), "--out", str(out), "--device", "cpu", "--threads", "1"]
-    argv += ["--batch-size", "4", "--micro-batch-size", "2", "--max-steps", "6", "--lr", "3e-3", "--beta", "1"]
+    write(tmp_path, *ROWS)
+    out = tmp_path / "out"
+    argv = [*argv, "--max-steps", "6", "--lr", "3e-3"]
     dpo.main(argv)
-    steps = common.read_jsonl(out / "metrics.jsonl")
+    steps = runs.read_jsonl(out / "metrics.jsonl")
     assert len(steps) == 6 and steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert steps[-1]["loss"] < 0.9 * math.log(2)
-    assert f"4 pairs -> {out / 'student'} (loss {steps[-1]['loss']:.4f} accuracy" in capsys.readouterr().out
-    assert common.read_json(out / "args.json")["args"]["max_steps"] == 6
+    end = f"(loss {steps[-1]['loss']:.4f}, wins {steps[-1]['wins']:.3f}); its curves: python -m tools.report {out}"
+    assert f"4 pairs -> {out / 'student'} {end}\n" in capsys.readouterr().out
+    assert runs.read_json(out / "args.json")["args"]["max_steps"] == 6
     AutoModelForCausalLM.from_pretrained(out / "student")
     assert models.load_tokenizer(str(out / "student")).get_vocab() == tokenizer.get_vocab()
     dpo.main(argv)
-    assert "it was finished before" in capsys.readouterr().out
-    assert len(common.read_jsonl(out / "metrics.jsonl")) == 6
+    assert f"dpo: {out / 'student'} was there already\n" in capsys.readouterr().out
+    assert runs.read_jsonl(out / "metrics.jsonl") == steps
 
 
-def test_command_reference(world, pair_of_models, tmp_path):
+def test_command_reference(argv, pair_of_models, tokenizer, tmp_path):
     """--reference names another model: the first step's loss is not ln 2."""
-    pairs, student, teacher = (
-        write_rows(tmp_path / "p.jsonl", "text"),
-        pair_of_models["student"],
-        pair_of_models["teacher"],
-    )
-    argv = [
-        "--model",
-        student,
-        "--pairs",
-        str(pairs),
-        "--out",
-        str(tmp_path / "out"),
-        "--device",
-        "cpu",
-        "--threads",
-        "1",
-    ]
-    dpo.main([*argv, "--batch-size", "4", "--reference", teacher, "--beta", "1"])
-    texts = read_pairs(pairs, models.load_tokenizer(student))
+    file = write(tmp_path, *ROWS)
+    dpo.main([*argv, "--reference", pair_of_models["teacher"]])
+    lms = [AutoModelForCausalLM.from_pretrained(pair_of_models[name]) for name in ("student", "teacher")]
     with torch.no_grad():
-        loss = two_row_loss(*(AutoModelForCausalLM.from_pretrained(p) for p in (student, teacher)), texts, beta=1.0)
-    assert common.read_jsonl(tmp_path / "out" / "metrics.jsonl")[0]["loss"] == pytest.approx(loss.item(), rel=2e-4)
-    assert abs(loss.item() - math.log(2)) > 0.01
+        loss = two_row_loss(*lms, read(file, tokenizer), beta=1.0).item()
+    assert runs.read_jsonl(tmp_path / "out" / "metrics.jsonl")[0]["loss"] == pytest.approx(loss, rel=2e-4)
+    assert abs(loss - math.log(2)) > 0.01
 
 
-@pytest.mark.parametrize("key", ["prompt_ids", "chosen_ids", "rejected_ids"])
-def test_read_pairs_refuses_empty_ids(tokenizer, tmp_path, key):
-    """A mean over no tokens is not a number, and a response has at least its EOS: refused before training."""
-    row = {"prompt_ids": [1, 5], "chosen_ids": [4, 2], "rejected_ids": [6, 2], key: []}
-    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(common.UserError, match="empty.*line 1"):
-        read_pairs(tmp_path / "pairs.jsonl", tokenizer)
-
-
-def test_command_refuses_an_empty_file(world, pair_of_models, tmp_path):
-    (tmp_path / "pairs.jsonl").write_text("")
-    with pytest.raises(common.UserError, match="no pairs"):
-        dpo.main(["--model", pair_of_models["student"], "--pairs", str(tmp_path / "pairs.jsonl"), "--device", "cpu"])
+def test_command_refuses_an_empty_file(argv, tmp_path):
+    write(tmp_path)
+    with pytest.raises(UserError, match="^no pairs, in "):
+        dpo.main(argv)

@@ -10,7 +10,6 @@ bfloat16 ours is under FSDP, which keeps float32 weights, and TRL computes under
 losses of all steps, to 1e-4 (in bfloat16 to 0.05).
 """
 
-import logging
 import tempfile
 
 import torch
@@ -75,7 +74,6 @@ def trl_trainer(lm, reference_lm, args, batch_size):
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    logging.disable(logging.WARNING)
     machine = {"bf16": args.dtype == "bfloat16", "use_cpu": args.device == "cpu", "gradient_checkpointing": False}
     work = {"per_device_train_batch_size": batch_size, "precompute_ref_log_probs": reference_lm is None}
     config = DPOConfig(tempfile.mkdtemp(), beta=BETA, report_to=[], disable_tqdm=True, **machine, **work)

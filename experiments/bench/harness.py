@@ -64,21 +64,15 @@ def random_model(shape, dtype=torch.float32, device="cpu", seed=0, std=0.05):
     sizes |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocab_size}
     config = LlamaConfig(max_position_embeddings=8192, tie_word_embeddings=True, initializer_range=std, **sizes)
     torch.manual_seed(seed)
-    return without_eos(LlamaForCausalLM(config).to(device, dtype).eval())
-
-
-def without_eos(model):
-    """`generate` never ends a row by itself: the benchmarks say where rows end, the same for both kinds."""
-    model.generation_config = GenerationConfig(pad_token_id=0)
-    return model
+    return LlamaForCausalLM(config).to(device, dtype).eval()
 
 
 def load(path, args, seed=0):
-    """The model in the folder `path`, or a random one of `args.shape`."""
+    """The model in the folder `path`, or a random one of `args.shape`. `generate` ends no row by itself: no EOS."""
     dtype = runs.DTYPES[args.dtype]
-    if path:
-        return without_eos(models.load_model(path, dtype, args.device))
-    return random_model(args.shape, dtype, args.device, seed)
+    model = models.load_model(path, dtype, args.device) if path else random_model(args.shape, dtype, args.device, seed)
+    model.generation_config = GenerationConfig(pad_token_id=0)
+    return model
 
 
 def tokens_of(model):

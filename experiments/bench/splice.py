@@ -40,8 +40,7 @@ def splice_ours(teacher, batch, t_star, scored, greedy=False, seed=0):
     rows, hidden = scored
     chosen = (t_star >= 0).nonzero()[:, 0]
     rows = decode.rewind(rows.select(chosen), t_star[chosen], hidden[chosen])
-    prompt_ids, sample_ids = names_of(batch["prompts"], batch["n"], t_star.device)
-    names = prompt_ids[chosen], sample_ids[chosen], t_star[chosen]
+    names = [ids[chosen] for ids in (*names_of(batch["prompts"], batch["n"], t_star.device), t_star)]
     choose = decode.greedy if greedy else decode.sampler(seed, decode.TEACHER_STAGE, *names)
     return decode.decode(teacher, rows, choose, batch["room"][chosen], tokens_of(teacher))[0]
 

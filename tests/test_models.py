@@ -1,0 +1,344 @@
+"""lib/models.py: what is loaded, and what is refused in one line that names the folder and what is wrong with it."""
+
+import json
+import re
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_model
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    MistralConfig,
+)
+
+from lib import decode, models, runs
+from toy import make as toy
+
+WORLD = runs.World(0, 1, torch.device("cpu"))
+ARGS = SimpleNamespace(dtype="auto", trust_remote_code=False)
+SMALL = {"vocab_size": 22, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL |= {"num_key_value_heads": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def assert_error(expected, function, *args):
+    """A UserError of this exact text; … stands for what a library says."""
+    with pytest.raises(runs.UserError) as caught:
+        function(*args)
+    assert re.fullmatch(re.escape(expected).replace("…", ".*"), str(caught.value)), str(caught.value)
+
+
+def load(student, teacher):
+    """What the scripts load, in their order."""
+    tokenizer, tokens = models.shared_tokenizer(student, teacher)
+    models.prompt_limit([student, teacher], 256, 3)
+    return tokens, [models.load_frozen(path, ARGS, WORLD, tokenizer) for path in (student, teacher)]
+
+
+@pytest.fixture
+def broken(tmp_path, pair_of_models):
+    """broken(how, which="student") -> a copy of a model's folder on which `how` was called."""
+
+    def copy(how, which="student"):
+        folder = shutil.copytree(pair_of_models[which], tmp_path / "broken")
+        how(folder)
+        return folder
+
+    return copy
+
+
+def set_config(folder, name="config.json", **values):
+    file = folder / name
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def edit_config(**values):
+    return lambda folder: set_config(folder, **values)
+
+
+def put(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def remove(*names):
+    return lambda folder: [(folder / name).unlink() for name in names]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_models_that_load(pair_of_models):
+    """One tokenizer for both; more vocabulary rows than tokens are padding; sdpa, evaluation mode, nothing to train."""
+    tokens, [student, teacher] = load(**pair_of_models)
+    assert tokens == decode.Tokens(pad_id=0, eos_ids=[2], vocab_size=22)
+    for model, rows in ((student, 22), (teacher, 32)):
+        assert model.get_output_embeddings().weight.shape[0] == rows and model.dtype == torch.float32
+        assert model.config._attn_implementation == "sdpa" and not model.training
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+    model = models.load_model(pair_of_models["student"], torch.bfloat16, "cpu")
+    assert model.dtype == torch.bfloat16 and all(parameter.requires_grad for parameter in model.parameters())
+
+
+def pickle_weights(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save(make_model("llama", 1).state_dict(), folder / "pytorch_model.bin")
+
+
+def cut_weights(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:500])
+
+
+NO_MODEL = "no model can be loaded (…), in {}, a folder or hub id with safetensors is needed"
+NO_TOKENIZER = "no tokenizer can be loaded (…), in {}, check the path or hub id"
+THIRD_LAYER = {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}  # transformers would make it up
+BAD_MODELS = {
+    "no weights": (remove("model.safetensors"), NO_MODEL),
+    "pickled weights only": (pickle_weights, NO_MODEL),
+    "weights cut off": (cut_weights, NO_MODEL),
+    "weights are text": (put("model.safetensors", "oops"), NO_MODEL),
+    "weights of another size": (edit_config(hidden_size=32, intermediate_size=64), NO_MODEL),
+    "weights of a layer missing": (edit_config(**THIRD_LAYER), NO_MODEL),
+    "config contradicts itself": (edit_config(layer_types=["x"]), "no … can be loaded (…), in {}, …"),
+    "no config": (remove("config.json"), NO_MODEL),
+    "unknown architecture": (edit_config(model_type="zzz"), NO_MODEL),
+    "config is no JSON": (put("config.json", "{"), NO_TOKENIZER),
+    "no tokenizer": (remove("tokenizer.json", "tokenizer_config.json"), NO_TOKENIZER),
+    "tokenizer is no JSON": (put("tokenizer.json", "{"), NO_TOKENIZER),
+    "nothing in it": (lambda folder: [file.unlink() for file in folder.iterdir()], NO_TOKENIZER),
+    "does not exist": (shutil.rmtree, NO_TOKENIZER),
+    "fewer rows than tokens": (
+        lambda folder: make_model("llama", 1, rows=21).save_pretrained(folder),
+        "the model has 21 vocabulary rows for 22 tokens, in {}, resize its embeddings or use its own tokenizer",
+    ),
+}
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+@pytest.mark.parametrize("how, expected", BAD_MODELS.values(), ids=BAD_MODELS)
+def test_bad_model_folder(pair_of_models, broken, which, how, expected):
+    folder = broken(how, which)
+    paths = pair_of_models | {which: folder}
+    assert_error(expected.format(folder), load, paths["student"], paths["teacher"])
+
+
+SOFT = "the model changes its logits after lm_head ({}), in {{}}, use a model without it"
+WINDOW = "sliding-window attention is not supported, in {}, use a model with full attention"
+UNSUPPORTED = [
+    (Gemma3TextConfig, {"head_dim": 8, "final_logit_softcapping": 30.0}, SOFT.format("final_logit_softcapping")),
+    (CohereConfig, {}, SOFT.format("logit_scale")),
+    (GraniteConfig, {"logits_scaling": 2.0}, SOFT.format("logits_scaling")),
+    (MistralConfig, {"sliding_window": 8}, WINDOW),
+]
+
+
+@pytest.mark.parametrize("config, changes, expected", UNSUPPORTED, ids=[row[0].__name__ for row in UNSUPPORTED])
+def test_architectures_that_would_be_computed_wrongly(tmp_path, config, changes, expected):
+    """Models whose forward does more than hidden states times lm_head, or hides columns by itself."""
+    AutoModelForCausalLM.from_config(config(**SMALL, **changes)).save_pretrained(tmp_path)
+    assert_error(expected.format(tmp_path), models.load_model, tmp_path, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        make_model("qwen2", 1, sliding_window=8, use_sliding_window=False).config,
+        MistralConfig(**SMALL, sliding_window=None),
+        GraniteConfig(**SMALL, logits_scaling=1.0),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_what_is_turned_off_is_fine(tmp_path, config):
+    """Qwen2's config carries a window that its layers do not use; Mistral's may be null; a factor may be 1."""
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    models.load_model(tmp_path, torch.float32, "cpu")
+
+
+def test_remote_code_is_not_run(broken, pair_of_models, tmp_path):
+    """A model folder with Python code of its own: refused without --trust-remote-code, and nothing of it has run."""
+
+    def with_code(folder):
+        set_config(folder, model_type="own", auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"})
+        put("own.py", f"open({str(tmp_path / 'ran')!r}, 'w').close()\nraise RuntimeError\n")(folder)
+
+    folder = broken(with_code)
+    assert_error(f"no … can be loaded (…), in {folder}, …", load, folder, pair_of_models["teacher"])
+    assert_error(f"no … can be loaded (…), in {folder}, …", models.load_model, folder, torch.float32, "cpu")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "name, device, supported, dtype",
+    [
+        ("auto", "cpu", False, torch.float32),
+        ("bfloat16", "cpu", False, torch.bfloat16),
+        ("auto", "cuda", True, torch.bfloat16),
+        ("auto", "cuda", False, torch.float32),
+        ("float32", "cuda", True, torch.float32),
+    ],
+)
+def test_compute_dtype(monkeypatch, name, device, supported, dtype):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: supported)
+    assert models.compute_dtype(name, torch.device(device)) == dtype
+
+
+def test_bfloat16_where_it_is_not_supported(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
+    expected = "this GPU has no bfloat16, for --dtype bfloat16, use --dtype float32"
+    assert_error(expected, models.compute_dtype, "bfloat16", torch.device("cuda"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def renamed_token(tokenizer):
+    """The same number of tokens, but the character of id 7 is `x` instead of `3`."""
+    text = re.sub('"3": ?7', '"x": 7', tokenizer.backend_tokenizer.to_str())
+    return type(tokenizer)(tokenizer_object=type(tokenizer.backend_tokenizer).from_str(text), eos_token="<eos>")
+
+
+def added_token(tokenizer):
+    tokenizer.add_tokens(["<new>"])
+    return tokenizer
+
+
+def other_eos(tokenizer):
+    tokenizer.eos_token = "<bos>"
+    return tokenizer
+
+
+def edited(edit):
+    return lambda folder: edit(models.load_tokenizer(folder)).save_pretrained(folder)
+
+
+DIFFERENT = [
+    (renamed_token, "token '3' has id 7 in the student's tokenizer, None in the teacher's"),
+    (added_token, "token '<new>' has id None in the student's tokenizer, 22 in the teacher's"),
+    (other_eos, "eos is '<eos>' for the student and '<bos>' for the teacher"),
+]
+
+
+@pytest.mark.parametrize("edit, expected", DIFFERENT, ids=[edit.__name__ for edit, _ in DIFFERENT])
+def test_tokenizers_that_differ(broken, pair_of_models, edit, expected):
+    teacher, student = broken(edited(edit), "teacher"), pair_of_models["student"]
+    expected = f"{expected}, in {student} and {teacher}, use a teacher and a student of one family"
+    assert_error(expected, models.shared_tokenizer, student, teacher)
+    assert models.shared_tokenizer(student, None)[1] == decode.Tokens(0, [2], 22), "alone it is fine"
+
+
+def test_fingerprint_of_a_tokenizer(tokenizer):
+    """16 hex digits of the vocabulary, whatever the special tokens are called."""
+    of = models.tokenizer_fingerprint
+    others = [of(edit(toy.make_tokenizer())) for edit in (renamed_token, added_token)]
+    assert re.fullmatch("[0-9a-f]{16}", of(tokenizer))
+    assert of(tokenizer) == of(other_eos(toy.make_tokenizer())) and len({of(tokenizer), *others}) == 3
+
+
+def without(**kept):
+    return edited(lambda tokenizer: type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, **kept))
+
+
+def test_tokenizer_without_eos_or_pad(broken):
+    """Without pad, eos stands in; without eos no response could end."""
+    folder = broken(without(eos_token="<eos>"))
+    assert models.shared_tokenizer(folder, None)[1] == decode.Tokens(pad_id=2, eos_ids=[2], vocab_size=22)
+    without(pad_token="<pad>")(folder)
+    expected = f"the tokenizer has no eos token, in {folder}, set eos_token in its tokenizer_config.json"
+    assert_error(expected, models.load_tokenizer, folder)
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize("eos, expected", [(9, [2, 9]), ([2, 9, 5], [2, 5, 9]), (None, [2]), (2, [2])])
+def test_ids_that_end_a_response(broken, pair_of_models, name, eos, expected):
+    """The tokenizer's, and each model's: from its generation config, or from its config where there is none."""
+
+    def how(folder):
+        set_config(folder, name, eos_token_id=eos)
+        if name == "config.json":
+            (folder / "generation_config.json").unlink()
+
+    folder = broken(how, "teacher")
+    assert models.shared_tokenizer(pair_of_models["student"], folder)[1].eos_ids == expected
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The context
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("most, new_tokens, limit", [(100, 3, 100), (256, 3, 200), (256, 255, 1)])
+def test_prompt_limit(broken, pair_of_models, tmp_path, most, new_tokens, limit):
+    """The smallest context, minus the new tokens; a folder without a config is left to `load_model`."""
+    folder = broken(edit_config(max_position_embeddings=300))
+    GPT2Config(n_positions=new_tokens + limit).save_pretrained(tmp_path / "gpt2")
+    paths = [folder, pair_of_models["teacher"], tmp_path / "gpt2", tmp_path / "nowhere"]
+    assert models.prompt_limit(paths, most, new_tokens) == limit
+    args = SimpleNamespace(student=folder, teacher=str(tmp_path / "gpt2"), trust_remote_code=False)
+    args.max_prompt_tokens, args.max_new_tokens = most, new_tokens
+    assert (f"prompts may have {limit} tokens" in models.fit_into_context(args)) is (limit < most)
+    assert args.max_prompt_tokens == limit
+
+
+def test_no_room_for_a_prompt(pair_of_models):
+    student = pair_of_models["student"]
+    expected = f"256 new tokens leave no room for a prompt in a context of 256, in {student}, lower --max-new-tokens"
+    assert_error(expected, models.prompt_limit, [student], 256, 256)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reward models
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reward_model(tmp_path, tokenizer):
+    """reward_model(labels) -> the folder of a sequence-classification model."""
+
+    def save(labels):
+        LlamaForSequenceClassification(LlamaConfig(**SMALL, num_labels=labels)).save_pretrained(tmp_path / "reward")
+        tokenizer.save_pretrained(tmp_path / "reward")
+        return tmp_path / "reward"
+
+    return save
+
+
+def test_reward_model(reward_model):
+    """One score a sequence, with its own tokenizer."""
+    model, tokenizer = models.load_reward_model(reward_model(1), ARGS, WORLD)
+    assert model(**tokenizer("1+2:3", return_tensors="pt")).logits.shape == (1, 1)
+    assert not model.training and model.dtype == torch.float32 and len(tokenizer) == 22
+
+
+NO_REWARD = "no reward model can be loaded (…), in {}, check --keep"
+
+
+@pytest.mark.parametrize(
+    "labels, how, expected",
+    [
+        (2, lambda folder: None, NO_REWARD.replace("…", "it has 2 labels, not one")),
+        (1, remove("model.safetensors"), NO_REWARD),
+        (1, remove("tokenizer.json", "tokenizer_config.json"), NO_TOKENIZER),
+    ],
+    ids=["two labels", "no weights", "no tokenizer"],
+)
+def test_bad_reward_model(reward_model, labels, how, expected):
+    folder = reward_model(labels)
+    how(folder)
+    assert_error(expected.format(folder), models.load_reward_model, folder, ARGS, WORLD)
+
+
+def test_causal_model_as_reward_model(broken):
+    """Its config may well say one label; the score head would be made up, and the pairs chosen at random."""
+    folder = broken(edit_config(id2label={"0": "x"}, label2id={"x": 0}))
+    assert_error(NO_REWARD.format(folder), models.load_reward_model, folder, ARGS, WORLD)

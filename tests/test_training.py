@@ -1,0 +1,170 @@
+"""lib/training.py without a model: the order of the examples, micro-batches, the schedule, one step, signals, the log."""
+
+import math
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lib import decode, runs, training
+
+CPU = torch.device("cpu")
+
+
+def world_of(rank, size):
+    return runs.World(rank, size, CPU)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count, batch_size", [(12, 4), (13, 4), (3, 8), (1, 1)])
+def test_batch_of_step(count, batch_size, monkeypatch):
+    """Each epoch is a permutation, that of the noise of (seed, epoch, index), drawn once; its last batch may be short."""
+    calls, uniform_noise = [], decode.uniform_noise
+    monkeypatch.setattr(decode, "uniform_noise", lambda *place: calls.append(place) or uniform_noise(*place))
+    training.epoch_order.cache_clear()
+    per_epoch, index = math.ceil(count / batch_size), torch.arange(count)
+    for epoch in range(3):
+        calls.clear()
+        batches = [training.batch_of_step(epoch * per_epoch + k, count, batch_size, 7) for k in range(per_epoch)]
+        assert len(calls) == 1
+        zeros = torch.zeros_like(index)
+        noise = uniform_noise(7, decode.ORDER_STAGE, zeros + epoch, zeros, index)
+        order = noise.argsort().tolist()
+        assert batches == [order[k * batch_size : (k + 1) * batch_size] for k in range(per_epoch)]
+        assert sorted(order) == list(range(count)) and len(batches[-1]) == count - batch_size * (per_epoch - 1)
+
+
+def test_batch_of_step_is_seeded():
+    order = lambda step, seed: training.batch_of_step(step, 40, 40, seed)
+    assert order(0, 1) == order(0, 1) != sorted(order(0, 1))
+    assert order(0, 1) != order(1, 1) and order(0, 1) != order(0, 5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+@pytest.mark.parametrize("count", [1, 7, 8, 16, 19])
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 4])
+def test_micro_batches_are_a_partition(size, count, micro_batch_size):
+    """Over all ranks each example once; equally many micro-batches a rank, none too large; an idle rank's is empty."""
+    indices = torch.randperm(30, generator=torch.Generator().manual_seed(count)).tolist()[:count]
+    lengths = torch.randint(5, 50, (30,), generator=torch.Generator().manual_seed(1)).tolist()
+    deal = lambda order: [
+        training.micro_batches(order, lengths, micro_batch_size, world_of(r, size)) for r in range(size)
+    ]
+    ranks = deal(indices)
+    assert sorted(i for batches in ranks for batch in batches for i in batch) == sorted(indices)
+    assert {len(batches) for batches in ranks} == {math.ceil(math.ceil(count / size) / micro_batch_size)}
+    assert all(len(batch) <= micro_batch_size for batches in ranks for batch in batches)
+    shares = [sum(map(len, batches)) for batches in ranks]
+    assert max(shares) - min(shares) <= 1
+    # Dealt out in order of length, whatever the order before
+    assert all(s == sorted(s) for s in ([lengths[i] for batch in batches for i in batch] for batches in ranks))
+    assert ranks == deal(indices[::-1])
+
+
+def test_micro_batches_by_hand():
+    """Lengths 9 2 5 2 7: in order 1 3 2 4 0, dealt to two ranks: 1 2 0 and 3 4, then nothing."""
+    lengths = [9, 2, 5, 2, 7]
+    assert training.micro_batches([0, 1, 2, 3, 4], lengths, 2, world_of(0, 2)) == [[1, 2], [0]]
+    assert training.micro_batches([0, 1, 2, 3, 4], lengths, 2, world_of(1, 2)) == [[3, 4], []]
+
+
+@pytest.mark.parametrize(
+    "batch_size, micro_batch_size, size, expected",
+    [(64, 4, 8, 2), (64, 4, 1, 16), (8, 4, 8, 1), (6, 4, 3, 1), (64, 4, 3, None), (12, 4, 2, None), (4, 1, 8, None)],
+)
+def test_accumulation_steps(batch_size, micro_batch_size, size, expected):
+    """Micro-batches of a rank's share; a share below the micro-batch size is one. No whole number: refused."""
+    args = SimpleNamespace(batch_size=batch_size, micro_batch_size=micro_batch_size)
+    if expected:
+        assert training.accumulation_steps(args, world_of(0, size)) == expected
+    else:
+        with pytest.raises(runs.UserError, match=f"--batch-size {batch_size} does not divide over {size} processes"):
+            training.accumulation_steps(args, world_of(0, size))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A step
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def rates(total, lr, warmup_ratio):
+    args = SimpleNamespace(lr=lr, lr_warmup_ratio=warmup_ratio, lr_final_ratio=0.1)
+    return [training.learning_rate(step, total, args) for step in range(total)]
+
+
+@pytest.mark.parametrize(
+    "total, warmup_ratio, expected",
+    [
+        # Warm-up of ceil(0.2 x 10) = 2 steps: 1/2, 1; cosine over steps 2 .. 9, so step 2 is the peak and step 9 is 10%
+        (10, 0.2, {0: 0.5, 1: 1, 2: 1, 9: 0.1}),
+        # 11 steps, no warm-up: halfway at step 5, (1 + 0.1) / 2; a quarter of the way cos(pi / 5) at step 2
+        (11, 0.0, {0: 1, 5: 0.55, 2: 0.1 + 0.45 * (1 + math.cos(math.pi / 5)), 10: 0.1}),
+        (4, 1.0, {0: 0.25, 1: 0.5, 2: 0.75, 3: 1}),  # warm-up alone
+        (1, 0.03, {0: 1}),  # one step: one step of warm-up, at the peak
+        (2, 0.03, {0: 1, 1: 1}),  # one of warm-up, and one that is the cosine's first
+    ],
+)
+def test_learning_rate(total, warmup_ratio, expected):
+    found = rates(total, 3e-4, warmup_ratio)
+    for step, factor in expected.items():
+        assert found[step] == pytest.approx(3e-4 * factor, rel=1e-12)
+
+
+def test_learning_rate_rises_then_falls():
+    found = rates(100, 1.0, 0.1)
+    assert found[:10] == sorted(set(found[:10])) and found[10:] == sorted(set(found[10:]), reverse=True)
+    assert max(found) == 1 and found[9] == found[10] == 1 and found[99] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("gradient, norm", [([3.0, 4.0], 5.0), ([math.nan, 1.0], math.nan)])
+def test_optimizer_step(gradient, norm):
+    """Clips to the norm, steps, clears. A gradient that is not a number changes nothing: the caller stops the run."""
+    model = torch.nn.Linear(2, 1, bias=False)
+    optimizer, before = torch.optim.SGD(model.parameters(), lr=9.0), model.weight.detach().clone()
+    model.weight.grad = torch.tensor([gradient])
+    assert training.optimizer_step(model, optimizer, 0.5, 1.0) == pytest.approx(norm, nan_ok=True)
+    if math.isnan(norm):
+        assert torch.equal(model.weight, before)
+        with pytest.raises(runs.UserError, match=r"gradient norm nan at step 3, prompts \[8\], in OUT, lower --lr"):
+            training.check_finite({"loss": 1.0, "grad_norm": norm, "step": 3}, [8], "OUT")
+    else:
+        torch.testing.assert_close(model.weight.detach(), before - 0.5 * torch.tensor([[0.6, 0.8]]))
+        assert model.weight.grad is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Signals and the log
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [None, ValueError])
+def test_stop_signals(error):
+    """SIGTERM and Ctrl-C are collected, the loop goes on; after it, also by an exception, they do what they did."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    try:
+        with training.stop_signals() as stop:
+            assert not stop
+            for count, number in enumerate(numbers, 1):
+                os.kill(os.getpid(), number)
+                assert len(stop) == count
+            if error:
+                raise error
+    except ValueError:
+        assert error
+    assert stop == list(numbers)
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
+    """Steps after the last checkpoint go, and so does a line that a kill cut short."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    training.open_metrics(path, 2, world_of(0, 1))
+    assert runs.read_jsonl(path) == [{"step": 1}, {"step": 2}]

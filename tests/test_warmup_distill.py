@@ -1,0 +1,979 @@
+"""Warmup-Distill, steps 1 to 4: hand-made tables, a slow twin without a cache, recounts of what a run writes, resuming."""
+
+import inspect
+import itertools
+import math
+import re
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_model
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
+
+import dpo
+import kd
+import warmup_distill
+from lib import data, decode, measure, models, runs, scoring
+from toy import make as toy
+
+INF = math.inf
+STUDENT_STAGE, TEACHER_STAGE, EVAL_STAGE = decode.STUDENT_STAGE, decode.TEACHER_STAGE, decode.EVAL_STAGE
+VOCAB, EOS = 22, 2
+
+# ---------------------------------------------------------------------------------------------------------------------
+# first_mismatch and splice
+# ---------------------------------------------------------------------------------------------------------------------
+
+# name, log q of each token, log p of each token, which are tokens, t* at eta = 4
+MISMATCHES = [
+    ("none", [-1, -1, -1], [-2, -3, -1], [1, 1, 1], -1),
+    ("first token", [-1, -1, -1], [-6, -1, -1], [1, 1, 1], 0),
+    ("last token", [-1, -1, -1], [-1, -1, -6], [1, 1, 1], 2),
+    ("exactly eta is not above it", [-1, -1, -1], [-5, -5, -5], [1, 1, 1], -1),
+    ("just above eta", [-1, -1, -1], [-5, -5.001, -5], [1, 1, 1], 1),
+    ("padding is no token", [-1, -1, 0], [-1, -1, -9], [1, 1, 0], -1),
+    ("padding after a mismatch", [-1, -1, 0], [-1, -9, -9], [1, 1, 0], 1),
+    ("the first of several", [-1, -1, -1], [-1, -6, -20], [1, 1, 1], 1),
+    ("teacher gives probability 0", [-1, -1, -1], [-1, -INF, -1], [1, 1, 1], 1),
+    ("teacher likes it better", [-9, -9, -9], [-1, -1, -1], [1, 1, 1], -1),
+    ("no token at all", [0, 0, 0], [-9, -9, -9], [0, 0, 0], -1),
+]
+
+
+def mismatches(rows, eta=4.0, first_mismatch=warmup_distill.first_mismatch):
+    student, teacher, mask = (torch.tensor(column) for column in zip(*rows))
+    return first_mismatch(student.float(), teacher.float(), mask.bool(), eta)
+
+
+@pytest.mark.parametrize("name, student, teacher, mask, expected", MISMATCHES, ids=[row[0] for row in MISMATCHES])
+def test_first_mismatch_of_one_row(name, student, teacher, mask, expected):
+    found = mismatches([(student, teacher, mask)])
+    assert found.tolist() == [expected] and found.dtype == torch.int64
+
+
+def test_first_mismatch_rows_do_not_touch_each_other():
+    assert mismatches([row[1:4] for row in MISMATCHES]).tolist() == [row[-1] for row in MISMATCHES]
+
+
+@pytest.mark.parametrize(
+    "response, position, continuation, expected",
+    [
+        ([5, 6, 7], 0, [8, 9], [8, 9]),
+        ([5, 6, 7], 1, [8], [5, 8]),
+        ([5, 6, 7], 2, [7], [5, 6, 7]),
+        ([5, 6, 7], 3, [8], [5, 6, 7, 8]),
+        ([5, 6, 7], 1, [], [5]),
+        ([5], 0, [2], [2]),
+    ],
+)
+def test_splice(response, position, continuation, expected):
+    before = list(response), list(continuation)
+    assert warmup_distill.splice(response, position, continuation) == expected
+    assert (response, continuation) == before, "the arguments are left alone"
+
+
+def test_functions_can_be_copied():
+    """The source of each, alone with torch, does what the import does."""
+    namespace = {"torch": torch}
+    for function in (warmup_distill.first_mismatch, warmup_distill.splice):
+        exec(inspect.getsource(function), namespace)  # noqa: S102
+    rows = [row[1:4] for row in MISMATCHES]
+    assert torch.equal(mismatches(rows, first_mismatch=namespace["first_mismatch"]), mismatches(rows))
+    assert namespace["splice"]([1, 2, 3], 1, [4]) == [1, 4]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps 1 to 3 as functions of their arguments
+# ---------------------------------------------------------------------------------------------------------------------
+
+TOKENS = decode.Tokens(0, [EOS], VOCAB)
+IDS, NUMBERS = [[1, 5, 6], [1, 9], [1, 4, 4, 4, 13]], [7, 0, 31]
+
+
+def model_with_eos_bias(seed, bias):
+    """A random model whose logit of EOS is raised by `bias`."""
+    lm = make_model("llama", seed)
+    head = torch.nn.Linear(lm.config.hidden_size, VOCAB)
+    head.weight, head.bias = lm.lm_head.weight, torch.nn.Parameter(bias * (torch.arange(VOCAB) == EOS))
+    lm.lm_head = head
+    return lm
+
+
+def test_steps_one_by_one_are_build_samples():
+    """Models, ids and numbers are all they take; one by one they give what `build_samples` says."""
+    student, teacher = make_model("llama", 1), make_model("qwen2", 2, width=24, rows=32)
+    sampling = warmup_distill.Sampling(samples=3, max_new_tokens=6, seed=5)
+    y, log_q = warmup_distill.sample_responses(student, IDS, NUMBERS, TOKENS, sampling)
+    rows, hidden, log_p, mask = warmup_distill.check_responses(teacher, IDS, y, TOKENS)
+    lengths = torch.tensor([len(response) for response in y])
+    assert log_q.shape == log_p.shape == mask.shape == (9, max(lengths)) and torch.equal(mask.sum(-1), lengths)
+    assert hidden.shape == (9, max(lengths) + 1, 24) and not log_q[~mask].any() and not log_p[~mask].any()
+
+    t_star = warmup_distill.first_mismatch(log_q, log_p, mask, 3.0)
+    positions = torch.where(t_star >= 0, t_star, lengths)
+    settings = (positions, lengths, NUMBERS, TOKENS, sampling)
+    rest, rest_log_p = warmup_distill.continue_by_teacher(teacher, rows, hidden, *settings)
+    chosen = [warmup_distill.splice(*parts) for parts in zip(y, positions.tolist(), rest)]
+    assert [len(values) for values in rest_log_p] == [len(ids) for ids in rest]
+    assert [ids == [] for ids in rest] == (t_star < 0).tolist() and 0 < (t_star < 0).sum() < 9
+
+    samples = warmup_distill.build_samples(student, teacher, IDS, NUMBERS, TOKENS, sampling, 3.0)
+    assert [(s["prompt_id"], s["sample_id"]) for s in samples] == [(n, i) for n in NUMBERS for i in range(3)]
+    expected = {"t_star": t_star.tolist(), "prefix_len": positions.tolist(), "response_ids": y, "chosen_ids": chosen}
+    assert {name: [s[name] for s in samples] for name in expected} == expected
+    for i, sample in enumerate(samples):
+        assert sample["student_logprobs"] == pytest.approx(log_q[i, : lengths[i]].tolist(), abs=1e-4)
+        p = log_p[i, : positions[i]].tolist() + rest_log_p[i]
+        assert sample["chosen_teacher_logprobs"] == pytest.approx(p, abs=1e-4)
+
+
+@pytest.mark.parametrize("replace", ["at", "after"])
+def test_eos_can_be_the_mismatch(replace):
+    """A student that ends where the teacher would not. "at": the teacher goes on. "after": there is nothing to add."""
+    student, teacher = model_with_eos_bias(1, 4.0), model_with_eos_bias(1, -8.0)
+    sampling = warmup_distill.Sampling(samples=4, max_new_tokens=8)
+    samples = warmup_distill.build_samples(student, teacher, IDS, NUMBERS, TOKENS, sampling, 4.0, replace)
+    ended = [s for s in samples if s["ended"] and len(s["response_ids"]) > 1]
+    assert len(ended) > 3
+    for sample in ended:
+        y, end = sample["response_ids"], len(sample["response_ids"]) - 1
+        assert y[end] == EOS and sample["t_star"] == end
+        status = warmup_distill.pair_status(sample, set(), lambda sample, prompt: True, None)
+        if replace == "after":
+            assert sample["chosen_ids"] == y and sample["prefix_len"] == len(y) and status == "identical"
+        else:
+            assert sample["chosen_ids"][:end] == y[:end] and len(sample["chosen_ids"]) > end and status == "kept"
+            assert sample["chosen_ids"][end] != EOS
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run of steps 1 to 3, and the slow twin
+# ---------------------------------------------------------------------------------------------------------------------
+
+PROMPTS = ["1+2:", "199+877:", "12+3:", "9*9=81;7:", "5:"]  # of different lengths: the batch is padded
+
+
+@pytest.fixture(scope="module")
+def mixed_file(tmp_path_factory):
+    """A few prompts of different lengths as JSONL."""
+    return write_prompts(tmp_path_factory.mktemp("mixed") / "mixed.jsonl", PROMPTS)
+
+
+def write_prompts(path, prompts, golds=None):
+    golds = ["1"] * len(prompts) if golds is None else golds
+    runs.write_jsonl(path, [{"prompt": p, "response": g} for p, g in zip(prompts, golds)])
+    return str(path)
+
+
+class Run:
+    """Steps 1 to 3 by the command, in process; `records` is what it wrote."""
+
+    def __init__(self, out, teacher, student, data_file, *flags):
+        self.argv = ["--teacher", teacher, "--student", student, "--data", data_file, "--out", str(out), "--pairs-only"]
+        self.argv += ["--samples", "3", "--max-new-tokens", "8", "--eta", "1", "--prompts-per-batch", "2"]
+        self.argv += ["--device", "cpu", "--threads", "1", *map(str, flags)]
+        self.out, self.args = out, warmup_distill.parse_args(self.argv)
+        self.tokenizer, self.tokens = models.shared_tokenizer(student, teacher)
+        self.start()
+
+    def start(self):
+        warmup_distill.main(self.argv)
+        prompts = data.open_arrow(self.out / "prompts.arrow")
+        self.prompts = [prompt for prompt in prompts if len(prompt["ids"]) <= self.args.max_prompt_tokens]
+        records = [record for file in sorted(self.out.glob("pairs/*")) for record in runs.read_jsonl(file)]
+        self.records = [record for record in records if record["status"] != "too_long"]
+        self.pairs = runs.read_jsonl(self.out / "pairs.jsonl")
+        self.mismatch = runs.read_json(self.out / "mismatch.json")
+
+    def models(self):
+        """Student and teacher, loaded by transformers alone."""
+        return [AutoModelForCausalLM.from_pretrained(path).eval() for path in (self.args.student, self.args.teacher)]
+
+
+@pytest.fixture
+def build(tmp_path, pair_of_models, mixed_file):
+    """build("--flag", value, ..., teacher=..., student=..., data_file=...) -> Run; each call in a folder of its own."""
+    numbers = itertools.count(1)
+
+    def start(*flags, teacher=pair_of_models["teacher"], student=pair_of_models["student"], data_file=mixed_file):
+        return Run(tmp_path / f"run{next(numbers)}", str(teacher), str(student), data_file, *flags)
+
+    return start
+
+
+def tokens_of(records):
+    return [
+        [r[k] for k in ("prompt_id", "sample_id", "t_star", "response_ids", "chosen_ids", "status")] for r in records
+    ]
+
+
+def assert_same_records(records, expected):
+    """The same tokens, positions and statuses; log-probs up to the rounding of another batch."""
+    assert tokens_of(records) == tokens_of(expected)
+    for name in ("student_logprobs", "teacher_logprobs", "chosen_teacher_logprobs"):
+        flat = [[value for record in part for value in record[name]] for part in (records, expected)]
+        assert flat[0] == pytest.approx(flat[1], abs=2e-4)
+
+
+@torch.no_grad()
+def log_softmax_of_next(model, ids):
+    return model(input_ids=torch.tensor([ids])).logits[0, -1, :VOCAB].float().log_softmax(-1)
+
+
+def slow_write(run, model, prompt, before, sample_id, stage, greedy=False):
+    """Writes on from prompt + `before`, each token from a full forward over everything so far. Returns ids, log-probs."""
+    args, written, logprobs = run.args, [], []
+    while len(before) + len(written) < args.max_new_tokens:
+        values = log_softmax_of_next(model, prompt["ids"] + before + written)
+        place = [torch.tensor([v]) for v in (prompt["prompt_id"], sample_id, len(before) + len(written))]
+        noise = decode.uniform_noise(args.seed, stage, *place)
+        token = decode.sample_token(values[None], noise, args.temperature, args.top_p).item()
+        token = values.argmax().item() if greedy else token
+        written.append(token)
+        logprobs.append(values[token].item())
+        if token in run.tokens.eos_ids:
+            break
+    return written, logprobs
+
+
+@torch.no_grad()
+def slow_score(model, prompt, response):
+    """log p of each response token from one plain forward: no cache, no padding, no batch."""
+    logits = model(input_ids=torch.tensor([prompt["ids"] + response])).logits[0, len(prompt["ids"]) - 1 : -1]
+    return logits[:, :VOCAB].float().log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0].tolist()
+
+
+def assert_equals_twin(run):
+    student, teacher = run.models()
+    args = run.args
+    places = [(prompt, sample_id) for prompt in run.prompts for sample_id in range(args.samples)]
+    assert len(run.records) == len(places)
+    for record, (prompt, sample_id) in zip(run.records, places):
+        response, q = slow_write(run, student, prompt, [], sample_id, STUDENT_STAGE)
+        p = slow_score(teacher, prompt, response)
+        above = [t for t in range(len(response)) if q[t] - p[t] > args.eta]
+        assert (record["prompt_id"], record["sample_id"]) == (prompt["prompt_id"], sample_id)
+        assert record["response_ids"] == response
+        assert record["student_logprobs"] == pytest.approx(q, abs=1e-4)
+        assert record["teacher_logprobs"] == pytest.approx(p, abs=1e-4)
+        assert record["t_star"] == (above[0] if above else -1)
+        assert record["ended"] == (response[-1] in run.tokens.eos_ids)
+        if not above:
+            assert record["status"] == "untouched" and record["chosen_ids"] == response
+            continue
+        position = above[0] + (args.replace == "after")
+        if position == len(response):  # nothing to write after the last token
+            assert record["status"] == "identical" and record["chosen_ids"] == response
+            continue
+        greedy = args.teacher_decoding == "greedy"
+        written, values = slow_write(run, teacher, prompt, response[:position], sample_id, TEACHER_STAGE, greedy)
+        assert record["prefix_len"] == position
+        assert record["chosen_ids"] == response[:position] + written
+        assert record["chosen_teacher_logprobs"] == pytest.approx(p[:position] + values, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--replace", "after"],
+        ["--teacher-decoding", "greedy"],
+        ["--replace", "after", "--teacher-decoding", "greedy", "--seed", 3],
+        ["--temperature", 0.7],
+        ["--top-p", 0.9],
+        ["--max-new-tokens", 3],
+        ["--max-new-tokens", 1],
+        ["--max-new-tokens", 2, "--replace", "after", "--eta", -100],
+        ["--eta", -100],
+        ["--eta", 4],
+    ],
+    ids=lambda flags: " ".join(map(str, flags)) or "default",
+)
+def test_samples_equal_slow_twin(build, flags):
+    """Cached, batched, padded, rewound and spliced = token by token with full forwards over prompt + response."""
+    run = build(*flags)
+    assert_equals_twin(run)
+    limit = run.args.max_new_tokens
+    assert all(len(r["response_ids"]) <= limit and len(r["chosen_ids"]) <= limit for r in run.records)
+
+
+def test_length_limit_appends_no_eos(build):
+    """At this eta all is replaced, from the first token on."""
+    run = build("--max-new-tokens", 3, "--eta", -100)
+    stopped = [r for r in run.records if r["response_ids"][-1] != EOS]
+    assert stopped and len(stopped) < len(run.records), "some responses end by themselves, some do not"
+    assert all(len(r["response_ids"]) == 3 and not r["ended"] for r in stopped)
+    assert run.mismatch["at_length_limit"] == len(stopped) and run.mismatch["untouched"] == 0
+    assert all(r["t_star"] == 0 and r["prefix_len"] == 0 for r in run.records)
+
+
+def test_teacher_equals_student(build, pair_of_models):
+    """q = p: every margin is 0 up to float32, in whatever shape the two forwards ran, and nothing is replaced."""
+    run = build("--eta", 0.01, teacher=pair_of_models["student"])
+    margins = [q - p for r in run.records for q, p in zip(r["student_logprobs"], r["teacher_logprobs"])]
+    assert len(margins) > 30 and max(map(abs, margins)) < 1e-3
+    assert run.pairs == [] and {r["status"] for r in run.records} == {"untouched"}
+
+
+def test_seed_and_temperature_matter(build):
+    """Otherwise the twin, which reads the same flags, could agree with code that ignores them."""
+    default, seed, cold = build(), build("--seed", 1), build("--temperature", 0.2)
+    assert tokens_of(default.records) != tokens_of(seed.records)
+    mean = lambda run: sum(map(sum, (r["student_logprobs"] for r in run.records))) / run.mismatch["tokens"]
+    assert mean(cold) > mean(default) + 0.5, "a cold sampler draws likelier tokens"
+
+
+@pytest.mark.parametrize("flags", [["--prompts-per-batch", 1], ["--prompts-per-batch", 64], ["--shard-teacher"]])
+def test_flags_that_change_no_token(build, flags):
+    run = build(*flags)
+    assert_same_records(run.records, build().records)
+    assert len(list(run.out.glob("pairs/*"))) == math.ceil(len(PROMPTS) / run.args.prompts_per_batch)
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_log_probs_that_are_no_numbers(build, tmp_path, pair_of_models, tokenizer, which):
+    """They stop the run, which names the prompt; NaN > eta is false, and would count as no mismatch."""
+    model = AutoModelForCausalLM.from_pretrained(pair_of_models[which])
+    torch.nn.init.constant_(model.get_decoder().norm.weight, math.nan)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / which)
+    with pytest.raises(runs.UserError, match="NaN or infinite.* prompt 0"):
+        build(**{which: tmp_path / which})
+    assert not list(tmp_path.glob("run1/pairs/*"))
+
+
+# A rule of the teacher alone, and one of the prefix's sum: what of each token is compared with eta, and how a reader
+# who knows no torch would say it
+RULES = {
+    "log p < -eta": (4.0, lambda q, p: -p, lambda q, p, t: -p[t]),
+    "sum": (3.0, lambda q, p: (q - p).cumsum(-1), lambda q, p, t: sum(q[: t + 1]) - sum(p[: t + 1])),
+}
+
+
+@pytest.mark.parametrize("eta, value, slow_value", RULES.values(), ids=RULES)
+def test_rule_is_changed_in_one_function(build, monkeypatch, eta, value, slow_value):
+    """Another `first_mismatch` decides t* and the table's `samples > eta`; `tokens > eta` stays one of margins."""
+
+    def rule(student_logprobs, teacher_logprobs, mask, eta):
+        above = (value(student_logprobs, teacher_logprobs) > eta) & mask
+        return torch.where(above.any(-1), above.int().argmax(-1), -1)
+
+    def slow_rule(q, p):
+        return next((t for t in range(len(q)) if slow_value(q, p, t) > eta), -1)
+
+    monkeypatch.setattr(warmup_distill, "first_mismatch", rule)
+    run = build("--eta", eta)
+    found = [r["t_star"] for r in run.records]
+    assert found == [slow_rule(r["student_logprobs"], r["teacher_logprobs"]) for r in run.records]
+    margin_rule = [
+        next((t for t in range(len(q)) if q[t] - p[t] > eta), -1)
+        for q, p in ((r["student_logprobs"], r["teacher_logprobs"]) for r in run.records)
+    ]
+    assert found != margin_rule and len(set(found)) > 2
+
+    warmup_distill.main([flag for flag in run.argv if flag != "--pairs-only"] + ["--accept-changes", "--lr", "0.01"])
+    student, teacher = run.models()
+    samples = [slow_write(run, student, prompt, [], 0, EVAL_STAGE) for prompt in run.prompts]
+    scored = [(q, slow_score(teacher, prompt, y)) for (y, q), prompt in zip(samples, run.prompts)]
+    margins = [a - b for q, p in scored for a, b in zip(q, p)]
+    row = runs.read_json(run.out / "summary.json")["student before"]
+    assert row["replaced_samples"] == pytest.approx(sum(slow_rule(q, p) >= 0 for q, p in scored) / len(scored))
+    assert row["replaced_tokens"] == pytest.approx(sum(m > eta for m in margins) / len(margins))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models and tokenizers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["teacher", "student"])
+def test_several_eos_ids_end_a_response(build, tmp_path, pair_of_models, which):
+    """Llama-3 style: generation_config.json of one of the two names a second end, the token with id 9."""
+    folder = shutil.copytree(pair_of_models[which], tmp_path / which)
+    GenerationConfig(eos_token_id=[2, 9]).save_pretrained(folder)
+    run = build("--samples", 6, **{which: folder})
+    assert run.tokens.eos_ids == [2, 9]
+    responses = [r[key] for r in run.records for key in ("response_ids", "chosen_ids")]
+    assert all(token not in (2, 9) for response in responses for token in response[:-1])
+    assert {2, 9} <= {response[-1] for response in responses}
+    assert run.mismatch["at_length_limit"] == sum(r["response_ids"][-1] not in (2, 9) for r in run.records)
+    assert_equals_twin(run)
+
+
+def test_no_generation_config_is_no_error(build, tmp_path, pair_of_models):
+    folder = shutil.copytree(pair_of_models["teacher"], tmp_path / "teacher")
+    (folder / "generation_config.json").unlink()
+    assert tokens_of(build(teacher=folder).records) == tokens_of(build().records)
+
+
+@pytest.mark.parametrize("swapped", [False, True], ids=["teacher wider", "student wider"])
+def test_vocabulary_rows_beyond_the_tokenizer(build, pair_of_models, swapped):
+    """Qwen2.5: one model has more rows than there are tokens (here 32 for 22). They are cut off and the rest
+    renormalised: log p' = log p - log(mass of the 22). The last assertion shows that the cut is not without effect."""
+    student, teacher = pair_of_models["student"], pair_of_models["teacher"]
+    run = build(student=teacher, teacher=student) if swapped else build()
+    assert_equals_twin(run)
+    wide = run.models()[0 if swapped else 1]
+    assert wide.config.vocab_size == 32 and len(run.tokenizer) == VOCAB
+    assert all(token < VOCAB for r in run.records for token in r["response_ids"] + r["chosen_ids"])
+    with torch.no_grad():
+        whole = wide(input_ids=torch.tensor([run.prompts[0]["ids"]])).logits[0, -1].log_softmax(-1)
+    assert whole[:VOCAB].logsumexp(-1) < -0.05
+
+
+def test_tokenizer_without_pad_token(build, tmp_path, pair_of_models):
+    """Padding is masked, so it does not matter which token stands in for it."""
+    folders = {name: shutil.copytree(path, tmp_path / name) for name, path in pair_of_models.items()}
+    bare = AutoTokenizer.from_pretrained(pair_of_models["student"])
+    bare.pad_token = None
+    for folder in folders.values():
+        for name in ("tokenizer_config.json", "tokenizer.json"):
+            (folder / name).unlink()
+        bare.save_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folders["student"]).pad_token is None
+    assert build(**folders).records == build().records
+
+
+def test_overlong_prompts_are_skipped_and_others_unchanged(build):
+    """prompt_id is the row's number, so the other prompts' noise is as if the long ones were there."""
+    everything, short = build(), build("--max-prompt-tokens", 7)  # <bos> and up to 6 characters
+    left = [i for i, prompt in enumerate(PROMPTS) if len(prompt) <= 6]
+    assert [p["prompt_id"] for p in short.prompts] == left == [0, 2, 4]
+    assert short.mismatch["prompts_over_length"] == 2 and short.mismatch["prompts"] == 3
+    assert_same_records(short.records, [r for r in everything.records if r["prompt_id"] in left])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which samples become pairs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "chosen, rejected, kept",
+    [
+        ([-1.0, -1.0], [-3.0], True),  # mean -1 against -3
+        ([-1.0, -1.0], [-1.5], True),  # the sum would say otherwise
+        ([-1.0], [-1.0], False),  # equal is not above
+        ([-2.0, -4.0], [-2.0, -2.0], False),
+    ],
+)
+def test_keep_teacher_compares_means(tokenizer, chosen, rejected, kept):
+    sample = {"chosen_teacher_logprobs": chosen, "teacher_logprobs": rejected}
+    assert warmup_distill.pair_filter(SimpleNamespace(keep="teacher"), None, tokenizer)(sample, None) is kept
+    assert warmup_distill.pair_filter(SimpleNamespace(keep="all"), None, tokenizer)(sample, None) is True
+
+
+@pytest.mark.parametrize(
+    "chosen, rejected, kept",
+    [("=1076", "=1075", True), ("=1076", "=1076", False), ("=1", "=2", False), ("=1", "=1076", False), ("", "", False)],
+)
+def test_keep_correct_by_hand(tokenizer, chosen, rejected, kept):
+    """y+ is right and y- is wrong, given the gold response "9+7+0=16;9+7+1=17;1+8+1=10=1076"."""
+    encode = lambda text: [*tokenizer(text, add_special_tokens=False).input_ids, EOS]
+    sample = {"chosen_ids": encode(chosen), "response_ids": encode(rejected)}
+    keep = warmup_distill.pair_filter(SimpleNamespace(keep="correct"), None, tokenizer)
+    assert bool(keep(sample, {"gold": toy.solve(199, 877, toy.correct_facts())})) is kept
+
+
+def assert_statuses(run, keep):
+    """Statuses, recounted: untouched; y+ = y-; a pair that this prompt has had already; then `keep` decides."""
+    counts = dict.fromkeys(("untouched", "identical", "duplicate", "filtered", "kept"), 0)
+    for prompt in run.prompts:
+        had = []
+        for record in run.records:
+            if record["prompt_id"] != prompt["prompt_id"]:
+                continue
+            pair = (record["response_ids"], record["chosen_ids"])
+            if record["t_star"] < 0:
+                expected = "untouched"
+            elif pair[0] == pair[1]:
+                expected = "identical"
+            elif pair in had:
+                expected = "duplicate"
+            else:
+                had.append(pair)
+                expected = "kept" if keep(prompt, *pair) else "filtered"
+            assert record["status"] == expected, record
+            counts[expected] += 1
+    dropped = {reason: counts[reason] for reason in ("identical", "duplicate", "filtered")}
+    assert run.mismatch["dropped"] == dropped
+    assert (run.mismatch["untouched"], run.mismatch["pairs"]) == (counts["untouched"], counts["kept"])
+    assert run.mismatch["replaced"] == run.mismatch["samples"] - counts["untouched"]
+    return counts
+
+
+def test_identical_and_duplicate_pairs(build, tmp_path, capsys):
+    """Responses of one token, all replaced by the teacher's greedy one: many coincide. So do those of two prompts with
+    the same text, in one micro-batch; they are different prompts all the same."""
+    flags = ("--max-new-tokens", 1, "--teacher-decoding", "greedy", "--eta", -100, "--samples", 32)
+    run = build(*flags, data_file=write_prompts(tmp_path / "p.jsonl", ["1+2:"] * 2))
+    counts = assert_statuses(run, lambda *pair: True)
+    assert counts["identical"] > 0 and counts["duplicate"] > 0 and counts["kept"] > 0
+    line = f"{counts['kept']} pairs of 64 samples: {counts['identical']} identical, {counts['duplicate']} duplicate\n"
+    assert line in capsys.readouterr().out, "what there is none of is not named"
+
+
+def test_keep_teacher(build):
+    """--keep teacher, by the teacher's full forwards: mean log p(y+) > mean log p(y-)."""
+    run = build("--keep", "teacher", "--samples", 6)
+    teacher = run.models()[1]
+    mean = lambda values: sum(values) / len(values)
+    score = lambda prompt, ids: mean(slow_score(teacher, prompt, ids))
+    counts = assert_statuses(run, lambda prompt, y, y_plus: score(prompt, y_plus) > score(prompt, y))
+    assert counts["kept"] > 0 and counts["filtered"] > 0
+
+
+def test_keep_correct(build, tmp_path, tokenizer):
+    """--keep correct: the gold answer of each prompt is made what the teacher's first splice ends in."""
+    golds, text = [], lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+    for _, records in itertools.groupby(build("--samples", 6).records, key=lambda r: r["prompt_id"]):
+        numbers = [scoring.final_number(text(r["chosen_ids"])) for r in records if r["t_star"] >= 0]
+        golds.append(f"The answer is {next((int(n) for n in numbers if n is not None), 7)}")
+    gold_file = write_prompts(tmp_path / "gold.jsonl", PROMPTS, golds)
+    run = build("--samples", 6, "--keep", "correct", data_file=gold_file)
+    right = lambda prompt, ids: scoring.is_correct(text(ids), golds[prompt["prompt_id"]])
+    counts = assert_statuses(run, lambda prompt, y, y_plus: right(prompt, y_plus) and not right(prompt, y))
+    assert counts["kept"] > 0 and counts["filtered"] > 0
+
+
+@pytest.mark.parametrize("kind", ["on text", "on text, adds bos", "with chat template"])
+def test_keep_reward(build, tmp_path, pair_of_models, tokenizer, kind):
+    """--keep reward:MODEL: a random scorer with one label, asked here for one text at a time.
+
+    The toy's chat template is <bos> + the contents, so all kinds of reward tokenizer see the same text, one bos in it.
+    """
+    torch.manual_seed(5)
+    config = LlamaConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_labels=1,
+                         num_attention_heads=2, initializer_range=0.3, pad_token_id=0, max_position_embeddings=256)  # fmt: skip
+    LlamaForSequenceClassification(config).eval().save_pretrained(tmp_path / "reward")
+    scorer = LlamaForSequenceClassification.from_pretrained(tmp_path / "reward").eval()
+    own = AutoTokenizer.from_pretrained(pair_of_models["student"])
+    if kind != "with chat template":
+        own.chat_template = None
+    if kind == "on text, adds bos":
+        bos = [("<bos>", own.bos_token_id)]
+        own.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=bos)
+    own.save_pretrained(tmp_path / "reward")
+
+    @torch.no_grad()
+    def reward(prompt, ids):
+        text = "<bos>" + PROMPTS[prompt["prompt_id"]] + tokenizer.decode(ids, skip_special_tokens=True)
+        return scorer(torch.tensor([tokenizer.encode(text, add_special_tokens=False)])).logits.item()
+
+    run = build("--keep", f"reward:{tmp_path / 'reward'}", "--samples", 6)
+    counts = assert_statuses(run, lambda prompt, y, y_plus: reward(prompt, y_plus) > reward(prompt, y))
+    assert counts["kept"] > 0 and counts["filtered"] > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The files of steps 1 to 3
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def record(prompt_id, sample_id, status, t_star, margins, chosen_ids=(9, 9, 2), ended=True, chosen_ended=True):
+    """A sample whose tokens have these margins; the ids do not matter."""
+    return {
+        "prompt_id": prompt_id,
+        "sample_id": sample_id,
+        "status": status,
+        "prompt": f"{prompt_id}:",
+        "prompt_ids": [5, prompt_id],
+        "ended": ended,
+        "t_star": t_star,
+        "prefix_len": t_star if t_star >= 0 else len(margins),
+        "response_ids": [5 + k for k in range(len(margins))],
+        "student_logprobs": [-1.0] * len(margins),
+        "teacher_logprobs": [-1.0 - m for m in margins],
+        "chosen_ids": list(chosen_ids),
+        "chosen_teacher_logprobs": [-1.0] * len(chosen_ids),
+        "chosen_ended": chosen_ended,
+    }
+
+
+def merge(out, shards, prompts, prompts_per_batch, tokenizer):
+    """merge_pairs of hand-made shards {name: records}, 3 samples a prompt, prompts of at most 2 tokens."""
+    args = SimpleNamespace(eta=4.0, samples=3, max_prompt_tokens=2, prompts_per_batch=prompts_per_batch)
+    (out / "pairs").mkdir(exist_ok=True)
+    for name, rows in shards.items():
+        runs.write_jsonl(out / "pairs" / f"{name}.jsonl", rows)
+    return lambda: warmup_distill.merge_pairs(args, tokenizer, prompts, out)
+
+
+@pytest.mark.parametrize("damage", ["a sample is missing", "cut in a line", "another prompt", "not records", "gone"])
+def test_damaged_shard_is_named(tmp_path, tokenizer, damage):
+    rows = [record(0, i, "untouched", -1, [0.0]) for i in range(3)]
+    read = merge(tmp_path, {"00000": rows}, [{"ids": [5]}], 1, tokenizer)
+    read()
+    file = tmp_path / "pairs" / "00000.jsonl"
+    whole = file.read_text()
+    content = {
+        "a sample is missing": "".join(whole.splitlines(keepends=True)[:2]),
+        "cut in a line": whole[:-20],
+        "another prompt": whole.replace('"prompt_id": 0', '"prompt_id": 9'),
+        "not records": "[1]\n" * 3,
+        "gone": "",
+    }
+    file.write_text(content[damage])
+    with pytest.raises(runs.UserError, match=f"in {file}"):
+        read()
+    assert not list(tmp_path.glob(".*partial"))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({}, []),
+        ({"replaced": 9, "samples": 1000}, ["corrects 0.9% of the samples at eta 4.0: eta is too high"]),
+        ({"replaced": 10, "samples": 1000}, []),
+        ({"replaced": 100}, ["corrects 100.0% of the samples at eta 4.0: eta may be too low"]),
+        ({"replaced": 99}, []),
+        ({"prompts_with_pairs": 1, "prompts": 20}, ["all 40 pairs come from 1 of 20 prompts"]),
+        ({"prompts_with_pairs": 2, "prompts": 20}, []),
+        ({"at_length_limit": 51}, ["51 of 100 samples have no end"]),
+        ({"chosen_at_length_limit": 21}, ["21 of 40 chosen responses have no end"]),
+        ({"chosen_at_length_limit": 20, "at_length_limit": 50}, []),
+    ],
+)
+def test_warnings(changes, words):
+    summary = {"eta": 4.0, "samples": 100, "replaced": 50, "pairs": 40, "prompts": 20, "prompts_with_pairs": 10}
+    lines = warmup_distill.warnings_of(summary | {"at_length_limit": 0, "chosen_at_length_limit": 0} | changes)
+    assert len(lines) == len(words) and all(word in line for word, line in zip(words, lines))
+
+
+def test_merge_pairs_by_hand(tmp_path, tokenizer):
+    """Two shards, two prompts over the limit, six samples, eta 4. A margin of exactly 4 is no mismatch, one of exactly 0.5 is in the bin (0, 0.5]."""
+    shards = {
+        "00000": [
+            {"prompt_id": 0, "status": "too_long"},
+            record(1, 0, "untouched", -1, [0.0, 0.5, 4.0]),
+            record(1, 1, "kept", 1, [0.0, 5.0, 6.0], ended=False, chosen_ended=False),
+            record(1, 2, "duplicate", 1, [0.0, 5.0, 6.0], ended=False),
+        ],
+        "00001": [
+            record(2, 0, "kept", 0, [4.5]),
+            record(2, 1, "identical", 0, [25.0]),
+            record(2, 2, "filtered", 2, [-30.0, -9.75, 9.0]),
+            {"prompt_id": 3, "status": "too_long"},
+        ],
+    }
+    prompts = [{"ids": ids} for ids in ([5, 5, 5], [5, 1], [5, 2], [5, 5, 5])]
+    summary = merge(tmp_path, shards, prompts, 2, tokenizer)()
+
+    found = runs.read_json(tmp_path / "mismatch.json")
+    assert found == summary
+    rates, histogram = found.pop("replacement_rate"), found.pop("margin_histogram")
+    assert found == {
+        "eta": 4.0,
+        "prompts": 2,
+        "prompts_over_length": 2,
+        "prompts_with_pairs": 2,
+        "tokens": 14,
+        "samples": 6,
+        "untouched": 1,
+        "replaced": 5,
+        "pairs": 2,
+        "dropped": {"identical": 1, "duplicate": 1, "filtered": 1},
+        "at_length_limit": 2,
+        "chosen_at_length_limit": 1,
+        "t_star_histogram": {"0": 2, "1": 2, "2": 1},
+        "warnings": [],
+    }
+    # All margins: 0 0.5 4 | 0 5 6 | 0 5 6 | 4.5 | 25 | -30 -9.75 9
+    expected = {"0.5": (8, 6), "3.5": (8, 6), "4.0": (7, 5), "4.5": (6, 4), "5.0": (4, 4), "6.0": (2, 2), "9.0": (1, 1)}
+    for eta, (tokens, samples) in expected.items():
+        assert rates[eta] == {"samples": pytest.approx(samples / 6), "tokens": pytest.approx(tokens / 14)}, eta
+    edges, counts = histogram["edges"], histogram["counts"]
+    assert len(counts) == len(edges) + 1 and (edges[0], edges[-1]) == (-10, 20)
+    tokens_up_to = {edge: count for edge, count in zip([*edges, "above"], counts) if count}
+    assert tokens_up_to == {-10: 1, -9.5: 1, 0: 3, 0.5: 1, 4: 1, 4.5: 1, 5: 2, 6: 2, 9: 1, "above": 1}
+
+    merged = runs.read_jsonl(tmp_path / "pairs.jsonl")
+    places = [(p["prompt_id"], p["sample_id"], p["prefix_len"], p["margin"]) for p in merged]
+    assert places == [(1, 1, 1, 5.0), (2, 0, 0, 4.5)]
+    assert merged[0]["prompt_ids"] == [5, 1] and merged[0]["prompt"] == "1:"
+    assert (merged[0]["chosen"], merged[0]["rejected"]) == ("55", "123")
+
+
+def test_mismatch_json_recounted(build):
+    """Every number of mismatch.json by an obvious loop over OUT/pairs/*.jsonl."""
+    run = build("--samples", 5)
+    found, records = run.mismatch, run.records
+    margins = [[q - p for q, p in zip(r["student_logprobs"], r["teacher_logprobs"])] for r in records]
+    tokens = [m for row in margins for m in row]
+    assert (found["eta"], found["prompts"], found["prompts_over_length"]) == (1.0, len(PROMPTS), 0)
+    assert (found["tokens"], found["samples"]) == (len(tokens), 25)
+    assert found["at_length_limit"] == sum(EOS not in r["response_ids"] for r in records)
+    assert_statuses(run, lambda *pair: True)
+    assert list(found["replacement_rate"]) == [str(k / 2) for k in range(1, 21)]
+    for eta, rate in found["replacement_rate"].items():
+        assert rate["tokens"] == pytest.approx(sum(m > float(eta) for m in tokens) / len(tokens), abs=1e-9)
+        assert rate["samples"] == pytest.approx(sum(max(row) > float(eta) for row in margins) / 25, abs=1e-9)
+    assert found["replacement_rate"]["1.0"]["samples"] == found["replaced"] / 25
+    edges, counts = found["margin_histogram"]["edges"], found["margin_histogram"]["counts"]
+    lows, highs = [-INF, *edges], [*edges, INF]
+    assert counts == [sum(low < m <= high for m in tokens) for low, high in zip(lows, highs)]
+    t_stars = [r["t_star"] for r in records if r["t_star"] >= 0]
+    assert found["t_star_histogram"] == {str(t): t_stars.count(t) for t in sorted(set(t_stars))}
+    assert len(set(t_stars)) > 2 and 0 < found["untouched"] < 25
+
+
+def test_pairs_jsonl_fields(build, tokenizer):
+    run = build("--samples", 5)
+    kept = [r for r in run.records if r["status"] == "kept"]
+    assert len(kept) == len(run.pairs) == run.mismatch["pairs"] > 5
+    for pair, record in zip(run.pairs, kept):
+        margins = [q - p for q, p in zip(record["student_logprobs"], record["teacher_logprobs"])]
+        prompt = "<bos>" + PROMPTS[record["prompt_id"]]
+        assert pair == {
+            "prompt_id": record["prompt_id"],
+            "sample_id": record["sample_id"],
+            "prompt_ids": tokenizer.encode(prompt, add_special_tokens=False),
+            "prefix_len": record["t_star"],
+            "chosen_ids": record["chosen_ids"],
+            "rejected_ids": record["response_ids"],
+            "margin": pytest.approx(margins[record["t_star"]], abs=1e-6),
+            "prompt": prompt,
+            "chosen": tokenizer.decode(record["chosen_ids"], skip_special_tokens=True),
+            "rejected": tokenizer.decode(record["response_ids"], skip_special_tokens=True),
+            "tokenizer": models.tokenizer_fingerprint(tokenizer),
+        }
+        assert pair["chosen_ids"][: pair["prefix_len"]] == pair["rejected_ids"][: pair["prefix_len"]]
+        assert pair["margin"] > run.args.eta and "<eos>" not in pair["chosen"] + pair["rejected"]
+
+
+def test_missing_micro_batch_is_made_again_and_no_other(build, capsys, monkeypatch):
+    """And when all are there, no model is loaded."""
+    run = build()
+    files = sorted(run.out.glob("pairs/*"))
+    assert [file.name for file in files] == ["00000.jsonl", "00001.jsonl", "00002.jsonl"]
+    results = [*files, run.out / "pairs.jsonl", run.out / "mismatch.json"]
+    before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in results}
+    files[1].unlink()
+    assert "already" not in capsys.readouterr().out
+    run.start()
+    assert "pairs: 2 of 3 batches were there already\n" in capsys.readouterr().out
+    assert sorted(run.out.glob("pairs/*")) == files
+    assert all(file.read_bytes() == content for file, (content, _) in before.items())
+    assert [file.stat().st_mtime_ns == before[file][1] for file in files] == [True, False, True]
+    monkeypatch.setattr(models, "load_model", lambda *args: pytest.fail("a model was loaded for nothing"))
+    run.start()
+    assert "pairs: 3 of 3 batches were there already\n" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command, all steps
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def argv(tmp_path, pair_of_models, prompts_file):
+    """A small complete run: 4 prompts, 3 samples, a few DPO steps."""
+    flags = {"teacher": pair_of_models["teacher"], "student": pair_of_models["student"], "data": prompts_file,
+             "out": tmp_path / "out", "limit": 4, "samples": 3, "max-new-tokens": 8, "eta": 1, "device": "cpu",
+             "threads": 1, "batch-size": 4, "micro-batch-size": 2, "lr": 0.01, "save-every": 1, "eval-limit": 3}  # fmt: skip
+    return [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
+
+
+def test_pairs_only(argv, tmp_path, capsys):
+    """It ends after OUT/pairs.jsonl; without the flag the run goes on from there."""
+    out = tmp_path / "out"
+    assert warmup_distill.main([*argv, "--pairs-only"]) is None
+    found = runs.read_json(out / "mismatch.json")
+    others = {"untouched": found["untouched"], **found["dropped"]}
+    words = ", ".join(f"{count} {status}" for status, count in others.items() if count > 0)
+    assert f"{found['pairs']} pairs of 12 samples: {words}\n" in capsys.readouterr().out
+    written = {path.name for path in out.iterdir()}
+    assert written == {"args.json", "prompts.arrow", "pairs", "pairs.jsonl", "mismatch.json", ".lock"}
+    warmup_distill.main(argv)
+    assert (out / "student").is_dir() and "pairs: 1 of 1 batches were there already" in capsys.readouterr().out
+
+
+def test_sharded_teacher_is_left_out_of_the_table(argv, tmp_path, capsys):
+    """It fits on no single device, so the table has neither its row nor distances; accuracies are there."""
+    warmup_distill.main([*argv, "--shard-teacher"])
+    summary = runs.read_json(tmp_path / "out" / "summary.json")
+    assert "teacher" not in summary and set(summary["student after"]) == {"accuracy"}
+    assert "student after" in capsys.readouterr().out
+
+
+def test_eval_data_has_a_split_of_its_own(argv, tmp_path, monkeypatch, prompts_file):
+    """--eval-data HUB_ID is read from its test split and, where it is another id, its own configuration."""
+    asked, load_rows = [], data.load_rows
+
+    def spy(*source):
+        asked.append(source)
+        return load_rows(*source)
+
+    monkeypatch.setattr(data, "load_rows", spy)
+    other = shutil.copy(prompts_file, tmp_path / "other.jsonl")
+    cases = [((prompts_file,), "main"), ((str(other),), None), ((str(other), "--eval-config", "other"), "other")]
+    for number, (flags, config) in enumerate(cases):
+        out = ["--out", str(tmp_path / f"out-{number}"), "--pairs-only"]
+        warmup_distill.main([*argv, *out, "--data-config", "main", "--eval-data", *flags])
+        assert asked == [(prompts_file, "main", "train"), (flags[0], config, "test")]
+        asked.clear()
+
+
+@pytest.mark.parametrize("limit, size", [(3, 1), (17, 3), (40, 5)])
+def test_closing_table_has_work_for_eight_ranks(argv, prompts_file, monkeypatch, limit, size):
+    """8 batches or more where there are prompts for them, but no more rows than in sampling; ranks do not count."""
+    sizes = []
+    monkeypatch.setattr(measure, "closing_table", lambda *arguments: sizes.append(arguments[8]))
+    flags = ["--eval-data", prompts_file, "--eval-split", "train", "--eval-limit", str(limit)]
+    warmup_distill.main([*argv, *flags, "--samples", "1", "--prompts-per-batch", "5"])
+    assert sizes == [size]
+
+
+def test_eval_limit_counts_prompts_that_fit(tmp_path, tokenizer):
+    """The first two that fit, though a prompt over the limit is among the first two rows."""
+    file = write_prompts(tmp_path / "eval.jsonl", ["1+2:", "123456789+123456789:", "3+4:", "5+6:"])
+    flags = ["--eval-data", file, "--eval-limit", "2", "--max-prompt-tokens", "12", "--template", "none"]
+    args = warmup_distill.parse_args(["--teacher", "T", "--student", "S", "--data", file, *flags])
+    assert [p["prompt_id"] for p in data.load_eval_prompts(args, tokenizer)] == [0, 2]
+
+
+def test_prompts_leave_room_in_the_context(argv, tmp_path, capsys):
+    """Models with 256 positions: 250 new tokens leave 6 for the prompt, of 8 tokens; 260 leave none."""
+    out = ["--out", str(tmp_path / "short")]
+    with pytest.raises(runs.UserError, match="all prompts are over --max-prompt-tokens 6"):
+        warmup_distill.main([*argv, *out, "--max-new-tokens", "250"])
+    assert capsys.readouterr().out == ""
+    warmup_distill.main([*argv, "--max-new-tokens", "40", "--pairs-only"])
+    assert capsys.readouterr().out.startswith("prompts may have 216 tokens: the context has room for no more")
+    shared = argv[: argv.index("--samples")]  # models and data, for kd.py
+    for main, flags in ((warmup_distill.main, argv), (kd.main, [*shared, "--device", "cpu", "--threads", "1"])):
+        with pytest.raises(runs.UserError, match="260 new tokens leave no room for a prompt in a context of 256"):
+            main([*flags, *out, "--max-new-tokens", "260"])
+
+
+def weights(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def same_weights(one, other):
+    one, other = weights(one), weights(other)
+    assert one.keys() == other.keys()
+    return all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_main_writes_what_it_promises(argv, tmp_path, pair_of_models, tokenizer, capsys):
+    out = tmp_path / "out"
+    warmup_distill.main(argv)
+    printed = capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == {
+        "args.json", "prompts.arrow", "pairs", "pairs.jsonl", "pairs.arrow", "mismatch.json", "metrics.jsonl",
+        "checkpoint", "student", "summary.json", ".lock",
+    }  # fmt: skip
+    run, asked = runs.read_json(out / "args.json"), vars(warmup_distill.parse_args(argv))
+    assert run["args"] == asked | {"max_prompt_tokens": 256 - asked["max_new_tokens"]}  # the models' context is 256
+    assert run["versions"]["torch"] == torch.__version__
+
+    # The closing table says what summary.json says
+    summary, mismatch = (runs.read_json(out / f"{name}.json") for name in ("summary", "mismatch"))
+    assert "3 training prompts, eta 1.0" in printed
+    titles = {"accuracy": "accuracy", "replaced_samples": "samples > eta", "replaced_tokens": "tokens > eta"}
+    titles |= {"kl_teacher_student": "KL(p,q)", "kl_student_teacher": "KL(q,p)", "response_tokens": "tokens"}
+    assert re.search(r"^\s+" + r"\s+".join(map(re.escape, titles.values())) + "$", printed, re.MULTILINE)
+    for name in ("teacher", "student before", "student after"):
+        cells = [f"{summary[name][c]:.4f}" if c in summary[name] else "-" for c in titles]
+        assert re.search(rf"^{name}\s+" + r"\s+".join(map(re.escape, cells)) + "$", printed, re.MULTILINE), name
+    assert summary["teacher"].keys() == {"accuracy"} and summary["student after"].keys() == titles.keys()
+    assert mismatch["samples"] == 12
+    assert re.fullmatch(
+        rf"\d+ seconds; the warmed-up student is {out / 'student'}\n.*python -m tools.report {out}",
+        "\n".join(printed.splitlines()[-2:]),
+    )
+
+    # OUT/student loads as it is, has moved, and brings the tokenizer; every step is logged
+    assert not same_weights(out / "student", pair_of_models["student"])
+    assert AutoTokenizer.from_pretrained(out / "student").get_vocab() == tokenizer.get_vocab()
+    steps = [row["step"] for row in runs.read_jsonl(out / "metrics.jsonl")]
+    assert steps == list(range(1, math.ceil(mismatch["pairs"] / 4) + 1)) and len(steps) >= 2
+
+
+def test_main_again_changes_nothing(argv, tmp_path, capsys):
+    out = tmp_path / "out"
+    warmup_distill.main(argv)
+    before = {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    capsys.readouterr()
+    warmup_distill.main(argv)
+    assert {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()} == before
+    printed = capsys.readouterr().out
+    assert "pairs: 1 of 1 batches were there already\n" in printed
+    assert f"dpo: {out / 'student'} was there already\n" in printed
+
+
+@pytest.mark.parametrize("lost", [["student"], ["student", "checkpoint"], ["student", "checkpoint", "pairs"]], ids=str)
+def test_main_resumes_to_the_same_student(argv, tmp_path, capsys, lost):
+    """A run killed after its last checkpoint, before its first one, and at its first micro-batch."""
+    out = tmp_path / "out"
+    warmup_distill.main(argv)
+    metrics, pairs = runs.read_jsonl(out / "metrics.jsonl"), (out / "pairs.jsonl").read_bytes()
+    (out / "student").rename(tmp_path / "first")
+    for name in lost[1:]:
+        shutil.rmtree(out / name)
+    capsys.readouterr()
+    warmup_distill.main(argv)
+    printed = capsys.readouterr().out
+    assert ("pairs: 1 of 1 batches were there already" in printed) == ("pairs" not in lost)
+    assert (f"checkpoint: continues after step {len(metrics)}" in printed) == ("checkpoint" not in lost)
+    assert same_weights(tmp_path / "first", out / "student") and (out / "pairs.jsonl").read_bytes() == pairs
+    clock = {"seconds", "tokens_per_second", "peak_memory_gb"}
+    timeless = lambda rows: [{key: value for key, value in row.items() if key not in clock} for row in rows]
+    assert timeless(runs.read_jsonl(out / "metrics.jsonl")) == timeless(metrics)
+
+
+def test_main_with_held_out_prompts_and_teacher_as_reference(argv, tmp_path, mixed_file, monkeypatch, capsys):
+    """Each pair's reference log-probs are the teacher's: row 0 against full forwards of the chosen suffix."""
+    found, reference_logprobs = [], dpo.reference_logprobs
+
+    def spy(*arguments):
+        found.append(reference_logprobs(*arguments))
+        return found[0]
+
+    monkeypatch.setattr(dpo, "reference_logprobs", spy)
+    warmup_distill.main([*argv, "--eval-data", mixed_file, "--reference", "teacher"])
+    assert "3 held-out prompts, eta 1.0" in capsys.readouterr().out
+    pair = runs.read_jsonl(tmp_path / "out" / "pairs.jsonl")[0]
+    start = dpo.shared_length(pair["chosen_ids"], pair["rejected_ids"])
+    teacher = AutoModelForCausalLM.from_pretrained(argv[1]).eval()
+    ids, expected = pair["prompt_ids"] + pair["chosen_ids"], 0.0
+    for t in range(len(pair["prompt_ids"]) + start, len(ids)):
+        expected += log_softmax_of_next(teacher, ids[:t])[ids[t]].item()
+    assert found[0][0, 1].item() == pytest.approx(expected, abs=1e-3)
+
+
+def test_no_pair_leaves_the_student_as_it_was(argv, tmp_path, pair_of_models, capsys):
+    """A huge eta: nothing is replaced, a warning says so, and the run still ends well, also one taken up. No table."""
+    argv, out = [*argv, "--eta", "1e6", "--eval-limit", "0"], tmp_path / "out"
+    for _ in range(2):
+        warmup_distill.main(argv)
+        printed = capsys.readouterr().out
+        assert (
+            "warning: no pair came out, so there is nothing to learn: OUT/student is the student unchanged\n" in printed
+        )
+        assert "0 pairs of 12 samples: 12 untouched\n" in printed and "KL(p,q)" not in printed
+        assert same_weights(out / "student", pair_of_models["student"]) and not (out / "summary.json").exists()
+        shutil.rmtree(out / "student")
+    mismatch = runs.read_json(out / "mismatch.json")
+    assert (mismatch["pairs"], mismatch["untouched"]) == (0, 12) and mismatch["t_star_histogram"] == {}
+
+
+def test_every_weight_of_an_untied_student_is_trained(argv, tmp_path, tokenizer):
+    """The other tests' student ties lm_head to its embeddings; here they are two, and wider than the vocabulary."""
+    make_model("qwen2", 4, rows=24).save_pretrained(tmp_path / "untied")
+    tokenizer.save_pretrained(tmp_path / "untied")
+    warmup_distill.main([*argv, "--student", str(tmp_path / "untied"), "--eval-limit", "0", "--save-every", "100"])
+    before, after = weights(tmp_path / "untied"), weights(tmp_path / "out" / "student")
+    assert before["lm_head.weight"].shape == after["lm_head.weight"].shape == (24, 16)
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
+    assert torch.equal(before["lm_head.weight"][VOCAB:], after["lm_head.weight"][VOCAB:]), "padding gets no gradient"
