@@ -221,8 +221,8 @@ def build_pairs(args, world, tokenizer, tokens, prompts, out):
     prompts: the `Dataset` of `data.write_prompts`. Micro-batches are cut from its order, never from the number of ranks.
     """
     size = args.prompts_per_batch
-    missing = runs.missing_shards(out / "pairs", math.ceil(len(prompts) / size), "jsonl", world)
-    if not missing:
+    shards = runs.shards_to_do(out / "pairs", math.ceil(len(prompts) / size), "jsonl", world)
+    if not shards:
         return
     student = models.load_frozen(args.student, args, world, tokenizer)
     teacher = training.load_teacher(args, world, tokenizer)
@@ -230,32 +230,24 @@ def build_pairs(args, world, tokenizer, tokens, prompts, out):
     sampling = Sampling(args.samples, args.max_new_tokens, args.temperature, args.top_p, args.seed)
     any_rank = world.any if args.shard_teacher else None
     settings = (tokens, sampling, args.eta, args.replace, args.teacher_decoding == "greedy", any_rank)
-    turns = range(0, len(missing), world.size)
-    for turn in runs.progress(turns, desc="pairs", world=world, unit="batch"):
-        idle = turn + world.rank >= len(missing)
-        if idle and not args.shard_teacher:  # a sharded teacher's forwards need every rank
-            continue
-        k = missing[turn if idle else turn + world.rank]
+    for k, is_ours in runs.progress(shards, desc="pairs", world=world, unit="batch"):
         batch = [prompts[i] for i in range(k * size, min((k + 1) * size, len(prompts)))]
-        fitting = [prompt for prompt in batch if len(prompt["ids"]) <= args.max_prompt_tokens]
+        fitting = {p["prompt_id"]: p for p in batch if len(p["ids"]) <= args.max_prompt_tokens}
+        long = [prompt for prompt in batch if prompt["prompt_id"] not in fitting]
+        # A sharded teacher's forwards need every rank: without a prompt that fits, the start of one takes part
+        ids = [prompt["ids"] for prompt in fitting.values()] or [batch[0]["ids"][: args.max_prompt_tokens]]
         samples = []
         if fitting or args.shard_teacher:
-            used = fitting or [batch[0] | {"ids": batch[0]["ids"][: args.max_prompt_tokens]}]  # takes part, not written
-            ids, numbers = [prompt["ids"] for prompt in used], [prompt["prompt_id"] for prompt in used]
-            samples = build_samples(student, teacher, ids, numbers, *settings)
-        if idle:
-            continue
-        by_id = {prompt["prompt_id"]: prompt for prompt in batch}
-        fitting_ids, seen, records = {prompt["prompt_id"] for prompt in fitting}, set(), []
-        for sample in samples:
-            prompt = by_id[sample["prompt_id"]]
-            if prompt["prompt_id"] in fitting_ids:
-                status = pair_status(sample, seen, keep, prompt)
-                records.append({"status": status, "prompt": prompt["text"], "prompt_ids": prompt["ids"], **sample})
-        for prompt_id in by_id.keys() - fitting_ids:
-            records.append({"status": "too_long", "prompt_id": prompt_id, "prompt": by_id[prompt_id]["text"]})
+            samples = build_samples(student, teacher, ids, list(fitting) or [batch[0]["prompt_id"]], *settings)
+        records = [{"status": "too_long", "prompt_id": p["prompt_id"], "prompt": p["text"]} for p in long]
+        seen = set()
+        for sample in samples if fitting else []:
+            prompt = fitting[sample["prompt_id"]]
+            status = pair_status(sample, seen, keep, prompt)
+            records.append({"status": status, "prompt": prompt["text"], "prompt_ids": prompt["ids"], **sample})
         records.sort(key=lambda record: record["prompt_id"])  # stable: a prompt's samples stay in order
-        runs.write_jsonl(out / "pairs" / f"{k:05d}.jsonl", records)
+        if is_ours:
+            runs.write_jsonl(out / "pairs" / f"{k:05d}.jsonl", records)
 
 
 def merge_pairs(args, tokenizer, prompts, out):

@@ -10,8 +10,6 @@ its p, and their total mass; reverse KL sees one probability for every other tok
 The cut is made at temperature 1, before --temperature.
 """
 
-import hashlib
-import json
 import math
 from pathlib import Path
 
@@ -67,9 +65,8 @@ def write_examples(args, world, tokenizer, tokens, prompts, out):
     """
     fitting = prompts.select((lengths_of(prompts, "ids") <= args.max_prompt_tokens).nonzero()[:, 0].numpy())
     if args.mode == "teacher":
-        write_teacher_responses(args, world, tokenizer, tokens, fitting, out / "responses")
+        rows = teacher_responses(args, world, tokenizer, tokens, fitting, out / "responses")
         training.release_memory()
-        rows = stored_responses(fitting, args.prompts_per_batch, out / "responses", tokens.vocab_size)
     elif args.mode == "gold" or args.on_policy < 1:
         rows = gold_responses(fitting, tokenizer, args)
     else:
@@ -110,19 +107,21 @@ def write_responses(model, prompts, sample_ids, stage, args, tokens, greedy=Fals
     return decode.decode(model, rows, choose, start + args.max_new_tokens, tokens, any_rank)[0]
 
 
-def write_teacher_responses(args, world, tokenizer, tokens, prompts, folder):
-    """SeqKD (Kim and Rush, arXiv 1606.07947): the teacher's response to each prompt, kept in folder/NNNNN.jsonl."""
+def teacher_responses(args, world, tokenizer, tokens, prompts, folder):
+    """SeqKD (Kim and Rush, arXiv 1606.07947): the teacher's response to each prompt, kept in folder/NNNNN.jsonl.
+
+    Returns a generator of the prompts with "response". Raises UserError if a file is of other prompts.
+    """
     size, greedy = args.prompts_per_batch, args.teacher_decoding == "greedy"
-    missing = runs.missing_shards(folder, math.ceil(len(prompts) / size), "jsonl", world)
-    teacher = training.load_teacher(args, world, tokenizer) if missing else None
+    count = math.ceil(len(prompts) / size)
+    shards = runs.shards_to_do(folder, count, "jsonl", world)
+    teacher = training.load_teacher(args, world, tokenizer) if shards else None
     any_rank = world.any if args.shard_teacher else None
-    for turn in runs.progress(range(0, len(missing), world.size), desc="responses", world=world, unit="batch"):
-        # In the last turn a rank without a batch goes along: the forwards of a sharded teacher need every rank
-        k = missing[min(turn + world.rank, len(missing) - 1)]
+    for k, is_ours in runs.progress(shards, desc="responses", world=world, unit="batch"):
         batch = prompts[k * size : (k + 1) * size]
         zeros = [0] * len(batch["ids"])
         responses = write_responses(teacher, batch, zeros, decode.KD_TEACHER_STAGE, args, tokens, greedy, any_rank)
-        if turn + world.rank < len(missing):
+        if is_ours:
             texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
             rows = [
                 {"prompt_id": prompt_id, "prompt": prompt, "response_ids": ids, "response": text}
@@ -131,27 +130,15 @@ def write_teacher_responses(args, world, tokenizer, tokens, prompts, folder):
             runs.write_jsonl(folder / f"{k:05d}.jsonl", rows)
     world.barrier()
 
+    def read():
+        for k in range(count):
+            file, batch = folder / f"{k:05d}.jsonl", prompts.select(range(k * size, min((k + 1) * size, len(prompts))))
+            rows = runs.read_jsonl(file)
+            if [row["prompt_id"] for row in rows] != batch["prompt_id"][:]:
+                raise UserError("the responses are to other prompts", f"in {file}", "delete it: it is then made again")
+            yield from (prompt | {"response": row["response_ids"]} for prompt, row in zip(batch, rows))
 
-def stored_responses(prompts, size, folder, vocab_size):
-    """Yields each prompt with "response", from the files of `write_teacher_responses`."""
-    for k in range(math.ceil(len(prompts) / size)):
-        batch = prompts.select(range(k * size, min((k + 1) * size, len(prompts))))
-        responses = read_responses(folder / f"{k:05d}.jsonl", batch["prompt_id"], vocab_size)
-        yield from (prompt | {"response": ids} for prompt, ids in zip(batch, responses))
-
-
-def read_responses(file, prompt_ids, vocab_size):
-    """The responses to a batch of prompts, lists of ids, from their file. Raises UserError unless it has just these."""
-    is_response = lambda ids: bool(ids) and all(type(i) is int and 0 <= i < vocab_size for i in ids)
-    try:
-        rows = runs.read_jsonl(file)
-        whole = [row["prompt_id"] for row in rows] == list(prompt_ids)
-        whole = whole and all(is_response(row["response_ids"]) for row in rows)
-    except (UserError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise UserError("the file is cut, or of other prompts", f"in {file}", "delete it: it is then made again")
-    return [row["response_ids"] for row in rows]
+    return read()
 
 
 @torch.no_grad()
@@ -212,7 +199,7 @@ class LiveTeacher:
 
     @torch.no_grad()
     def __call__(self, inputs, indices):
-        """inputs: from `collate`. indices: of the examples, unused. Returns a function slice of M -> logits (m, V) float32."""
+        """inputs: from `collate`. indices: of the examples, unused. Returns a function slice of M -> logits (m, V)."""
         hidden = response_hidden(self.lm, inputs["token_ids"], inputs["source"])
         return lambda part: decode.next_logits(self.lm, hidden[part], self.vocab_size)
 
@@ -223,80 +210,50 @@ class CachedTeacher:
     FIELDS = ("ids", "logprobs", "rest")  # (M, k), (M, k), (M,) of the M response tokens of a file's examples
 
     def __init__(self, args, world, tokenizer, tokens, examples):
-        self.folder, self.size, self.world = Path(args.teacher_cache), args.prompts_per_batch, world
+        self.folder, self.size, self.device = Path(args.teacher_cache), args.prompts_per_batch, world.device
         self.vocab_size, self.k = tokens.vocab_size, min(args.teacher_top_k, tokens.vocab_size)
         self.offsets = F.pad(lengths_of(examples, "response").cumsum(0), (1, 0))  # response tokens before an example
         world.first(lambda: self.check_source(args, examples))
-        self.write(args, tokenizer, tokens, examples)
-        training.release_memory()
-        world.first(self.check_files)
-
-    def check_source(self, args, examples):
-        """Raises UserError if the cache was made of something else; a new one gets its cache.json."""
-        content = hashlib.sha256()  # of json.dumps of the list of all examples, without its text in memory
-        for i, example in enumerate(examples):
-            text = json.dumps([example["ids"], example["response"]])
-            content.update(f"{', ' if i else '['}{text}".encode())
-        content.update(b"]")
-        ours = {"teacher": args.teacher, "teacher_content": runs.fingerprint(args.teacher)}
-        ours |= {"dtype": str(models.compute_dtype(args.dtype, self.world.device)), "teacher_top_k": self.k}
-        ours |= {"prompts_per_batch": self.size, "vocabulary": self.vocab_size, "examples": content.hexdigest()}
-        file = self.folder / "cache.json"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not file.exists() and not any(self.folder.glob("*.safetensors")):
-                runs.write_json(file, ours)
-            theirs = dict(runs.read_json(file)) if file.exists() else {}
-        except OSError as error:
-            what = f"the teacher cache cannot be written ({runs.one_line(error)})"
-            raise UserError(what, f"at {self.folder}", "give another --teacher-cache")
-        except (ValueError, TypeError):
-            theirs = {}
-        runs.refuse_differences(self.folder, ours, theirs, args.accept_changes)
-
-    def write(self, args, tokenizer, tokens, examples):
-        """Writes the files that are missing."""
-        world, count = self.world, math.ceil(len(examples) / self.size)
-        missing = runs.missing_shards(self.folder, count, "safetensors", world)
-        teacher = LiveTeacher(training.load_teacher(args, world, tokenizer), tokens.vocab_size) if missing else None
-        for turn in runs.progress(range(0, len(missing), world.size), desc="teacher cache", world=world, unit="batch"):
-            # In the last turn a rank without a batch goes along: the forwards of a sharded teacher need every rank
-            k = missing[min(turn + world.rank, len(missing) - 1)]
+        shards = runs.shards_to_do(self.folder, math.ceil(len(examples) / self.size), "safetensors", world)
+        teacher = LiveTeacher(training.load_teacher(args, world, tokenizer), tokens.vocab_size) if shards else None
+        for k, is_ours in runs.progress(shards, desc="teacher cache", world=world, unit="batch"):
             batch = examples[k * self.size : (k + 1) * self.size]
             sequences = [(prompt, response, True) for prompt, response in zip(batch["ids"], batch["response"])]
             inputs = collate(sequences, tokens.pad_id, world.device)
             logits, chunk = teacher(inputs, None), decode.head_chunk(self.vocab_size)
             starts = range(0, len(inputs["source"]), chunk)
             parts = [top_k_logprobs(logits(slice(start, start + chunk)), self.k) for start in starts]
-            if turn + world.rank < len(missing):
+            if is_ours:
                 tensors = {name: torch.cat(part).cpu() for name, part in zip(self.FIELDS, zip(*parts))}
                 with runs.atomic_path(self.folder / f"{k:05d}.safetensors") as partial:
                     safetensors.torch.save_file(tensors, partial)
         world.barrier()
 
-    def place(self, i):
-        """The file of example i, and from where to where in it its response tokens are."""
-        start, end = (self.offsets[i : i + 2] - self.offsets[i - i % self.size]).tolist()
-        return self.folder / f"{i // self.size:05d}.safetensors", start, end
-
-    def check_files(self):
-        """Raises UserError unless each file is whole and of its examples' response tokens."""
-        count = len(self.offsets) - 1
-        for last in [*range(self.size - 1, count - 1, self.size), count - 1]:
-            file, _, tokens = self.place(last)
-            try:
-                with safetensors.safe_open(file, "pt") as stored:
-                    shapes = [stored.get_slice(name).get_shape() for name in self.FIELDS]
-            except (OSError, safetensors.SafetensorError):
-                shapes = None
-            if shapes != [[tokens, self.k], [tokens, self.k], [tokens]]:
-                raise UserError("the file is cut or damaged", f"in {file}", "delete it: it is then made again")
+    def check_source(self, args, examples):
+        """Raises UserError if the cache was made of something else; a new one gets its cache.json."""
+        ours = {"teacher": args.teacher, "teacher_content": runs.fingerprint(args.teacher), "teacher_top_k": self.k}
+        ours |= {"dtype": str(models.compute_dtype(args.dtype, self.device)), "prompts_per_batch": self.size}
+        ours |= {"vocabulary": self.vocab_size, "examples": runs.fingerprint(examples.cache_files[0]["filename"])}
+        file, theirs = self.folder / "cache.json", {}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not file.exists() and not any(self.folder.glob("*.safetensors")):
+                runs.write_json(file, ours)
+            if file.exists():
+                theirs = dict(runs.read_json(file))
+        except (OSError, ValueError, TypeError) as error:
+            what = f"the teacher cache cannot be used ({runs.one_line(error)})"
+            raise UserError(what, f"at {self.folder}", "give another --teacher-cache")
+        runs.refuse_differences(self.folder, ours, theirs, args.accept_changes)
 
     def __call__(self, inputs, indices):
         """indices: of the micro-batch's examples, in order. Returns a function slice of M -> log-probs (m, V)."""
         pieces = []
-        for file, start, end in map(self.place, indices):
-            with safetensors.safe_open(file, "pt") as stored:
+        for i in indices:
+            start, end = (
+                self.offsets[i : i + 2] - self.offsets[i - i % self.size]
+            ).tolist()  # in the file of example i
+            with safetensors.safe_open(self.folder / f"{i // self.size:05d}.safetensors", "pt") as stored:
                 pieces.append([stored.get_slice(name)[start:end] for name in self.FIELDS])
-        tensors = [torch.cat(parts).to(self.world.device) for parts in zip(*pieces)]  # (M, k), (M, k), (M,)
+        tensors = [torch.cat(parts).to(self.device) for parts in zip(*pieces)]  # (M, k), (M, k), (M,)
         return lambda part: expand_top_k(*(tensor[part] for tensor in tensors), self.vocab_size)

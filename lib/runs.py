@@ -273,7 +273,8 @@ def is_free(name):
 def claim(out, record, accept):
     """What `start_run` does, on rank 0."""
     file = out / "args.json"
-    made = [p for p in sorted(out.glob("*")) if p.name[0] != "." and p.name not in ("args.json", "prompts.arrow")]
+    begun = {"args.json", "prompts.arrow", "eval", "compare.json"}  # what claims nothing
+    made = [path for path in sorted(out.glob("*")) if path.name[0] != "." and path.name not in begun]
     if (out.exists() and not out.is_dir()) or (made and not file.exists()):
         what = f"OUT holds {made[0].name}, which no run made" if made else "OUT is not a folder"
         raise UserError(what, f"at {out}", "give another --out")
@@ -354,8 +355,12 @@ def git_commit():
         return None, None
 
 
-def missing_shards(folder, count, suffix, world):
-    """Sorted numbers k < count whose file folder/NNNNN.suffix is not there, the same list on every rank."""
+def shards_to_do(folder, count, suffix, world):
+    """This rank's part of the shards folder/NNNNN.suffix, k < count, that are not there: a list of (k, is it ours).
+
+    All ranks get equally long lists, since a sharded model's forwards need every rank: one that has no shard left in the
+    last turn takes part in another one's, which is not its own and which it must not write.
+    """
 
     def look():
         folder.mkdir(parents=True, exist_ok=True)
@@ -365,7 +370,9 @@ def missing_shards(folder, count, suffix, world):
             print(f"{folder.name}: {count - len(missing)} of {count} batches were there already")
         return missing
 
-    return world.first(look)
+    missing = world.first(look)
+    numbers = range(world.rank, world.rank + len(missing), world.size)
+    return [(missing[min(number, len(missing) - 1)], number < len(missing)) for number in numbers]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -377,7 +384,7 @@ def missing_shards(folder, count, suffix, world):
 def atomic_path(path):
     """A path to write to, which becomes `path` when the block ends: a reader or a killed run sees all or nothing."""
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
         with open(partial, "rb") as file:

@@ -8,10 +8,10 @@ import torch
 from conftest import make_model
 from transformers import AutoModelForCausalLM
 
-import common
-import explain
+from lib import runs as common
+from tools import explain
 import warmup_distill
-from common import UserError
+from lib.runs import UserError
 
 PROMPT, REJECTED, CHOSEN = [1, 9, 6, 18], [7, 14, 5, 17, 8, 2], [7, 14, 5, 9, 2]
 LOG_Q, LOG_P = [-0.1, -0.2, -0.3, -0.1, -0.5, -0.01], [-0.1, -1.2, -0.2, -6.0, -5.5, -0.02]
@@ -39,7 +39,7 @@ def run(tmp_path, pair_of_models, tokenizer, capsys):
         models = [word for name, path in pair_of_models.items() for word in (f"--{name}", path)]
         args = warmup_distill.parse_args([*models, "--data", "none.jsonl", "--out", str(out), *flags])
         common.write_json(out / "args.json", {"args": vars(args)})
-        explain.explain(warmup_distill.parse_args(list(given)), out, prompt_id, sample_id)
+        explain.explain(out, prompt_id, sample_id)
         return capsys.readouterr().out.splitlines()
 
     return tour

@@ -12,10 +12,10 @@ import pytest
 from conftest import launch
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-import common
-import models
-import report
-from common import UserError
+from lib import runs as common
+from lib import models
+from tools import report
+from lib.runs import UserError
 
 HOSTILE = [
     "<script>document.title='owned'</script>",
@@ -65,7 +65,7 @@ MISMATCH = {
     "t_star_histogram": {"10": 1, "2": 2},
 }
 STEPS = [
-    {"stage": "dpo", "step": k, "loss": 0.7 / k, "dpo_loss": 0.7 / k, "margin": float(k), "accuracy": 1.0, "lr": 1e-6}
+    {"stage": "dpo", "step": k, "loss": 0.7 / k, "dpo_loss": 0.7 / k, "margin": float(k), "wins": 1.0, "lr": 1e-6}
     for k in (1, 2, 3)
 ]
 
@@ -197,7 +197,7 @@ def test_curves_mismatch_and_results(make_run):
             "sets": {"all": {"difference": 1.0, "low": -1.0, "high": 3.0, "share": 0.8, "examples": 4}},
         },
     }
-    summary = {"student before": {"accuracy": 0.4}, "student after": {"accuracy": 0.5}, "stages": {"sample": 12345.678}}
+    summary = {"student before": {"accuracy": 0.4}, "student after": {"accuracy": 0.5}}
     files = {"mismatch.json": MISMATCH, "metrics.jsonl": STEPS, "summary.json": summary, "eval/table.json": table}
     run = page_of(make_run(records=[sample()], files=files)).data["runs"][0]
     assert run["eta"] == 4.0
@@ -206,9 +206,7 @@ def test_curves_mismatch_and_results(make_run):
     assert run["mismatch"]["margins"] == {"edges": [-1.0, 0.0, 1.0], "counts": [0, 7, 10, 3]}
     assert run["metrics"]["step"] == [1, 2, 3] and run["metrics"]["columns"]["margin"] == [1.0, 2.0, 3.0]
     assert "dpo_loss" not in run["metrics"]["columns"]  # without NLL it is the loss
-    assert run["summary"]["rows"]["student after"]["accuracy"] == 0.5 and run["summary"]["stages"] == {
-        "sample": 12345.7
-    }
+    assert run["summary"]["student after"]["accuracy"] == 0.5
     assert run["eval"][0]["rows"][0]["model"] == "m/<b>" and run["eval"][0]["rows"][0]["seeds"] == 1
     assert run["eval"][0]["pair"] == ["m", "n"] and run["eval"][0]["comparisons"][0]["high"] == 3.0
 
@@ -445,13 +443,18 @@ def test_page_is_written_whole_or_not_at_all(make_run, monkeypatch):
     assert (out / "report.html").read_bytes() == before
 
 
+def launchm(module, *args):
+    import os, subprocess, sys
+    return subprocess.run([sys.executable, "-m", module, *map(str, args)], capture_output=True, text=True, cwd="/work/main")
+
+
 def test_command(make_run, tmp_path):
     out = make_run(records=[sample()])
-    done = launch(0, "report.py", out)
+    done = launchm("tools.report", out)
     assert done.returncode == 0 and done.stdout.startswith(str(out / "report.html")), done.stderr
     for argv, expected in (
         ([tmp_path / "none"], "error: OUT is not a folder"),
         ([out, "--max-samples", "0"], "error: --max-samples is 0"),
     ):
-        done = launch(0, "report.py", *argv)
+        done = launchm("tools.report", *argv)
         assert done.returncode == 2 and done.stderr.startswith(expected) and done.stderr.count("\n") == 1, done.stderr
