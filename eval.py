@@ -42,7 +42,9 @@ def model_name(path):
 
 
 def read_responses(file, path, metric, prompts):
-    """The rows of a response file. Raises UserError if they are not of these prompts, or older than the model."""
+    """The rows of a response file, None without one. Raises UserError if they are of other prompts or an older model."""
+    if not file.exists():
+        return None
     rows, todo = runs.read_jsonl(file), "delete it or give another --out"
     keys = ("prompt_id", "prompt", "references", "metric")
     wanted = [(p["prompt_id"], p["text"], p["gold"], metric) for p in prompts]
@@ -65,64 +67,49 @@ def read_folder(name):
     return results
 
 
-def read_distance(file, question):
-    """The distance in `file` if it is the answer to `question`; else, or if the file is damaged, None."""
-    try:
-        answer = runs.read_json(file)
-    except (FileNotFoundError, ValueError):
-        return None
-    return answer if isinstance(answer, dict) and question.items() <= answer.items() else None
-
-
 def evaluate(path, sets, args, world, out, checker, teacher):
     """Makes the response and distance files of one model that are not there yet.
 
     sets: list of (Benchmark, examples). teacher: () -> the model of --distance, loaded once.
     Returns ({set: its line of the table}, {set: {seed: rows}}), the same on every rank.
     """
-    tokenizer, tokens = models.shared_tokenizer(path, None, args.trust_remote_code)
-    if args.distance is not None:
-        theirs = models.load_tokenizer(args.distance, args.trust_remote_code)
-        models.check_same_tokenizer(tokenizer, theirs, path, args.distance)
-    folder, table, results, missing = out / model_name(path), {}, {}, []
-    for benchmark, examples in sets:  # what can be refused is refused before the model is loaded
+    tokenizer, tokens = models.shared_tokenizer(path, args.distance, args.trust_remote_code)
+    model = functools.cache(lambda: models.load_frozen(path, args, world, tokenizer))
+    folder, table, results, done = out / model_name(path), {}, {}, 0
+    if world.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    for benchmark, examples in sets:
         name, new_tokens = benchmark.name, args.max_new_tokens if args.max_new_tokens > 0 else benchmark.max_new_tokens
         limit = models.prompt_limit([path], args.max_prompt_tokens, new_tokens, args.trust_remote_code)
         prompts, skipped = benchmarks.encode(examples, tokenizer, args.template, limit)
-        table[name] = {"metric": benchmark.metric, "skipped": skipped, "max_prompt_tokens": limit}
-        results[name] = {}
         settings = (prompts, tokens, tokenizer, new_tokens, args.batch_size)
+        results[name] = {}
         # A greedy response has no randomness: one seed is enough
         for seed in args.seeds if benchmark.metric == "rouge" else args.seeds[:1]:
             file = folder / f"{name}-seed{seed}.jsonl"
-            done = file.exists()
-            results[name][seed] = read_responses(file, path, benchmark.metric, prompts) if done else None
-            if not done:
-                missing.append((benchmark, seed, None, file, settings))
+            rows = world.first(functools.partial(read_responses, file, path, benchmark.metric, prompts))
+            done += rows is not None
+            if rows is None:
+                rows = respond(model(), *settings, benchmark.metric, seed, args, world, checker, file.stem)
+                if world.rank == 0:
+                    runs.write_jsonl(file, rows)
+            results[name][seed] = rows
+        table[name] = {"metric": benchmark.metric, "skipped": skipped, "max_prompt_tokens": limit}
+        table[name] |= scoring.summarise(results[name])
         if args.distance is not None:
             question = {"teacher": args.distance, "eta": args.eta, "seed": args.seeds[0], "prompts": len(prompts)}
             question["content"] = [runs.fingerprint(p) for p in (path, args.distance)]  # as they are trained now
             file = folder / f"{name}-distance-{model_name(args.distance)}.json"
-            table[name]["distance"] = read_distance(file, question)
-            if table[name]["distance"] is None:
-                missing.append((benchmark, args.seeds[0], question, file, settings))
-    world.barrier()  # every rank has looked before the first one writes
-    if missing:
-        folder.mkdir(parents=True, exist_ok=True)
-        model = models.load_frozen(path, args, world, tokenizer)
-    for benchmark, seed, question, file, settings in missing:
-        if question is None:
-            rows = respond(model, *settings, benchmark.metric, seed, args, world, checker, file.stem)
-            results[benchmark.name][seed] = rows
-        else:
-            found = measure.distance(model, teacher(), *settings, seed, world, args.eta, first_mismatch)
-            table[benchmark.name]["distance"] = question | found
-        if world.rank == 0 and question is None:
-            runs.write_jsonl(file, rows)
-        elif world.rank == 0:
-            runs.write_json(file, question | found)
-    for name, by_seed in results.items():
-        table[name] |= scoring.summarise(by_seed)
+            there = world.first(file.exists)
+            found = runs.read_json(file) if there else {}
+            if not question.items() <= found.items():
+                found = measure.distance(model(), teacher(), *settings, args.seeds[0], world, args.eta, first_mismatch)
+                found = question | found
+                if world.rank == 0:
+                    runs.write_json(file, found)
+            table[name]["distance"] = found
+    if world.rank == 0 and done:
+        print(f"{path}: {done} response files were there already")
     return table, results
 
 
@@ -228,8 +215,6 @@ def main(argv=None):
     world, out = runs.start_processes(args.device, args.threads), Path(args.out) / "eval"
     found = [benchmarks.find(spec, args.metric) for spec in args.data]
     check_once("--data", [benchmark.name for benchmark in found])
-    for metric in {benchmark.metric for benchmark in found}:
-        scoring.check_installed(metric)
     sets = [(benchmark, benchmarks.load(benchmark, args.limit)) for benchmark in found]
     results = {name: read_folder(name) for name in args.compare if name not in args.model}
     settings = {key: getattr(args, key) for key in SETTINGS}

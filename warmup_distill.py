@@ -136,6 +136,7 @@ def build_samples(
     """
     responses, log_q = sample_responses(student, prompts, prompt_ids, tokens, sampling)
     rows, hidden, log_p, mask = check_responses(teacher, prompts, responses, tokens)
+    measure.check_finite(log_q + log_p, [prompt_id for prompt_id in prompt_ids for _ in range(sampling.samples)])
     t_star = first_mismatch(log_q, log_p, mask, eta)  # (B,)
     lengths = mask.sum(-1)
     positions = torch.where(t_star >= 0, t_star + int(replace == "after"), lengths)  # without a mismatch y is kept
@@ -400,7 +401,7 @@ def main(argv=None):
     found = world.first(lambda: merge_pairs(args, tokenizer, prompts, out))
     if world.rank == 0:
         others = {"untouched": found["untouched"], **found["dropped"]}
-        words = ", ".join(f"{count} {status}" for status, count in others.items() if count)
+        words = ", ".join(f"{count} {status}" for status, count in others.items())
         print(f"{found['pairs']} pairs of {found['samples']} samples: {words}")
         for line in found["warnings"]:
             print(f"warning: {line}")

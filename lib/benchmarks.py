@@ -9,7 +9,6 @@ JSON files are read line by line, not through `datasets`: inferring one type for
 lists there is how a list of references turns into one string, which Rouge-L then scores without a warning.
 """
 
-import ast
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -89,10 +88,8 @@ def read_rows(benchmark):
     try:
         if path.endswith(".jsonl"):
             rows = read_jsonl(path)
-        elif path.endswith(".json"):
-            rows = read_json(path)
         elif path:
-            rows = data.load_rows(path, None, "train").to_list()
+            rows = read_json(path)
         elif benchmark.file:
             rows = read_jsonl(huggingface_hub.hf_hub_download(benchmark.repo, benchmark.file, repo_type="dataset"))
         else:
@@ -120,13 +117,11 @@ def load(benchmark, limit=0):
     for wanted in (data.PROMPT_COLUMNS, data.INPUT_COLUMNS, REFERENCE_COLUMNS):
         found.append(next((column for column in wanted if column in names), None))
         if found[-1] is None and wanted is not data.INPUT_COLUMNS:
-            raise UserError(
-                f"no column {' or '.join(wanted)}", f"{where} with columns {', '.join(names)}", "rename one"
-            )
+            what = f"no column {' or '.join(wanted)}"
+            raise UserError(what, f"{where} with columns {', '.join(names)}", "rename one")
     text, context, target = found
-    values = unstringify([row.get(target) for row in rows], target, where)
     examples = []
-    for number, (row, value) in enumerate(zip(rows, values)):
+    for number, row in enumerate(rows):
         place, instruction = f"{where} row {number}", row.get(text)
         extra = "" if row.get(context) is None else row[context]
         for column, field in ((text, instruction), (context, extra)):
@@ -134,7 +129,7 @@ def load(benchmark, limit=0):
                 raise UserError(f"column {column} is {type(field).__name__}, not text", place, "repair the row")
         if not instruction.strip():
             raise UserError(f"column {text} is empty", place, "repair or delete the row")
-        gold, ready = references(value, target, benchmark.metric, place), templated(row.get("prompt"), place)
+        gold, ready = references(row.get(target), target, benchmark.metric, place), templated(row.get("prompt"), place)
         example = {"instruction": instruction, "input": extra, "response": gold, "messages": None, "templated": ready}
         examples.append(example)
     return examples
@@ -157,24 +152,6 @@ def references(value, column, metric, where):
     if not any(answer_of(text).strip("$ ") if metric == "math" else text.strip() for text in found):
         raise UserError(f"references missing: column {column} is empty", where, "repair or delete the row")
     return found
-
-
-def unstringify(values, column, where):
-    """Undoes lists of references that a file format has turned into strings, as CSV does.
-
-    Where every value is text that begins like a list of strings, that is what the column holds: each is read as one, and
-    one that cannot be read (cut off) is an error. A single reference that happens to look like a list is left alone.
-    """
-    if not all(isinstance(value, str) and value.strip().startswith(("['", '["')) for value in values):
-        return values
-    lists = []
-    for number, value in enumerate(values):
-        try:
-            lists.append(ast.literal_eval(value.strip()))
-        except (ValueError, SyntaxError):
-            what = f"column {column} begins like a list of references and cannot be read as one"
-            raise UserError(what, f"{where} row {number}", "give a list, or the text of one reference")
-    return lists
 
 
 def encode(examples, tokenizer, template, max_tokens):

@@ -73,6 +73,7 @@ def sample_token(logits, noise, temperature, top_p):
         cdf = weights.cumsum(-1, dtype=torch.float64)  # (B, K)
         target = noise * cdf[:, -1:]
         index = torch.searchsorted(cdf, target, right=True)  # (B, 1) the first entry that ends above target
+        index = index.clamp(max=weights.shape[-1] - 1)  # of a row of NaN, whose log-probs the caller refuses
         weight = weights.gather(-1, index)
         within = (target - (cdf.gather(-1, index) - weight)) / weight
         return index, within.clamp(0, 1 - 2**-52)  # rounding may carry it out

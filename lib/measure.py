@@ -58,15 +58,15 @@ def generate(model, prompts, chooser, tokens, tokenizer, max_new_tokens, batch_s
         rows = decode.prefill(model, [p["ids"] for p in batch], tokens)
         budget = torch.full((len(batch),), max_new_tokens, device=world.device)
         responses, logprobs = decode.decode(model, rows, chooser(batch), budget, tokens)
-        check_finite(logprobs, batch)
+        check_finite(logprobs, [p["prompt_id"] for p in batch])
         yield batch, responses, tokenizer.batch_decode(responses, skip_special_tokens=True)
 
 
-def check_finite(values, prompts):
-    """Raises UserError with the first prompt whose row of `values` (B, N) has a NaN or an infinity."""
-    for prompt, finite in zip(prompts, values.isfinite().all(-1).tolist()):
+def check_finite(logprobs, prompt_ids):
+    """Raises UserError with the id of the first of B prompts whose row of log-probs (B, T) has a NaN or an infinity."""
+    for prompt_id, finite in zip(prompt_ids, logprobs.isfinite().all(-1).tolist()):
         if not finite:
-            raise UserError("log-probs are NaN or infinite", f"for prompt {prompt['prompt_id']}", "use --dtype float32")
+            raise UserError("log-probs are NaN or infinite", f"for prompt {prompt_id}", "use --dtype float32")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ def distance(
             p = decode.next_logits(teacher, hidden_p[i, : len(response)], tokens.vocab_size).log_softmax(-1)
             log_q, log_p = q.gather(-1, targets).T, p.gather(-1, targets).T  # (1, T)
             forward, reverse = (p.exp() * (p - q)).sum(), (q.exp() * (q - p)).sum()
-            check_finite(torch.stack([forward, reverse, (log_q - log_p).sum()])[None], batch[i:])
+            check_finite(torch.stack([forward, reverse, (log_q - log_p).sum()])[None], [batch[i]["prompt_id"]])
             t_star = first_mismatch(log_q, log_p, torch.ones_like(log_q, dtype=torch.bool), eta)  # (1,)
             totals["kl_teacher_student"] += forward.item()
             totals["kl_student_teacher"] += reverse.item()

@@ -31,7 +31,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).parent.parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Arguments that may differ when a run continues: they change no pair and no weight by more than rounding
-FREE_ARGS = {"out", "toy", "device", "threads", "save_every", "micro_batch_size", "activation_checkpointing"}
+FREE_ARGS = {"out", "toy", "device", "threads", "pairs_only", "save_every", "micro_batch_size"}
+FREE_ARGS |= {"activation_checkpointing", "accept_changes"}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Errors: one line, exit status 2
@@ -255,7 +256,7 @@ def start_run(out, args, world, inputs=()):
     of other arguments, inputs or code (unless --accept-changes), or another run is at work in it.
     """
     out = Path(out)
-    settings = {key: value for key, value in vars(args).items() if not is_free(key)}
+    settings = {key: value for key, value in vars(args).items() if key not in FREE_ARGS and key[:5] != "eval_"}
     commit, dirty = git_commit()
     versions = {"python": sys.version, "torch": torch.__version__, "transformers": transformers.__version__}
     record = {"args": vars(args) | {"out": str(out)}, "settings": settings, "versions": versions}
@@ -263,11 +264,6 @@ def start_run(out, args, world, inputs=()):
     record |= {"commit": commit, "dirty": dirty}
     world.first(lambda: claim(out, record, getattr(args, "accept_changes", False)))
     return out
-
-
-def is_free(name):
-    """Whether an argument may differ when a run continues."""
-    return name in FREE_ARGS or name.startswith("eval_") or name == "accept_changes"
 
 
 def claim(out, record, accept):

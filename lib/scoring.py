@@ -4,7 +4,6 @@ rouge_score and math_verify are imported where they are used: training takes `is
 """
 
 import functools
-import importlib.util
 import logging
 import math
 import multiprocessing
@@ -129,14 +128,6 @@ class AnswerChecker:
         except multiprocessing.TimeoutError:
             self.close()
             return None
-
-
-def check_installed(metric):
-    """Raises UserError unless the scorer of "rouge" or "math" can be imported."""
-    module = {"rouge": "rouge_score", "math": "math_verify"}[metric]
-    if importlib.util.find_spec(module) is None:
-        package = module.replace("_", "-")
-        raise UserError(f"{package} is not installed", f"for {TITLES[metric]}", f"pip install {package}")
 
 
 def score_response(response, references, metric, checker):
