@@ -401,8 +401,8 @@ def main(argv=None):
     found = world.first(lambda: merge_pairs(args, tokenizer, prompts, out))
     if world.rank == 0:
         others = {"untouched": found["untouched"], **found["dropped"]}
-        words = ", ".join(f"{count} {status}" for status, count in others.items())
-        print(f"{found['pairs']} pairs of {found['samples']} samples: {words}")
+        words = [f"{count} {status}" for status, count in others.items() if count > 0]
+        print(f"{found['pairs']} pairs of {found['samples']} samples{': ' if words else ''}{', '.join(words)}")
         for line in found["warnings"]:
             print(f"warning: {line}")
     if args.pairs_only:

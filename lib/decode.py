@@ -88,7 +88,7 @@ def sample_token(logits, noise, temperature, top_p):
     blocks = F.pad(probs, (0, -probs.shape[-1] % block_size)).unflatten(-1, (-1, block_size))
     block, noise = invert(blocks.sum(-1), noise[:, None])
     token, _ = invert(blocks.take_along_dim(block[:, :, None], 1)[:, 0], noise)
-    return (block * block_size + token)[:, 0]
+    return (block * block_size + token)[:, 0].clamp(max=probs.shape[-1] - 1)
 
 
 def token_logprobs(hidden, weight, bias, targets, chunk):

@@ -1,6 +1,5 @@
 """What several tests need: tiny models as ordinary folders, and real torchrun processes over gloo on the CPU."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from lib import runs
 from toy import make as toy
 
 ROOT = Path(__file__).parent.parent
@@ -49,26 +50,51 @@ def tokenizer():
     return toy.make_tokenizer()
 
 
-@pytest.fixture(scope="session")
-def pair_of_models(tmp_path_factory, tokenizer):
-    """Folders of a random student (Llama, tied) and a random teacher (Qwen2, more vocabulary rows than tokens)."""
-    root = tmp_path_factory.mktemp("models")
-    make_model("llama", 1, tie_word_embeddings=True).save_pretrained(root / "student")
-    make_model("qwen2", 2, width=24, rows=32).save_pretrained(root / "teacher")
+def make_inputs(root, prompts):
+    """{"student": a random Llama, tied; "teacher": a random Qwen2 with more vocabulary rows than tokens; "data": JSONL}."""
+    paths = {"student": str(root / "student"), "teacher": str(root / "teacher"), "data": str(root / "train.jsonl")}
+    make_model("llama", 1, tie_word_embeddings=True).save_pretrained(paths["student"])
+    make_model("qwen2", 2, width=24, rows=32).save_pretrained(paths["teacher"])
     for name in ("student", "teacher"):
-        tokenizer.save_pretrained(root / name)
-    return {"student": str(root / "student"), "teacher": str(root / "teacher")}
+        toy.make_tokenizer().save_pretrained(paths[name])
+    problems, facts = toy.draw_splits(0, toy.Settings(train=prompts))["train"], toy.correct_facts()
+    runs.write_jsonl(paths["data"], [toy.to_example(problem, facts) for problem in problems])
+    return paths
 
 
 @pytest.fixture(scope="session")
-def prompts_file(tmp_path_factory):
-    """40 problems of the toy's task as JSONL."""
-    path = tmp_path_factory.mktemp("data") / "train.jsonl"
-    problems = toy.draw_splits(0, toy.Settings(train=40))["train"]
-    facts = toy.correct_facts()
+def inputs(tmp_path_factory):
+    return make_inputs(tmp_path_factory.mktemp("models"), 40)
 
-    path.write_text("".join(json.dumps(toy.to_example(p, facts)) + "\n" for p in problems))
-    return str(path)
+
+@pytest.fixture(scope="session")
+def pair_of_models(inputs):
+    """Folders of a student and a teacher."""
+    return {"student": inputs["student"], "teacher": inputs["teacher"]}
+
+
+@pytest.fixture(scope="session")
+def prompts_file(inputs):
+    """40 problems of the toy's task as JSONL."""
+    return inputs["data"]
+
+
+def weights(out):
+    """What a run has trained."""
+    return load_file(out / "student" / "model.safetensors")
+
+
+def logged(out):
+    """metrics.jsonl without what the clock and the machine say."""
+    rest = ("seconds", "tokens_per_second", "peak_memory_gb")
+    return [{k: v for k, v in row.items() if k not in rest} for row in runs.read_jsonl(out / "metrics.jsonl")]
+
+
+def assert_identical(ours, whole):
+    """Two runs have, bit for bit, the same weights and metrics; and nothing half-written is left."""
+    a, b = weights(ours), weights(whole)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert logged(ours) == logged(whole) and not list(ours.rglob("*.partial"))
 
 
 def launch(processes, script, *args, timeout=300, cwd=None, env=None):

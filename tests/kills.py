@@ -26,12 +26,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from conftest import make_model
+from conftest import logged, make_inputs
 
 from lib import runs
-from toy import make as toy
 
-CLOCKS = ("seconds", "tokens_per_second", "peak_memory_gb")  # what metrics.jsonl has of the clock and the machine
 DEADLINE = 60  # seconds for the survivors of a kill
 VICTIMS = ("rank 0", "rank 1", "rank 0", "rank 1", "torchrun", "all ranks", "everything")
 SHARED = "--template none --lr 1e-3 --batch-size 8 --micro-batch-size 2 --save-every 3 --threads 1 --device cpu"
@@ -41,7 +39,7 @@ KD = f"{SHARED} --mode teacher --max-new-tokens 24 --prompts-per-batch 2 --limit
 # wait after it in seconds). A file with a count in its name has to have at least this count
 STAGES = [
     (0, "pairs", "pairs/*.jsonl", 30, 0.2),
-    (0, "merge", ".pairs.jsonl.partial", 1, 0.02),
+    (0, "merge", ".pairs.jsonl.*.partial", 1, 0.02),
     (0, "reference", "pairs.arrow", 1, 0.4),
     (0, "training", "metrics.jsonl", 34, 0.1),
     (0, "checkpoint", "checkpoint/.step-*.partial", 33, 0.02),
@@ -58,18 +56,6 @@ STAGES = [
 # ---------------------------------------------------------------------------------------------------------------------
 # The job
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def make_inputs(root, prompts=64):
-    """Folders of a random student and teacher, and a file of prompts; returns {"student", "teacher", "data": path}."""
-    paths = {"student": str(root / "student"), "teacher": str(root / "teacher"), "data": str(root / "data.jsonl")}
-    make_model("llama", 1, tie_word_embeddings=True).save_pretrained(paths["student"])
-    make_model("qwen2", 2, width=24, rows=32).save_pretrained(paths["teacher"])
-    for name in ("student", "teacher"):
-        toy.make_tokenizer().save_pretrained(paths[name])
-    problems = toy.draw_splits(0, toy.Settings(train=prompts))["train"]
-    runs.write_jsonl(paths["data"], [toy.to_example(problem, toy.correct_facts()) for problem in problems])
-    return paths
 
 
 def commands(inputs, out):
@@ -248,8 +234,7 @@ def results(job):
         for pattern in ("pairs.jsonl", "mismatch.json", "summary.json", "pairs/*", "responses/*"):
             found.update({f"{out.name}/{f.relative_to(out)}": f.read_bytes() for f in out.glob(pattern)})
         found[f"{out.name}/weights"] = (out / "student" / "model.safetensors").read_bytes()
-        rows = runs.read_jsonl(out / "metrics.jsonl")
-        found[f"{out.name}/metrics"] = [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows]
+        found[f"{out.name}/metrics"] = logged(out)
     return found
 
 
@@ -267,7 +252,7 @@ def main():
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        inputs = make_inputs(root)
+        inputs = make_inputs(root, 64)
         # kd.py's student is named by its path, which is an argument: both runs have the same path, one after another
         job = commands(inputs, root / "run")
         run_unbroken(args.processes, job, root / "log")

@@ -23,9 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import kills
 import torch
-from conftest import launch
+from conftest import launch, make_inputs
 
 from lib import runs, training
 
@@ -49,8 +48,7 @@ def memory(field):
 def read_prompts(args, world, tokenizer, tokens, prompts, out):
     """In place of `warmup_distill.build_pairs`; it ends the process."""
     size = args.prompts_per_batch
-    missing = runs.missing_shards(out / "pairs", len(prompts) // size, "jsonl", world)
-    for k in missing[world.rank :: 100]:
+    for k, _ in runs.shards_to_do(out / "pairs", len(prompts) // size, "jsonl", world)[::100]:
         assert len([prompts[i] for i in range(k * size, (k + 1) * size)]) == size
     raise SystemExit(0)
 
@@ -146,7 +144,7 @@ def write_rows(path, script, rows):
 
 def measure_rows(root, count, processes):
     """[{"script", "rank", "rows", "empty_mb", "peak_mb", "above_mb", "seconds"}]: of each script, each rank."""
-    inputs, found = kills.make_inputs(root), []
+    inputs, found = make_inputs(root, 1), []
     student, teacher, file = inputs["student"], inputs["teacher"], root / "rows.jsonl"
     jobs = {
         "warmup_distill": f"--student {student} --teacher {teacher} --data {file} {PROMPTS}",

@@ -12,11 +12,10 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from conftest import ROOT, launch
+from conftest import ROOT, assert_identical, launch, logged, weights
 from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM
@@ -166,16 +165,6 @@ def jobs(tmp_path_factory, pair_of_models, prompts_file):
     return jobs
 
 
-def metrics(out):
-    """The numbers of metrics.jsonl without what a clock or the machine says."""
-    rest = ("stage", "seconds", "tokens_per_second", "peak_memory_gb")
-    return [{k: v for k, v in row.items() if k not in rest} for row in runs.read_jsonl(out / "metrics.jsonl")]
-
-
-def weights(out):
-    return load_file(out / "student" / "model.safetensors")
-
-
 def distance(a, b):
     """|a - b| / |b| over all tensors of two dicts."""
     assert a.keys() == b.keys()
@@ -197,21 +186,13 @@ def assert_same_table(ours, alone):
 
 def assert_same_training(ours, alone, models, steps):
     """Losses, and what is added to the student's weights, to float32 rounding."""
-    assert [row["step"] for row in metrics(alone)] == list(range(1, steps + 1))
-    for row, expected in zip(metrics(ours), metrics(alone), strict=True):
+    assert [row["step"] for row in logged(alone)] == list(range(1, steps + 1))
+    for row, expected in zip(logged(ours), logged(alone), strict=True):
         assert row == pytest.approx(expected, rel=1e-5, abs=1e-6)
     start = load_file(models["student"] + "/model.safetensors")
     update, expected = ({k: w[k] - start[k] for k in start} for w in (weights(ours), weights(alone)))
     assert all(v.abs().max() > 1e-4 for v in expected.values())
     assert distance(update, expected) < 1e-3
-
-
-def assert_identical(ours, whole):
-    """Bit for bit: weights and metrics; and nothing half-written is left."""
-    a, b = weights(ours), weights(whole)
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    assert metrics(ours) == metrics(whole)
-    assert not list(ours.rglob("*.partial"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -279,7 +260,7 @@ def test_gradients_equal_the_plain_loop(jobs, plain, name, n):
     out = jobs.out(n, name)
     steps = torch.load(out / "gradients.pt")
     assert len(steps) == len(plain[name]) == 2
-    for step, row, (loss, expected) in zip(steps, metrics(out), plain[name]):
+    for step, row, (loss, expected) in zip(steps, logged(out), plain[name]):
         assert row["loss"] == pytest.approx(loss, rel=1e-5)
         assert {key.removeprefix("lm.") for key in step} == expected.keys()
         for key, gradient in expected.items():
@@ -301,7 +282,7 @@ def test_training_does_not_depend_on_processes(jobs, pair_of_models, name, n, st
 
 def test_bfloat16(jobs):
     """The policy computes in bfloat16, 8 bits of mantissa; weights and reductions stay in float32."""
-    for row, expected in zip(metrics(jobs.out(2, "bfloat16")), metrics(jobs.out(2, "train")), strict=True):
+    for row, expected in zip(logged(jobs.out(2, "bfloat16")), logged(jobs.out(2, "train")), strict=True):
         assert row["loss"] == pytest.approx(expected["loss"], abs=0.03)
         assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=0.1)
     assert all(v.dtype == torch.float32 for v in weights(jobs.out(2, "bfloat16")).values())
@@ -363,7 +344,7 @@ def test_killed_sampling_ends_as_if_unbroken(jobs):
 
 def test_resume_with_two_then_one_then_three_processes(jobs, pair_of_models):
     begun = jobs.out(2, "chain")
-    assert len(metrics(begun)) == 2 and (begun / "checkpoint" / "step-000002").is_dir()
+    assert len(logged(begun)) == 2 and (begun / "checkpoint" / "step-000002").is_dir()
     jobs.out(0, "chain")  # killed as planned
     assert_same_training(jobs.out(3, "chain"), jobs.out(3, "train"), pair_of_models, 6)
 
@@ -377,7 +358,7 @@ def test_stopped_training_ends_as_if_unbroken(jobs, n):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The real command: its end and its errors
+# The real command
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -414,22 +395,3 @@ def test_two_nodes(jobs, tmp_path):
     whole = jobs.out(2, "pairs")
     assert pair_files(tmp_path / "out") == pair_files(whole)
     assert_identical(tmp_path / "out", whole)
-
-
-def error_lines(*command):
-    """Lines that begin with "error: " from two processes that must fail, and soon."""
-    started = time.perf_counter()
-    result = launch(2, *command, timeout=90, env={"PYTHONPATH": str(ROOT)})
-    assert result.returncode != 0 and time.perf_counter() - started < 60
-    return [line for line in result.stderr.splitlines() if line.startswith("error: ")], result.stderr
-
-
-def test_error_of_all_ranks_is_printed_once(jobs, tmp_path):
-    argv = jobs.method("", FEW)[1]["argv"] + ["--student", str(tmp_path / "nothing"), "--out", str(tmp_path / "out")]
-    lines, stderr = error_lines("warmup_distill.py", *argv)
-    assert len(lines) == 1 and str(tmp_path / "nothing") in lines[0] and "(rank" not in lines[0], stderr
-
-
-def test_error_of_one_rank_is_printed(tmp_path):
-    lines, stderr = error_lines("tests/workers.py", "rank-error")
-    assert lines == ["error: rank 1 met something, in its own data, repair it (rank 1)"], stderr

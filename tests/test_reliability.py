@@ -19,7 +19,7 @@ import kills
 import long_run
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, assert_identical, logged, weights
 from safetensors.torch import load_file, save_file
 
 import dpo
@@ -29,11 +29,6 @@ from lib import runs
 from lib.runs import UserError
 
 SMALL = "--batch-size 2 --micro-batch-size 2 --lr 1e-3 --threads 1 --device cpu --save-every 2"
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    return kills.make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")
@@ -75,20 +70,6 @@ def distil(inputs, tmp_path):
 @pytest.fixture
 def run_of(align, warm_up, distil):
     return {"dpo": align, "warmup_distill": warm_up, "kd": distil}
-
-
-def weights(out):
-    return load_file(out / "student" / "model.safetensors")
-
-
-def logged(out):
-    rows = runs.read_jsonl(out / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if k not in kills.CLOCKS} for row in rows]
-
-
-def assert_identical(ours, whole):
-    a, b = weights(ours), weights(whole)
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in b) and logged(ours) == logged(whole)
 
 
 def newest_checkpoint(out):
@@ -147,7 +128,7 @@ def test_two_processes_killed_and_stopped(inputs, tmp_path):
     stop(kills.Start(2, script, args, log), out, signal.SIGINT, 6)
     kill("checkpoint", "checkpoint/.step-*.partial", 1, "torchrun")
     kills.run_unbroken(2, [job], log)
-    assert len(whole) > 30 and kills.differences(kills.results([job]), whole) == []
+    assert len(whole) > 20 and kills.differences(kills.results([job]), whole) == []
 
 
 def test_one_process_stopped_while_another_waits(align, tmp_path):
@@ -162,20 +143,6 @@ def test_one_process_stopped_while_another_waits(align, tmp_path):
     stop(start, out, signal.SIGINT, 3)
     assert start.process.returncode == 143 and newest_checkpoint(out) < 120
     assert_identical(align("--epochs 20"), whole)
-
-
-def test_full_memory_is_one_line(monkeypatch, capsys):
-    """With the flags that need less of it."""
-    status = []
-    monkeypatch.setattr(runs.os, "_exit", status.append)
-
-    def main():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-    runs.run(main)
-    [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: out of GPU memory (CUDA out of memory. Tried") and status == [1]
-    assert all(flag in line for flag in ("--micro-batch-size", "--activation-checkpointing", "--prompts-per-batch"))
 
 
 @pytest.mark.parametrize("which", ["dpo", "kd"])
@@ -201,7 +168,7 @@ def test_less_memory_continues_in_the_same_folder(run_of, tmp_path, monkeypatch,
 def test_left_half_written(align, tmp_path):
     """What a killed run left under a temporary name is removed when the next one starts."""
     whole, out = align(out="whole"), tmp_path / "out"
-    for name in (".student.partial/model", "checkpoint/.step-000009.partial/shard", ".pairs.jsonl.partial"):
+    for name in (".student.partial/model", "checkpoint/.step-000009.partial/shard", ".pairs.jsonl.7.partial"):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text("half")
     shutil.copy(whole / "args.json", out)
@@ -209,23 +176,20 @@ def test_left_half_written(align, tmp_path):
     assert not list(out.rglob("*.partial"))
 
 
-@pytest.mark.parametrize("name", ["student", "teacher", "data", "code"])
-def test_what_has_changed_under_the_same_path_is_refused(inputs, warm_up, tmp_path, monkeypatch, name):
+@pytest.mark.parametrize("name", ["student", "teacher", "data"])
+def test_what_has_changed_under_the_same_path_is_refused(inputs, warm_up, tmp_path, name):
     copies = {key: tmp_path / Path(path).name for key, path in inputs.items()}
     for key, copy in copies.items():
         (shutil.copy if key == "data" else shutil.copytree)(inputs[key], copy)
     out = warm_up(**copies)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    if name == "code":
-        monkeypatch.setattr(runs, "code_fingerprints", lambda: {"dpo.py": "0"})
-    elif name == "data":
+    if name == "data":
         copies["data"].write_text(copies["data"].read_text().replace("1", "2", 1))
     else:
         tensors = load_file(copies[name] / "model.safetensors")
         tensors[min(tensors)][0] += 1e-3
         save_file(tensors, copies[name] / "model.safetensors", {"format": "pt"})
-    changed = "dpo.py" if name == "code" else copies[name]
-    expected = f"what is there was made otherwise (…{changed}: … there, … now…), in {out}, give another folder, or …"
+    expected = f"what is there was made otherwise ({copies[name]}: … there, … now), in {out}, give another folder, or …"
     assert_error(expected, warm_up, **copies)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
@@ -334,20 +298,6 @@ def test_damaged_metrics(align, unfinished, text):
     assert_error(f"the file is damaged (…), in {unfinished}/metrics.jsonl, repair or delete it: …", align)
 
 
-@pytest.mark.parametrize("damage", [half, empty, first_line, Path.unlink])
-def test_damaged_pair_shard(warm_up, damage):
-    """Refused, or (gone) made again; with the file deleted the run continues, and its pairs are the same."""
-    out = warm_up("--pairs-only")
-    before = {file: file.read_bytes() for file in (*out.glob("pairs/*"), out / "pairs.jsonl", out / "mismatch.json")}
-    damage(file := out / "pairs" / "00001.jsonl")
-    if file.exists():
-        where = f"in {file}" if damage != half else f"in {file} line 1"
-        assert_error(f"…, {where}, …", warm_up, "--pairs-only")
-        file.unlink()
-    warm_up("--pairs-only")
-    assert {file: file.read_bytes() for file in before} == before
-
-
 RESPONSES = {
     "cut in a line": half,
     "a row is missing": first_line,
@@ -442,14 +392,6 @@ def test_fall_of_a_mean_log_prob_is_that_of_the_response():
     assert fell()
 
 
-def test_warnings_about_pairs_are_printed(warm_up, capsys):
-    """eta 100: nothing is corrected, and the run says so."""
-    warm_up("--eta 100")
-    printed = capsys.readouterr().out
-    assert "warning: the teacher corrects 0.0% of the samples at eta 100.0: eta is too high" in printed
-    assert "warning: no pair came out" in printed
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Untrusted files
 # ---------------------------------------------------------------------------------------------------------------------
@@ -459,15 +401,13 @@ def test_warnings_about_pairs_are_printed(warm_up, capsys):
     "path", sorted([*ROOT.glob("*.py"), *ROOT.glob("lib/*.py"), *ROOT.glob("tools/*.py")]), ids=str
 )
 def test_no_pickle(path):
-    """No module imports pickle, or calls what unpickles; weights are asked for as safetensors."""
+    """No module imports pickle, or calls what unpickles."""
     for node in ast.walk(ast.parse(path.read_text())):
         names = {alias.name for alias in node.names} if isinstance(node, ast.Import | ast.ImportFrom) else set()
         names |= {node.module} if isinstance(node, ast.ImportFrom) else set()
         called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
         assert not names & {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
         assert called not in ("torch.load", "torch.save", "eval", "exec") and "pickle" not in called
-        if called.endswith(".from_pretrained") and called.split(".")[0] in ("auto_class", "AutoModelForCausalLM"):
-            assert any(k.arg == "use_safetensors" and ast.unparse(k.value) == "True" for k in node.keywords)
 
 
 def test_a_checkpoint_is_safetensors_and_json(trained):

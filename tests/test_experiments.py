@@ -1,0 +1,376 @@
+"""experiments/: statistics by hand, commands that parse, resumption, tables made of the result files; bench/ at toy size."""
+
+import importlib
+import json
+import math
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import warmup_distill
+from lib import decode, runs, training
+from toy import make
+
+FOLDER = ROOT / "experiments"
+sys.path[:0] = [str(FOLDER), str(FOLDER / "bench")]
+
+import dpo_sensitivity
+import dpo_step
+import eta_sweep
+import harness
+import kd_loss
+import lab
+import pipeline
+import real_pair
+import sampling
+import splice
+import tables
+import toy_ablation
+
+RECORD = {"command", "date", "commit", "cpu", "cores", "torch", "transformers"}
+TINY = ["--shape", "tiny", "--dtype", "float32", "--repeat", "1"]
+SHORT = ["--prompt-length", "8", "--max-new-tokens", "9"]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_t_interval_by_hand():
+    """1, 2, 3, 4: mean 2.5, s = sqrt(5 / 3) = 1.29099, s / sqrt(4) = 0.645497, t(3) = 3.182: half width 2.05397."""
+    assert lab.t_interval([1, 2, 3, 4]) == (2.5, pytest.approx(2.05397, abs=1e-5))
+    assert lab.t_interval([3.0]) == (3.0, math.inf)
+    # Entries of the usual table, by degrees of freedom
+    assert [lab.t_quantile(df) for df in (1, 4, 9, 29)] == [12.706, 2.776, 2.262, 2.045]
+    assert len(lab.T_QUANTILES) == 29 and sorted(lab.T_QUANTILES, reverse=True) == lab.T_QUANTILES
+    assert lab.t_quantile(30) == pytest.approx(2.0423, abs=0.002)
+    assert lab.t_quantile(63) == pytest.approx(1.9983, abs=0.002)
+
+
+def test_paired_differences_not_difference_of_means():
+    """Seeds that vary a lot and always gain 1: the paired interval is [1, 1], however large the spread is."""
+    assert lab.paired([11, 51, 91], [10, 50, 90]) == (1, 0)
+    with pytest.raises(ValueError, match="zip"):
+        lab.paired([1, 2], [1])
+    assert tables.percent([0.5, 0.7]) == "60.0 ± 14.1"
+    assert tables.difference([0.5, 0.6, 0.7], [0.4, 0.5, 0.6]) == "**+10.0 [10.0, 10.0]**"
+    assert tables.difference([0.5, 0.6], [0.6, 0.5]) == "+0.0 [-127.1, 127.1]"  # t(1) s / sqrt(2) = 12.706 x 10
+
+
+def test_eta_sweep_by_hand():
+    """Two groups, three samples, margins (0, 5), (1, 1), (9, 0, 6): rates by token, by sample, and the places of t*."""
+    rows = [(0, [0.0, 5.0]), (0, [1.0, 1.0]), (1, [9.0, 0.0, 6.0])]
+    samples = [{"group": g, "student_logprobs": v, "teacher_logprobs": [0.0] * len(v)} for g, v in rows]
+    swept = eta_sweep.sweep(samples)
+    assert swept[4.0]["samples"] == pytest.approx(2 / 3, abs=1e-5)
+    assert swept[4.0]["tokens"] == pytest.approx(3 / 7, abs=1e-6)
+    assert swept[4.0]["t_star"] == [0, 0, 1]
+    assert swept[4.0]["behind"] == pytest.approx(4 / 7, abs=1e-5)  # (5), and all of (9, 0, 6)
+    # The groups' rates are 1/2 and 1: s = 0.353553, half width t(1) s / sqrt(2) = 12.706 x 0.25
+    assert swept[4.0]["half_width"] == pytest.approx(3.1765, abs=1e-4)
+    assert swept[0.5]["samples"] == 1 and swept[10.0]["t_star"] is None
+    assert [eta_sweep.quantile([7, 0, 3, 0], share) for share in (0.25, 0.5, 0.75, 1.0)] == [0, 0, 3, 7]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Choices and controls
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_choices_and_report_share_no_seed():
+    assert not set(lab.DEV_SEEDS) & set(lab.REPORT_SEEDS) and len(set(lab.REPORT_SEEDS)) == 10
+    assert set(toy_ablation.SELECT_SEEDS) <= set(lab.DEV_SEEDS)
+
+
+def test_real_training_and_test_problems_never_overlap():
+    """Also where a question of the test is in the training part again, spelled with other spaces and capitals."""
+    rows = [{"question": f"How  much is {i}?", "answer": f"It is <<{i}={i}>>{i}.\n#### {i}"} for i in range(200)]
+    rows[5] = {"question": "how much is 199?", "answer": "#### 199"}
+    train, test = real_pair.split(rows)
+    assert len(test) == real_pair.TEST and len(train) == 200 - real_pair.TEST - 1
+    plain = lambda row: " ".join(row["question"].lower().split())
+    assert not {plain(row) for row in train} & {plain(row) for row in test}
+    assert test[-1]["answer"] == "It is 199.\n#### 199"  # the calculator's notes are left out
+
+
+def test_rates_of_kd():
+    """The highest mean, of equals the smallest rate; for another number of steps the rate of the nearest budget."""
+    value = {5e-4: [0.1, 0.9], 1e-3: [0.6, 0.6], 2e-3: [0.6, 0.6], 4e-3: [0.0, 0.0], 8e-3: [0.5, 0.5]}
+    cells = [f"{loss}/{budget}" for loss in toy_ablation.LOSSES for budget in toy_ablation.BUDGETS]
+    found = {f"{cell}/{rate}": values for cell in cells for rate, values in value.items()}
+    assert toy_ablation.best_rates(found) == dict.fromkeys(cells, 1e-3)
+    rates = {f"a/{budget}": budget for budget in toy_ablation.BUDGETS}
+    nearest = [toy_ablation.rate_of(rates, "a", steps) for steps in (30, 49, 51, 199, 201, 900)]
+    assert nearest == [25, 25, 100, 100, 400, 400]
+
+
+def test_extra_steps_by_hand():
+    """A warm-up of 1,000 and 500 tokens; a KD step has 20 and 10. The longest run of KD alone is what counts."""
+    warmup = {"student_tokens": 1000, "teacher_tokens": 500}
+    run = lambda steps: {"steps": steps, "student_tokens": 20 * steps, "teacher_tokens": 10 * steps}
+    alone = {"forward_kl": {25: run(25), 100: run(100)}}
+    assert toy_ablation.extra_steps("none + tokens", warmup, alone, "forward_kl") == 50
+    alone["forward_kl"][100]["teacher_tokens"] = 900
+    assert toy_ablation.extra_steps("none + teacher tokens", warmup, alone, "forward_kl") == 56  # 500 / 9, rounded up
+
+
+def test_moved_mismatch_is_a_control_and_goes_away():
+    original = warmup_distill.first_mismatch
+    q, p = torch.zeros(3, 4), torch.tensor([[0.0, 0, -9, 0], [0, 0, 0, 0], [0, -9, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]]).bool()
+    found = lambda: warmup_distill.first_mismatch(q, p, mask, 4.0).tolist()
+    assert found() == [2, -1, 1]
+    with lab.moved_mismatch("start", 0):
+        assert found() == [0, -1, 0]
+    with lab.moved_mismatch("random", 0):
+        drawn = [found() for _ in range(60)]
+    with lab.moved_mismatch("random", 0):
+        assert drawn == [found() for _ in range(60)]
+    # Without a mismatch there is nothing to move; never beyond the response's end
+    assert [set(places) for places in zip(*drawn)] == [{0, 1, 2, 3}, {-1}, {0, 1}]
+    assert warmup_distill.first_mismatch is original
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands and runs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, sets", [("qwen", 2), ("llama", 5)])
+def test_commands_of_paper_sh_parse(name, sets):
+    script = FOLDER / "paper.sh"
+    assert "NOT RUN" in script.read_text()
+    environment = {"LAUNCH": "echo", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(["bash", script, name], capture_output=True, text=True, check=True, env=environment)
+    commands = [shlex.split(line) for line in done.stdout.splitlines()]
+    assert [words[0] for words in commands] == ["warmup_distill.py", *["kd.py", "kd.py", "eval.py"] * 3]
+    parsed = [importlib.import_module(words[0].removesuffix(".py")).parse_args(words[1:]) for words in commands]
+    warmed, alone, evaluated = parsed[1:4]
+    assert warmed.student == f"{parsed[0].out}/student" and alone.student == parsed[0].student
+    assert evaluated.compare == [f"{alone.out}/student", f"{warmed.out}/student"] == evaluated.model
+    assert len(evaluated.data) == sets and (parsed[0].samples, parsed[0].eta) == (8, 4)
+
+
+@pytest.fixture
+def task(tmp_path):
+    """A `lab.Toy` with a tiny toy of its own."""
+    tiny = make.Recipe(16, 32, batch_size=4, lr=1e-3, steps=2)
+    return lab.Toy(tmp_path, 3, "dev", teacher=tiny, student=tiny, train=40, dev=8, test=8)
+
+
+def test_variants_parse(monkeypatch, task):
+    """Every variant of the sensitivity and of the ablation's KD, through the parsers of the scripts."""
+    parsed = {}
+
+    def parse(script, settings, folder):
+        parsed[folder] = lab.MAINS[script].parse_args(lab.flags({**settings, "out": folder}))
+        raise StopIteration  # parsed is enough
+
+    def only_parse(run, name, *arguments, **settings):
+        with pytest.raises(StopIteration):
+            run(name, *arguments, **settings)
+
+    monkeypatch.setattr(lab, "call", parse)
+    for name, changes in dpo_sensitivity.variants().items():
+        of_pairs = {key: value for key, value in changes.items() if key in dpo_sensitivity.PAIR_FLAGS}
+        of_dpo = {key: value for key, value in changes.items() if key not in of_pairs}
+        only_parse(task.warmup, f"pairs/{name}", pairs_only=True, **of_pairs)
+        only_parse(task.dpo, f"dpo/{name}", "pairs", **of_dpo)
+    only_parse(task.warmup, "no-splice", eta=-1e9)
+    for condition, (losses, budget, flags) in toy_ablation.CONDITIONS.items():
+        for loss in losses:
+            only_parse(task.kd, f"{condition}/{loss}", task.paths["student"], loss=loss, max_steps=budget, **flags)
+    assert {args.seed for args in parsed.values()} == {3} and len(parsed) > 80
+    assert parsed[task.folder / "dpo/sft"].beta == 1e-9 and parsed[task.folder / "no-splice"].eta == -1e9
+    # The sensitivity's first row is the toy's default
+    default, toy = dpo_sensitivity.settings_of("default"), warmup_distill.TOY
+    assert default == {key: toy[key] for key in lab.DPO} and lab.DPO_SIZE.items() <= toy.items()
+
+
+def test_a_run_of_each_kind(task):
+    """Warm-up, DPO, KD in its three modes: accuracy and costs; only what is needed is kept."""
+    few = {"max_steps": 2, "batch_size": 4, "micro_batch_size": 4, "max_new_tokens": 8}
+    warm = task.warmup("warm", limit=4, samples=2, prompts_per_batch=2, eta=-1e9, **few)
+    folder, size = task.folder / "warm", {"max_steps": 2, "batch_size": 4, "micro_batch_size": 4}
+    again = task.dpo("again", "warm", **size)
+    assert {path.name for path in folder.iterdir()} == {"student", "pairs", "pairs.jsonl", "result.json"}
+    rows = [row for file in (folder / "pairs").glob("*.jsonl") for row in runs.read_jsonl(file)]
+    pairs = runs.read_jsonl(folder / "pairs.jsonl")
+    assert warm["pairs"] == len(pairs) > 0
+    prompts = {row["prompt_id"]: len(row["prompt_ids"]) for row in rows}
+    sampled = sum(prompts.values()) + sum(len(row["response_ids"]) for row in rows)
+    assert warm["teacher_tokens"] == sampled + sum(len(row["chosen_ids"]) for row in rows)  # t* = 0: all of y+
+    # The same pairs at the same settings: the same student, and the same costs
+    for key in ("accuracy", "student_tokens", "teacher_tokens"):
+        assert again[key] == warm[key], key
+    # SFT on the same pairs: no reference, no rejected suffix; each step's pairs at their own lengths
+    sft = task.dpo("sft", "warm", beta=1e-9, nll_weight=1.0, **size)
+    batches = [training.batch_of_step(step, len(pairs), 4, task.seed) for step in range(2)]
+    tokens = sum(len(pairs[i]["prompt_ids"] + pairs[i]["chosen_ids"]) for batch in batches for i in batch)
+    assert again["student_tokens"] - sft["student_tokens"] == warm["dpo_tokens"] - tokens > 0
+    few |= {"limit": 8, "max_new_tokens": 40}
+    gold, teacher, student = (
+        task.kd(mode, folder / "student", mode=mode, **few) for mode in ("gold", "teacher", "student")
+    )
+    assert {path.name for path in (task.folder / "gold").iterdir()} == {"result.json"}
+    assert gold["student_tokens"] == gold["teacher_tokens"] > 0
+    assert teacher["teacher_tokens"] > teacher["student_tokens"] + 8 * 2  # it read the prompts and wrote the responses
+    assert student["student_tokens"] == 2 * student["teacher_tokens"]
+    assert all(result["steps"] == 2 and 0 <= result["accuracy"] <= 1 for result in (gold, teacher, student))
+
+
+def test_a_finished_run_is_not_run_again(tmp_path):
+    """Unless its settings differ; and what goes on from there has its settings among its own."""
+    folder, calls = tmp_path / "run", []
+    folder.mkdir()
+    (folder / "left by a kill").write_text("x")
+
+    def work():
+        calls.append([*folder.iterdir()])
+        (folder / "model").mkdir()
+        (folder / "waste").write_text("x")
+        return {"accuracy": 0.5}
+
+    for lr in (0.1, 0.1, 0.2):
+        result = lab.resumable(folder, work, {"lr": lr}, keep=("model",))
+        assert result == {"accuracy": 0.5, "settings": [f"--lr={lr}"]}
+    assert calls == [[], []]
+    assert {path.name for path in folder.iterdir()} == {"model", "result.json"}
+    assert lab.origin(folder) == {"origin": ["--lr=0.2"]} and lab.origin(tmp_path) == {"origin": None}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Result files and tables
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_tables_are_what_the_result_files_say():
+    command = [sys.executable, FOLDER / "tables.py", "--check", FOLDER / "README.md"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    text = (FOLDER / "README.md").read_text(encoding="utf-8")
+    blocks = {found[1:3] for found in (match.groups() for match in tables.BLOCK.finditer(text))}
+    assert blocks == {(name, kind) for name, kinds in tables.TABLES.items() for kind in kinds}
+
+
+def test_result_files_say_how_they_came_to_be():
+    for name in tables.TABLES:
+        assert tables.read(name)["record"].keys() >= RECORD
+    result = tables.read("toy_ablation")
+    for condition, seeds in result["seeds"].items():
+        assert set(seeds) <= set(lab.REPORT_SEEDS)
+        arms = [row for arm, row in result["runs"].items() if arm.startswith(f"{condition}/")]
+        assert arms and all(len(row["accuracy"]) == len(seeds) for row in arms)
+    for file in FOLDER.rglob("*"):  # nothing of the machine but its processor and versions
+        if file.suffix in (".py", ".sh", ".json", ".svg", ".md"):
+            assert not re.search(r"/root/|/work/|/home/|/tmp/", file.read_text(encoding="utf-8")), file.name
+
+
+def test_a_number_that_was_changed_by_hand_is_found(tmp_path, monkeypatch, capsys):
+    result = {"record": dict.fromkeys(RECORD, "x"), "seeds": [1, 2]}
+    result |= {"kd": {"loss": "forward_kl", "max_steps": 25, "lr": 1e-3}, "default": {"beta": 0.5}}
+    row = {"accuracy": [0.5, 0.7], "after_kd": [0.6, 0.8]}
+    monkeypatch.setattr(lab, "FOLDER", tmp_path)
+    lab.write_result("dpo_sensitivity", result, {"no warm-up": row, "default": row})
+    text = (tmp_path / "dpo_sensitivity.json").read_text()
+    assert json.loads(text) == result | {"runs": {"no warm-up": row, "default": row}}
+    assert '  "default": {"accuracy": [0.5, 0.7], "after_kd": [0.6, 0.8]}\n' in text  # a run a line
+    monkeypatch.setattr(tables, "FOLDER", tmp_path)
+    readme = tmp_path / "README.md"
+    readme.write_text("text\n<!-- dpo_sensitivity.json: settings -->\n<!-- end -->\n")
+    with pytest.raises(SystemExit, match="is not what the result files say"):
+        tables.main(["--check", str(readme)])
+    tables.main([str(readme)])
+    tables.main(["--check", str(readme)])
+    assert "| default | 60.0 ± 14.1 | 70.0 ± 14.1 |" in readme.read_text()
+    readme.write_text(readme.read_text().replace("60.0", "61.0", 1))
+    with pytest.raises(SystemExit, match="is not what the result files say"):
+        tables.main(["--check", str(readme)])
+    assert capsys.readouterr().out.count("1 tables") == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bench/
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "module, argv, stages",
+    [
+        (sampling, [*TINY, *SHORT, "--samples", "2"], {"equal", "unequal"}),
+        (splice, [*TINY, *SHORT, "--mismatch", "0.1"], {"check", "splice"}),
+        (
+            kd_loss,
+            ["--dtype", "float32", "--repeat", "1", "--tokens", "11", "--vocab", "50", "--width", "8"],
+            {"forward_kl"},
+        ),
+    ],
+    ids=["sampling", "splice", "kd_loss"],
+)
+def test_benchmark_compares_and_prints_json_last(module, argv, stages, capsys):
+    """In processes of their own; what both kinds computed is the same, or `compare` raises."""
+    found = module.main(argv)
+    assert len(found) == 2 and all(results[0]["stages"].keys() == stages for results in found.values())
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("check: ours and ") and json.loads(lines[-1])["stages"].keys() == found.keys()
+
+
+def test_a_difference_is_found(monkeypatch):
+    """`assert_same`, and a rewind that forgets what it keeps: other greedy continuations than those of generate."""
+    harness.assert_same([1, [2.0]], [1, [2.0001]], "x", abs_tol=1e-3)
+    for other in ([1, [2.1]], [2, [2.0]], [1, []]):
+        with pytest.raises(AssertionError):
+            harness.assert_same([1, [2.0]], other, "x", abs_tol=1e-3)
+    args = splice.parse_args([*TINY, *SHORT, "--mismatch", "0.1"])
+    student, teacher = (harness.random_model("tiny", seed=seed, std=0.3) for seed in (1, 0))
+    torch.manual_seed(0)
+    batch = splice.make_batch(student, teacher, args)
+    ours, plain = (splice.check(kind, teacher, batch) for kind in ("ours", "plain"))
+    assert ours["greedy_tokens"] == plain["greedy_tokens"] and ours["t_star"] == plain["t_star"]
+    real = decode.rewind
+    monkeypatch.setattr(decode, "rewind", lambda rows, keep, hidden: real(rows, keep * 0, hidden))
+    assert splice.check("ours", teacher, batch)["greedy_tokens"] != plain["greedy_tokens"]
+
+
+def test_dpo_step_accumulates_to_the_whole():
+    """Two shares of a step give the loss and the gradient of all pairs at once."""
+    args = dpo_step.parse_args(TINY)
+    torch.manual_seed(1)
+    pairs, reference = dpo_step.draw_pairs(4, 97, 5, 2, 4), 3 * torch.randn(4, 2)
+    found = []
+    for size in (4, 2):
+        model = dpo_step.our_model(harness.random_model("tiny"), args)
+        parts = [slice(k, k + size) for k in range(0, 4, size)]
+        loss = sum(dpo_step.our_step(model, pairs[part], reference[part], size / 4) for part in parts)
+        found.append(torch.cat([torch.tensor([loss]), *(p.grad.flatten() for p in model.parameters())]))
+    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-4)
+    assert dpo_step.our_step(model, pairs) == pytest.approx(math.log(2), abs=1e-6)  # its own reference
+
+
+def test_pipeline_and_scaling_in_one_process(monkeypatch, capsys):
+    """One kind of each, here: all stages have a time, and the loss of a policy that is its reference is ln 2."""
+    pipeline.main([*TINY, *SHORT, "--prompts", "2", "--samples", "2", "--mismatch", "0.1", "--kind", "ours"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["stages"].keys() == {"sample", "check", "splice", "dpo", "all"}
+    assert result["check"]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    sizes = ["--pairs", "4", "--batches", "2", "--samples", "2"]
+    command = [sys.executable, FOLDER / "bench/scaling.py", *TINY, *SHORT, *sizes, "--kind", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["stages"].keys() == {"sample", "check", "splice", "dpo", "kd"}
+    assert all(math.isfinite(loss) for loss in result["check"]["losses"])
+
+
+@pytest.mark.parametrize("name", kd_loss.TRL_BETA)
+def test_kd_loss_equals_trl(name):
+    pytest.importorskip("trl")
+    student, teacher = torch.randn(2, 7, 30, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(
+        kd_loss.trl_loss(name, student, teacher), kd_loss.kd.LOSSES[name](student, teacher).mean()
+    )
