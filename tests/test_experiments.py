@@ -249,10 +249,8 @@ def test_a_finished_run_is_not_run_again(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_tables_are_what_the_result_files_say():
-    command = [sys.executable, FOLDER / "tables.py", "--check", FOLDER / "README.md"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def test_tables_are_what_the_result_files_say(capsys):
+    tables.main(["--check", FOLDER / "README.md"])
     text = (FOLDER / "README.md").read_text(encoding="utf-8")
     blocks = {found[1:3] for found in (match.groups() for match in tables.BLOCK.finditer(text))}
     assert blocks == {(name, kind) for name, kinds in tables.TABLES.items() for kind in kinds}
@@ -299,25 +297,37 @@ def test_a_number_that_was_changed_by_hand_is_found(tmp_path, monkeypatch, capsy
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+SIZES = {
+    sampling: [*TINY, *SHORT, "--samples", "2"],
+    splice: [*TINY, *SHORT, "--mismatch", "0.1"],
+    kd_loss: ["--dtype", "float32", "--repeat", "1", "--tokens", "11", "--vocab", "50", "--width", "8"],
+}
+
+
 @pytest.mark.parametrize(
-    "module, argv, stages",
+    "module, kinds, stages",
     [
-        (sampling, [*TINY, *SHORT, "--samples", "2"], {"equal", "unequal"}),
-        (splice, [*TINY, *SHORT, "--mismatch", "0.1"], {"check", "splice"}),
-        (
-            kd_loss,
-            ["--dtype", "float32", "--repeat", "1", "--tokens", "11", "--vocab", "50", "--width", "8"],
-            {"forward_kl"},
-        ),
+        (sampling, ("ours", "generate"), {"equal", "unequal"}),
+        (splice, ("ours", "plain"), {"check", "splice"}),
+        (kd_loss, ("ours", "dense"), {"forward_kl"}),
     ],
-    ids=["sampling", "splice", "kd_loss"],
 )
-def test_benchmark_compares_and_prints_json_last(module, argv, stages, capsys):
-    """In processes of their own; what both kinds computed is the same, or `compare` raises."""
-    found = module.main(argv)
-    assert len(found) == 2 and all(results[0]["stages"].keys() == stages for results in found.values())
+def test_kinds_compute_the_same(module, kinds, stages, capsys):
+    found = []
+    for kind in kinds:
+        module.main([*SIZES[module], "--kind", kind])
+        found.append(json.loads(capsys.readouterr().out))
+        assert found[-1]["stages"].keys() == stages
+    assert found[0]["check"].keys() == found[1]["check"].keys() != set()
+    for name, value in found[0]["check"].items():
+        harness.assert_same(value, found[1]["check"][name], name, rel_tol=1e-3, abs_tol=1e-3)
+
+
+def test_compare_in_processes_prints_json_last(capsys):
+    found = kd_loss.main(SIZES[kd_loss])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("check: ours and ") and json.loads(lines[-1])["stages"].keys() == found.keys()
+    assert lines[0] == "check: ours and dense agree in loss, gradient_norms"
+    assert json.loads(lines[-1])["stages"].keys() == found.keys() == {"ours", "dense"}
 
 
 def test_a_difference_is_found(monkeypatch):
@@ -326,15 +336,15 @@ def test_a_difference_is_found(monkeypatch):
     for other in ([1, [2.1]], [2, [2.0]], [1, []]):
         with pytest.raises(AssertionError):
             harness.assert_same([1, [2.0]], other, "x", abs_tol=1e-3)
-    args = splice.parse_args([*TINY, *SHORT, "--mismatch", "0.1"])
-    student, teacher = (harness.random_model("tiny", seed=seed, std=0.3) for seed in (1, 0))
+    args = splice.parse_args(SIZES[splice])
+    student, teacher = (harness.load(None, args, seed=seed) for seed in (1, 0))
     torch.manual_seed(0)
     batch = splice.make_batch(student, teacher, args)
-    ours, plain = (splice.check(kind, teacher, batch) for kind in ("ours", "plain"))
-    assert ours["greedy_tokens"] == plain["greedy_tokens"] and ours["t_star"] == plain["t_star"]
+    plain = splice.check("plain", teacher, batch)["greedy_tokens"]
+    assert splice.check("ours", teacher, batch)["greedy_tokens"] == plain
     real = decode.rewind
     monkeypatch.setattr(decode, "rewind", lambda rows, keep, hidden: real(rows, keep * 0, hidden))
-    assert splice.check("ours", teacher, batch)["greedy_tokens"] != plain["greedy_tokens"]
+    assert splice.check("ours", teacher, batch)["greedy_tokens"] != plain
 
 
 def test_dpo_step_accumulates_to_the_whole():
@@ -352,7 +362,7 @@ def test_dpo_step_accumulates_to_the_whole():
     assert dpo_step.our_step(model, pairs) == pytest.approx(math.log(2), abs=1e-6)  # its own reference
 
 
-def test_pipeline_and_scaling_in_one_process(monkeypatch, capsys):
+def test_pipeline_and_scaling_in_one_process(capsys):
     """One kind of each, here: all stages have a time, and the loss of a policy that is its reference is ln 2."""
     pipeline.main([*TINY, *SHORT, "--prompts", "2", "--samples", "2", "--mismatch", "0.1", "--kind", "ours"])
     result = json.loads(capsys.readouterr().out)

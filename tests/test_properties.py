@@ -13,21 +13,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import logsigmoid
 
-import common
-import data
-import decode
 import dpo
 import kd
-import kd_data
-import pairs
-import run_folder
-import toy
-import training
 import warmup_distill
-from common import UserError
+from lib import data, decode, runs, training
+from lib.runs import UserError
+from toy import make as toy
 
-FAST = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-FEW = settings(FAST, max_examples=15)  # each reads a file with `datasets`, 20 ms
+FAST = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # as many examples as the profile says
+FEW = settings(FAST, max_examples=settings.default.max_examples // 6)  # each reads a file with `datasets`, 20 ms
+WORLD = runs.World(0, 1, torch.device("cpu"))
 TOKENIZER = toy.make_tokenizer()
 
 text = st.text(st.characters(exclude_categories=()), max_size=8)  # surrogates and control characters, too
@@ -66,7 +61,7 @@ def write_lines(path, rows):
 def test_read_jsonl_on_bytes(tmp_path, content):
     path = tmp_path / "x.jsonl"
     path.write_bytes(content)
-    rows_or_error(common.read_jsonl, path)
+    rows_or_error(runs.read_jsonl, path)
 
 
 @FAST
@@ -74,7 +69,11 @@ def test_read_jsonl_on_bytes(tmp_path, content):
 def test_read_jsonl_gives_back_what_was_written(tmp_path, rows):
     path = write_lines(tmp_path / "x.jsonl", rows)
     surrogates = any("\ud800" <= c <= "\udfff" for c in json.dumps(rows, ensure_ascii=False))
-    assert repr(rows_or_error(common.read_jsonl, path)) == repr(None if surrogates else json.loads(json.dumps(rows)))
+    assert repr(rows_or_error(runs.read_jsonl, path)) == repr(None if surrogates else json.loads(json.dumps(rows)))
+
+
+def read_pairs(path):
+    return list(dpo.read_pairs(path, TOKENIZER))
 
 
 @FAST
@@ -84,7 +83,7 @@ def test_read_jsonl_gives_back_what_was_written(tmp_path, rows):
 }) | values, min_size=1, max_size=2))  # fmt: skip
 def test_read_pairs(tmp_path, rows):
     """Rows of ids of this tokenizer, two unlike responses to a prompt, none of them empty."""
-    found = rows_or_error(pairs.read_pairs, write_lines(tmp_path / "p.jsonl", rows), TOKENIZER)
+    found = rows_or_error(read_pairs, write_lines(tmp_path / "p.jsonl", rows))
     for pair in found or []:
         for key in ("prompt_ids", "chosen_ids", "rejected_ids"):
             assert pair[key] and all(0 <= i < len(TOKENIZER) for i in pair[key])
@@ -96,7 +95,7 @@ def test_read_pairs(tmp_path, rows):
 def test_read_pairs_on_bytes(tmp_path, content):
     path = tmp_path / "p.jsonl"
     path.write_bytes(content)
-    rows_or_error(pairs.read_pairs, path, TOKENIZER)
+    rows_or_error(read_pairs, path)
 
 
 def data_args(path):
@@ -136,44 +135,22 @@ def test_read_examples_on_bytes(tmp_path, cache, content, suffix):
     rows_or_error(read_data, path)
 
 
-records = st.lists(
-    st.fixed_dictionaries({}, optional={"prompt_id": values, "status": values, "response_ids": ids | values}) | values,
-    max_size=3,
-)
-
-
-@FAST
-@given(records)
-def test_read_shard(tmp_path, rows):
-    path = write_lines(tmp_path / "s.jsonl", rows)
-    found = rows_or_error(pairs.read_shard, path, range(1), 1)
-    assert found is None or len(found) == 1
-
-
-@FAST
-@given(records)
-def test_read_responses(tmp_path, rows):
-    path = write_lines(tmp_path / "r.jsonl", rows)
-    for response in rows_or_error(kd_data.read_responses, path, [{"prompt_id": 0}], 22) or []:
-        assert response and all(0 <= i < 22 for i in response)
-
-
 @FAST
 @given(st.binary(max_size=40) | values.map(lambda value: json.dumps(value).encode() + b"\n"))
 def test_open_metrics(tmp_path, content):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(content)
-    rows_or_error(training.open_metrics, path, 3, common.World(0, 1, torch.device("cpu")))
+    rows_or_error(training.open_metrics, path, 3, WORLD)
 
 
 @FAST
 @given(values)
 def test_args_json(tmp_path, value):
     """OUT/args.json of another tool, or damaged."""
-    args = {"seed": 1}
     (tmp_path / "args.json").write_text(json.dumps(value))
     (tmp_path / "pairs.jsonl").write_text("")
-    rows_or_error(run_folder.claim, tmp_path, args, {})
+    record = {"settings": {"seed": 1}, "inputs": {}, "code": {}}
+    rows_or_error(runs.claim, tmp_path, record, False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -202,7 +179,7 @@ def test_splice(response, continuation, draw):
     position = draw.draw(st.integers(0, len(response)))
     spliced = warmup_distill.splice(response, position, continuation)
     assert spliced[:position] == response[:position] and spliced[position:] == continuation
-    assert pairs.shared_length(spliced, response) >= position
+    assert dpo.shared_length(spliced, response) >= position
 
 
 @FAST

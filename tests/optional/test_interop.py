@@ -4,7 +4,7 @@ Not part of `python -m pytest`: it needs `pip install -r tests/optional/requirem
 
     python -m pytest -s tests/optional/test_interop.py
 
-What TRL makes of pairs.jsonl: it ignores the ids and tokenizes the text columns anew, with an eos behind each response.
+What TRL makes of pairs.jsonl: it ignores the ids and tokenizes the text columns anew, with an eos after each response.
 So it trains on our very tokens where a response ended by itself, and text and ids say the same: by the toy's tokenizer,
 one token a character, that is every such response without a special token in its middle. A tokenizer that puts a bos
 before every text, such as Llama's, puts a second one before our prompts, which have it: take ours out for TRL.
@@ -22,14 +22,11 @@ from conftest import make_model
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, pipeline
 
-import common
-import decode
 import dpo
 import kd
-import models
-import pairs
-import toy
 import warmup_distill
+from lib import decode, models, runs
+from toy import make as toy
 
 BETA, LR, STEPS = 0.5, 1e-3, 4
 
@@ -105,9 +102,9 @@ def dataset(run, datasets, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def same_in_text(run, dataset):
-    """Numbers of the pairs whose text, tokenized with an eos behind each response, is their ids."""
+    """Numbers of the pairs whose text, tokenized with an eos after each response, is their ids."""
     columns = ("prompt_ids", "chosen_ids", "rejected_ids")
-    again = [pairs.tokenize_pair({key: row[key] for key in TEXT}, run.tokenizer, "here") for row in dataset]
+    again = [dpo.tokenize_pair({key: row[key] for key in TEXT}, run.tokenizer, "here") for row in dataset]
     return [i for i, row in enumerate(dataset) if all(row[key] == again[i][key] for key in columns)]
 
 
@@ -153,7 +150,7 @@ def difference(ours, theirs):
 
 def test_datasets_reads_pairs(run, dataset):
     """The rows of the file, ids as integers, text as text."""
-    assert dataset.to_list() == common.read_jsonl(run.out / "pairs.jsonl")
+    assert dataset.to_list() == runs.read_jsonl(run.out / "pairs.jsonl")
     assert set(TEXT) <= set(dataset.column_names)
     print(f"\ndatasets: {len(dataset)} pairs, columns {', '.join(dataset.column_names)}")
 
@@ -162,7 +159,7 @@ def test_trl_trains_on_our_tokens(run, dataset, same_in_text, make_trainer):
     """TRL's ids are those that dpo.py makes of the text alone, and our own where both responses ended by themselves."""
     found = make_trainer(range(len(dataset))).train_dataset
     for row, theirs in zip(dataset, found, strict=True):
-        ours = pairs.tokenize_pair({key: row[key] for key in TEXT}, run.tokenizer, "here")
+        ours = dpo.tokenize_pair({key: row[key] for key in TEXT}, run.tokenizer, "here")
         assert {key: theirs[key] for key in ours} == ours
     special, eos = set(run.tokenizer.all_special_ids), run.tokenizer.eos_token_id
     clean = lambda ids: ids[-1] == eos and not special & set(ids[:-1])
@@ -229,24 +226,24 @@ def test_trl_logprobs_and_gradient(run, dataset, same_in_text, make_trainer):
 def test_trl_trains_as_dpo_does(run, dataset, same_in_text, make_trainer, tmp_path):
     """DPOTrainer.train() beside the command dpo.py, the same pairs in every step: logged numbers, and the weights."""
     count = len(same_in_text)
-    common.write_jsonl(tmp_path / "pairs.jsonl", [dataset[i] for i in same_in_text])
+    runs.write_jsonl(tmp_path / "pairs.jsonl", [dataset[i] for i in same_in_text])
     dpo.main(
         [*flags(model=run.student, pairs=tmp_path / "pairs.jsonl", out=tmp_path / "ours", beta=BETA, lr=LR),
          *flags(max_steps=STEPS, batch_size=count, micro_batch_size=count, lr_warmup_ratio=0, lr_final_ratio=1)]
     )  # fmt: skip
-    ours = common.read_jsonl(tmp_path / "ours" / "metrics.jsonl")
+    ours = runs.read_jsonl(tmp_path / "ours" / "metrics.jsonl")
     trainer = make_trainer(same_in_text)
     start = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.train()
     theirs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(ours) == len(theirs) == STEPS
-    names = {"loss": "loss", "grad_norm": "grad_norm", "margin": "rewards/margins", "accuracy": "rewards/accuracies"}
+    names = {"loss": "loss", "grad_norm": "grad_norm", "margin": "rewards/margins", "wins": "rewards/accuracies"}
     for step, (a, b) in enumerate(zip(ours, theirs)):
         print(
             f"\nstep {step + 1}", *(f"{name} {a[name]:.6f}, TRL {b[key]:.6f};" for name, key in names.items()), end=""
         )
         for name, key in names.items():
-            if name != "accuracy" or step > 0:  # at first all rewards are 0 up to rounding
+            if name != "wins" or step > 0:  # at first all rewards are 0 up to rounding
                 assert a[name] == pytest.approx(b[key], rel=2e-4, abs=2e-4), f"{name} of step {step + 1}"
     assert ours[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) == theirs[0]["loss"]
     assert ours[-1]["loss"] < 0.95 * math.log(2)
@@ -272,9 +269,9 @@ def test_student_in_transformers(run):
     options = {"max_new_tokens": 40, "do_sample": False, "return_full_text": False}
     written = [generate(prompt, **options)[0]["generated_text"] for prompt in prompts]
     ids = [run.tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
-    rows = decode.prefill(lm, ids, run.tokenizer.pad_token_id, "cpu")
-    budget, eos = torch.full((len(ids),), 40), [run.tokenizer.eos_token_id]
-    ours, _ = decode.decode(lm, rows, decode.greedy, budget, eos, len(run.tokenizer))
+    tokens = decode.Tokens(run.tokenizer.pad_token_id, [run.tokenizer.eos_token_id], len(run.tokenizer))
+    rows, budget = decode.prefill(lm, ids, tokens), torch.full((len(ids),), 40)
+    ours, _ = decode.decode(lm, rows, decode.greedy, budget, tokens)
     print("\npipeline:", *(f"{prompt} -> {text}" for prompt, text in zip(prompts, written)))
     assert written == run.tokenizer.batch_decode(ours, skip_special_tokens=True) and all(written)
 
@@ -288,7 +285,7 @@ def test_student_of_trl_in_kd(run, same_in_text, make_trainer, tmp_path):
         [*flags(student=tmp_path / "trl", teacher=run.teacher, data=run.data, out=tmp_path / "kd", limit=8, lr=LR),
          *flags(max_steps=2, batch_size=8, micro_batch_size=4, max_new_tokens=48, loss="forward_kl", kd_rate=0.5)]
     )  # fmt: skip
-    first, second = common.read_jsonl(tmp_path / "kd" / "metrics.jsonl")
+    first, second = runs.read_jsonl(tmp_path / "kd" / "metrics.jsonl")
 
     student, teacher = (AutoModelForCausalLM.from_pretrained(p).eval() for p in (tmp_path / "trl", run.teacher))
     ce = kl = tokens = 0

@@ -15,7 +15,7 @@ import pytest
 from playwright.sync_api import sync_playwright
 from test_report import HOSTILE, MISMATCH, STEPS, Pieces, make_run, sample  # noqa: F401 - make_run is a fixture
 
-import report
+from tools import report
 
 PHONE, DESK = {"width": 360, "height": 740}, {"width": 1280, "height": 900}
 STATUSES = ("kept", "kept", "untouched", "duplicate", "identical", "filtered")
@@ -88,7 +88,7 @@ FILES = {
     "summary.json": {
         "student before": {"accuracy": 0.4},
         "student after": {"accuracy": 0.5},
-        "stages": {"sample": 9.0},
+
     },
 }
 

@@ -1,0 +1,336 @@
+"""lib/runs.py: errors, processes, what OUT's arguments, inputs and code may be, and files that are whole or not there."""
+
+import argparse
+import json
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+from lib import runs
+from lib.runs import UserError
+
+
+@pytest.fixture(scope="module")
+def world():
+    return runs.start_processes("cpu", 0)
+
+
+@pytest.fixture
+def start(world, tmp_path):
+    """start(flag=value, ...) takes up tmp_path/out, whose inputs are one file and one hub id."""
+    data = tmp_path / "data.jsonl"
+    if not data.exists():
+        data.write_text("1\n")
+
+    def begin(**flags):
+        args = argparse.Namespace(**{"seed": 1, "out": tmp_path / "out", "accept_changes": False} | flags)
+        return runs.start_run(args.out, args, world, [data, "some/model"])
+
+    return begin
+
+
+def error_of(function, *args, **flags):
+    with pytest.raises(UserError) as caught:
+        function(*args, **flags)
+    return str(caught.value)
+
+
+def made(out):
+    """Puts something into OUT that a run would have made."""
+    (out / "pairs.jsonl").write_text("")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors and flags
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_user_error_is_one_printable_line():
+    """It may quote a file: line ends and escape sequences are written out, other letters stay."""
+    assert str(UserError("a\nb\x1b[31m", "in é\u2028", "do c")) == "a\\nb\\x1b[31m, in é\\u2028, do c"
+
+
+def test_user_error_travels_between_processes():
+    """`World.first` pickles it."""
+    error = pickle.loads(pickle.dumps(UserError("what", "where\n", "what to do")))
+    assert type(error) is UserError and str(error) == "what, where\\n, what to do"
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (ValueError("one.\ntwo"), "one"),
+        (ValueError("\n  one\ntwo"), "one"),
+        (ValueError(), "ValueError"),
+        (KeyError("k"), "'k'"),
+    ],
+)
+def test_one_line(error, line):
+    assert runs.one_line(error) == line
+
+
+@pytest.mark.parametrize(
+    "kind, good, bad",
+    [
+        (runs.COUNT, ["1", "99"], ["0", "-1"]),
+        (runs.LIMIT, ["0", "7"], ["-1"]),
+        (runs.SEED, ["0", str((1 << 62) - 1)], ["-1", str(1 << 62)]),
+        (runs.NATS, ["-1", "0", "4.5"], ["nan", "inf", "-inf"]),
+        (runs.ABOVE_0, ["1e-9"], ["0", "-1", "inf", "nan"]),
+        (runs.NOT_NEGATIVE, ["0", "3"], ["-1", "inf", "nan"]),
+        (runs.SHARE, ["0", "1"], ["-0.1", "1.1", "nan"]),
+        (runs.OPEN_SHARE, ["0.5"], ["0", "1", "nan"]),
+        (runs.TOP_P, ["1e-9", "1"], ["0", "1.1", "nan"]),
+    ],
+)
+def test_ranges(kind, good, bad):
+    for word in good:
+        assert kind(word) == json.loads(word)
+    for word in bad:
+        with pytest.raises(argparse.ArgumentTypeError, match=f"^{word} is not "):
+            kind(word)
+
+
+def test_parser_errors(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["SCRIPT"])
+    parser = runs.ArgumentParser("First line.\n\nMore.")
+    runs.add_arguments(parser)
+    end = ", on the command line, see SCRIPT --help"
+    assert error_of(parser.parse_args, ["--seed", "-1"]) == f"argument --seed: -1 is not from 0 to 2^62 - 1{end}"
+    assert error_of(parser.parse_args, ["--threads", "x"]) == f"argument --threads: invalid int value: 'x'{end}"
+    assert error_of(parser.parse_args, ["--see", "1"]) == f"unrecognized arguments: --see 1{end}"
+    assert "First line." in parser.format_help() and "More." not in parser.format_help()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes: tests/test_distributed.py has several
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_world_of_one(world):
+    assert (world.rank, world.size, world.device.type) == (0, 1, "cpu")
+    assert runs.start_processes("cpu", 0) == world, "a second start joins the same group"
+    assert world.any([7]) and not world.any([]) and not world.any(0.0)
+    assert world.sum([1.5, math.pi]) == [1.5, math.pi], "float64"
+    assert world.first(lambda: {"x": [1]}) == {"x": [1]} and world.first(lambda: None) is None
+
+
+def test_errors_of_first(world):
+    def fail():
+        raise UserError("what", "where", "what to do")
+
+    assert error_of(world.first, fail) == "what, where, what to do"
+    with pytest.raises(ZeroDivisionError):
+        world.first(lambda: 1 / 0)
+
+
+def test_seconds_since_start_count_the_imports():
+    begun = time.time()
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from lib import runs; print(runs.seconds_since_start())"
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert 0.5 < float(printed) <= time.time() - begun + 0.05
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# OUT
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_args_json(start, tmp_path):
+    out = start(eval_limit=3)
+    record = runs.read_json(out / "args.json")
+    assert record["args"] == {"seed": 1, "out": str(out), "accept_changes": False, "eval_limit": 3}
+    assert record["settings"] == {"seed": 1}, "what is compared"
+    assert record["inputs"].keys() == {str(tmp_path / "data.jsonl"), "some/model"}
+    assert record["inputs"]["some/model"] is None
+    assert {"dpo.py", "lib/runs.py"} <= record["code"].keys() and not any("test" in file for file in record["code"])
+    assert record.keys() >= {"versions", "commit", "dirty"}
+
+
+def test_free_arguments_may_differ(start, tmp_path):
+    made(start(device="cpu", threads=1, save_every=5, micro_batch_size=2, eval_data="a"))
+    before = (tmp_path / "out" / "args.json").read_text()
+    start(device="cuda", threads=2, save_every=6, micro_batch_size=1, activation_checkpointing=True, eval_data="b")
+    assert (tmp_path / "out" / "args.json").read_text() == before
+
+
+@pytest.mark.parametrize("what", ["argument", "input", "code"])
+def test_changes_are_refused_or_accepted(start, tmp_path, monkeypatch, capsys, what):
+    out, data, flags = start(), tmp_path / "data.jsonl", {}
+    made(out)
+    if what == "argument":
+        flags, changes = {"seed": 2, "lr": 0.1}, "lr: None there, 0.1 now; seed: 1 there, 2 now"
+    elif what == "input":
+        old = runs.fingerprint(data)
+        data.write_text("2\n")
+        changes = f"{data}: {old} there, {runs.fingerprint(data)} now"
+    else:
+        code = runs.code_fingerprints()
+        monkeypatch.setattr(runs, "code_fingerprints", lambda: code | {"kd.py": "new"})
+        changes = f"kd.py: {code['kd.py']} there, new now"
+    todo = "give another folder, or --accept-changes to keep what is there"
+    assert error_of(start, **flags) == f"what is there was made otherwise ({changes}), in {out}, {todo}"
+    assert capsys.readouterr().out == ""
+    start(**flags, accept_changes=True)
+    assert capsys.readouterr().out == f"accepted in {out}: {changes}\n"
+    assert error_of(start, **flags), "what was accepted once is compared again"
+
+
+def test_a_run_that_made_nothing_claims_nothing(start):
+    out = start()
+    (out / "prompts.arrow").write_bytes(b"written again by every start")
+    start(seed=2)
+    assert runs.read_json(out / "args.json")["settings"] == {"seed": 2}
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"settings": 1}', '{"settings": [1]}', "\ud800"])
+def test_foreign_args_json(start, tmp_path, content):
+    """Other tools write an args.json as well."""
+    (tmp_path / "out").mkdir()
+    made(tmp_path / "out")
+    (tmp_path / "out" / "args.json").write_bytes(content.encode(errors="surrogatepass"))
+    expected = f"args.json is not of a run of this project, in {tmp_path / 'out'}, give another --out"
+    assert error_of(start) == expected
+
+
+def test_foreign_folders(start, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("mine")
+    assert error_of(start) == f"OUT holds config.json, which no run made, at {out}, give another --out"
+    assert [file.name for file in out.iterdir()] == ["config.json"]
+    assert error_of(start, out=out / "config.json").startswith("OUT is not a folder, at ")
+    assert error_of(start, out=out / "config.json" / "x").startswith(
+        "OUT cannot be written ([Errno 20] Not a directory"
+    )
+    assert (out / "config.json").read_text() == "mine"
+
+
+def test_left_by_a_killed_run(start):
+    """Half-written files and folders go; whole ones and others' hidden files stay."""
+    out = start()
+    made(out)
+    (out / "checkpoint" / ".step-000002.partial").mkdir(parents=True)
+    (out / "checkpoint" / ".step-000002.partial" / "shard").write_text("")
+    for name in (".metrics.jsonl.partial", "checkpoint/.x.partial", ".hidden", "checkpoint/whole"):
+        (out / name).write_text("")
+    start()
+    assert {str(path.relative_to(out)) for path in out.rglob("*")} == {
+        *(".lock", ".hidden", "args.json", "pairs.jsonl", "checkpoint", "checkpoint/whole")
+    }
+
+
+def test_one_run_at_a_time(start, tmp_path):
+    """The lock ends with its process, however that ends."""
+    code = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from lib import runs; from pathlib import Path\n"
+    code += f"runs.lock(Path({str(tmp_path / 'out' / '.lock')!r})); print('locked', flush=True); time.sleep(100)"
+    (tmp_path / "out").mkdir()
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "locked\n"
+        expected = f"another run is at work in OUT, at {tmp_path / 'out'}, wait for it or give another --out"
+        assert error_of(start) == expected
+        other.send_signal(signal.SIGKILL)
+    runs.LOCKS.pop(tmp_path / "out" / ".lock", None)  # as a new process would begin
+    start()
+
+
+def test_file_system_without_locks(start, monkeypatch):
+    def refuse(*args):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(runs.fcntl, "lockf", refuse)
+    start()
+
+
+def test_fingerprint(tmp_path):
+    """Of a model folder: weights and JSON files, each by name, size and content; nothing else."""
+    folder, values = tmp_path / "model", []
+    folder.mkdir()
+    for name, content in (("a.safetensors", b"1"), ("a.safetensors", b"2"), ("b.json", b"{}"), ("c.bin", b"")):
+        (folder / name).write_bytes(content)
+        values.append(runs.fingerprint(folder))
+    assert len(set(values)) == 3 and values[2] == values[3] and all(len(value) == 16 for value in values)
+    assert runs.fingerprint(str(folder / "b.json")) not in (None, values[2])
+    assert runs.fingerprint(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize("place", [0, 3_000_000, 9_999_999])
+def test_fingerprint_of_a_large_file(tmp_path, place):
+    """Blocks from its begin to its end; up to 4 MiB every byte counts."""
+    path, content = tmp_path / "x", bytearray(10_000_000 if place else 4_000_000)
+    path.write_bytes(content)
+    before = runs.fingerprint(path)
+    content[place - place % 156_000 if place == 3_000_000 else place] = 1
+    path.write_bytes(content)
+    assert runs.fingerprint(path) != before
+
+
+def test_shards_to_do(world, tmp_path, capsys):
+    folder = tmp_path / "out" / "pairs"
+    assert runs.shards_to_do(folder, 3, "jsonl", world) == [(0, True), (1, True), (2, True)] and folder.is_dir()
+    assert capsys.readouterr().out == "", "nothing was there"
+    for name in ("00001.jsonl", ".00002.jsonl.partial", "00000.safetensors", "00007.jsonl"):
+        (folder / name).write_text("")
+    assert runs.shards_to_do(folder, 3, "jsonl", world) == [(0, True), (2, True)]
+    assert capsys.readouterr().out == "pairs: 1 of 3 batches were there already\n"
+
+
+@pytest.mark.parametrize("count, size", [(0, 2), (1, 3), (4, 2), (5, 2), (5, 3), (7, 8)])
+def test_shards_of_several_ranks(world, tmp_path, count, size):
+    """Each shard has one owner; all ranks take as many turns, since a sharded model's forwards need every rank."""
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "pairs" / "00002.jsonl").write_text("")
+    missing, lists = [k for k in range(count) if k != 2], []
+    for rank in range(size):
+        # `first` of a World of one stands in for the broadcast
+        ranks_world = argparse.Namespace(rank=rank, size=size, first=world.first)
+        lists.append(runs.shards_to_do(tmp_path / "pairs", count, "jsonl", ranks_world))
+    assert {len(shards) for shards in lists} == {math.ceil(len(missing) / size)}
+    assert sorted(k for shards in lists for k, is_ours in shards if is_ours) == missing
+    assert all(k in missing for shards in lists for k, _ in shards)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_files_are_whole_or_not_there(tmp_path):
+    path = tmp_path / "x.json"
+    runs.write_json(path, {"a": "é"})
+    with pytest.raises(KeyboardInterrupt), runs.atomic_path(path) as partial:
+        partial.write_text("half")
+        raise KeyboardInterrupt
+    with pytest.raises(TypeError):
+        runs.write_jsonl(path, [{"a": 1}, {"b": object()}])
+    assert runs.read_json(path) == {"a": "é"} and os.listdir(tmp_path) == ["x.json"]
+
+
+def test_jsonl(tmp_path):
+    """Line separators and other planes survive; a line a row."""
+    path, rows = tmp_path / "x.jsonl", [{"a": "é\u2028\U0001f600\n"}, {"b": [1, None, 0.1]}]
+    runs.write_jsonl(path, rows)
+    runs.append_jsonl(path, {"c": 1})
+    assert runs.read_jsonl(path) == [*rows, {"c": 1}] and path.read_bytes().count(b"\n") == 3
+
+
+@pytest.mark.parametrize(
+    "line", [b'{"a": ', b"", b"\xff", b'"\\ud800"', b"[" * 100_000], ids=["cut", "blank", "bytes", "surrogate", "deep"]
+)
+def test_bad_lines_are_named(tmp_path, line):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(json.dumps({"a": "\U0001f600"}).encode() + b"\n" + line + b"\n{}\n")
+    text = error_of(runs.read_jsonl, path)
+    assert text.startswith("not JSON (") and text.endswith(f"), in {path} line 2, repair or delete the line")
+
+
+def test_blank_lines_where_they_are_allowed(tmp_path):
+    (tmp_path / "x.jsonl").write_text("1\n\n \n2\n")
+    assert list(runs.iterate_jsonl(tmp_path / "x.jsonl", blank_lines=True)) == [(1, 1), (4, 2)]
