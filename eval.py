@@ -73,7 +73,10 @@ def evaluate(path, sets, args, world, out, checker, teacher):
     sets: list of (Benchmark, examples). teacher: () -> the model of --distance, loaded once.
     Returns ({set: its line of the table}, {set: {seed: rows}}), the same on every rank.
     """
-    tokenizer, tokens = models.shared_tokenizer(path, args.distance, args.trust_remote_code)
+    tokenizer, tokens = models.shared_tokenizer(path, None, args.trust_remote_code)  # what ends a response: its own eos
+    if args.distance is not None:
+        theirs = models.load_tokenizer(args.distance, args.trust_remote_code)
+        models.check_same_tokenizer(tokenizer, theirs, path, args.distance)
     model = functools.cache(lambda: models.load_frozen(path, args, world, tokenizer))
     folder, table, results, done = out / model_name(path), {}, {}, 0
     if world.rank == 0:

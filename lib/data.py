@@ -53,7 +53,7 @@ def add_arguments(parser):
     template_help = "auto: the tokenizer's chat template where there is one, else Alpaca's; none: the text as it is"
     group.add_argument("--template", choices=TEMPLATES, default="auto", help=template_help)
     limit_help = "a longer prompt is skipped and counted"
-    group.add_argument("--max-prompt-tokens", type=runs.LIMIT, default=256, help=limit_help)
+    group.add_argument("--max-prompt-tokens", type=runs.COUNT, default=256, help=limit_help)
 
 
 def toy_paths(folder):

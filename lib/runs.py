@@ -43,8 +43,11 @@ class UserError(Exception):
     """Bad input: what is wrong, where, what to do. Printed as one line, without a traceback."""
 
     def __init__(self, what, where, what_to_do):
-        text = f"{what}, {where}, {what_to_do}"  # it may quote a file: no line ends, no control characters
-        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
+        super().__init__(what, where, what_to_do)
+
+    def __str__(self):
+        text = ", ".join(map(str, self.args))  # it may quote a file: no line ends, no control characters
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class Stopped(Exception):
@@ -269,8 +272,10 @@ def start_run(out, args, world, inputs=()):
 def claim(out, record, accept):
     """What `start_run` does, on rank 0."""
     file = out / "args.json"
-    begun = {"args.json", "prompts.arrow", "eval", "compare.json"}  # what claims nothing
-    made = [path for path in sorted(out.glob("*")) if path.name[0] != "." and path.name not in begun]
+    # A run that has made nothing yet, since its model was not found, say, claims nothing
+    begun = {"args.json", "eval", "compare.json"}
+    made = [path for path in sorted(out.glob("[!.]*")) if path.suffix != ".arrow" and path.name not in begun]
+    made = [path for path in made if path.is_file() or any(path.iterdir())]
     if (out.exists() and not out.is_dir()) or (made and not file.exists()):
         what = f"OUT holds {made[0].name}, which no run made" if made else "OUT is not a folder"
         raise UserError(what, f"at {out}", "give another --out")
@@ -279,12 +284,11 @@ def claim(out, record, accept):
         lock(out / ".lock")
         for partial in [*out.glob(".*.partial"), *out.glob("*/.*.partial")]:  # of a killed run
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
-        if made:  # a run that has made nothing yet, since its model was not found, say, claims nothing
-            there = read_json(file)
-            # Code is compared as it was when OUT began; what a later start accepted is compared again
-            for key in ("settings", "inputs", "code"):
-                refuse_differences(out, record[key], dict(there[key]), accept)
-        else:
+        there = read_json(file) if file.exists() else record
+        theirs = {key: dict(there[key]) for key in ("settings", "inputs", "code")}
+        for key, values in theirs.items() if made else ():
+            refuse_differences(out, record[key], values, accept)
+        if not made:
             write_json(file, record, indent=1)
     except OSError as error:
         raise UserError(f"OUT cannot be written ({one_line(error)})", f"at {out}", "give another --out")
@@ -310,24 +314,28 @@ def lock(path):
     """Raises UserError if another process holds the lock `path`. Where the file system has no locks, there is none."""
     if path in LOCKS:
         return
-    LOCKS[path] = os.open(path, os.O_RDWR | os.O_CREAT)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
     try:
-        fcntl.lockf(LOCKS[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             raise UserError("another run is at work in OUT", f"at {path.parent}", "wait for it or give another --out")
+    LOCKS[path] = descriptor
 
 
 def fingerprint(path):
     """16 hex digits of the content of a file or model folder; None for a hub id, which names its content itself.
 
-    Of each file: its name, its size, and 65 blocks of 64 KiB spread over it. Training changes every weight.
+    Of weights: name, size, and 65 blocks of 64 KiB spread over the file, since training changes every weight.
     """
     path, content = Path(path), hashlib.sha256()
     for file in [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("*.json")]):
         size = file.stat().st_size
         content.update(f"{file.name} {size} ".encode())
         with open(file, "rb") as stream:
+            if file.suffix != ".safetensors":
+                content.update(hashlib.file_digest(stream, "sha256").digest())
+                continue
             for k in range(65):
                 stream.seek(k * max(1 << 16, (size - (1 << 16)) // 64))
                 content.update(stream.read(1 << 16))
@@ -407,9 +415,17 @@ def write_jsonl(path, rows):
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def parse_json(line):
+    """The value of some JSON. Raises ValueError for what is no JSON, not UTF-8, or holds a lone surrogate."""
+    value = json.loads(line)
+    if b"\\u" in line:
+        json.dumps(value, ensure_ascii=False).encode()  # no tokenizer takes a lone surrogate
+    return value
+
+
 def read_json(path):
     """The JSON value in `path`."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    return parse_json(Path(path).read_bytes())
 
 
 def iterate_jsonl(path, blank_lines=False):
@@ -419,13 +435,10 @@ def iterate_jsonl(path, blank_lines=False):
             if blank_lines and not line.strip():
                 continue
             try:
-                value = json.loads(line)
-                if b"\\u" in line:
-                    json.dumps(value, ensure_ascii=False).encode()  # no tokenizer takes a lone surrogate
-            except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or brackets without end
-                raise UserError(
-                    f"not JSON ({one_line(error)})", f"in {path} line {number}", "repair or delete the line"
-                )
+                value = parse_json(line)
+            except (ValueError, RecursionError) as error:  # RecursionError: brackets without end
+                where = f"in {path} line {number}"
+                raise UserError(f"not JSON ({one_line(error)})", where, "repair or delete the line")
             yield number, value
 
 

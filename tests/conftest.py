@@ -85,8 +85,8 @@ def weights(out):
 
 
 def logged(out):
-    """metrics.jsonl without what the clock and the machine say."""
-    rest = ("seconds", "tokens_per_second", "peak_memory_gb")
+    """metrics.jsonl without the stage and what the clock and the machine say."""
+    rest = ("stage", "seconds", "tokens_per_second", "peak_memory_gb")
     return [{k: v for k, v in row.items() if k not in rest} for row in runs.read_jsonl(out / "metrics.jsonl")]
 
 

@@ -14,7 +14,7 @@ import dpo
 import eval as evaluation
 import kd
 import warmup_distill
-from lib import models, runs
+from lib import runs
 from lib.runs import UserError
 
 COMMAND_LINE = "on the command line"
@@ -373,36 +373,6 @@ def test_bad_model_folder(scripts, broken, tmp_path, script, flag):
     folder = broken("teacher" if flag == "teacher" else "student")
     assert_error(main, argv(**{flag: folder}), NO_MODEL.format(folder))
     assert not [*tmp_path.glob("out/student"), *tmp_path.glob("out/pairs/*"), *tmp_path.glob("out/**/*-seed*")]
-
-
-@pytest.mark.parametrize("script, flag", [("warmup_distill", "teacher"), ("dpo", "reference"), ("kd", "teacher")])
-def test_tokenizers_that_differ(scripts, broken, tmp_path, pair_of_models, script, flag):
-    """Log-probs would be of other tokens, and nothing would show it."""
-    main, argv = scripts[script]
-    tokenizer, other = models.load_tokenizer(pair_of_models["student"]), broken("teacher")
-    tokenizer.add_tokens(["<new>"])
-    tokenizer.save_pretrained(other)
-    what = "token '<new>' has id None in the student's tokenizer, 22 in the teacher's"
-    expected = f"{what}, in {pair_of_models['student']} and {other}, use a teacher and a student of one family"
-    assert_error(main, argv(**{flag: other}), expected)
-    assert not (tmp_path / "out").exists()
-
-
-def test_bad_reward_model(warmup, broken):
-    folder = broken("student")
-    expected = f"no reward model can be loaded (…), in {folder}, check --keep"
-    assert_error(warmup_distill.main, warmup(keep=f"reward:{folder}"), expected)
-
-
-def test_remote_code_is_not_run(warmup, broken, tmp_path):
-    """A model folder with Python code of its own: refused without --trust-remote-code, and nothing of it has run."""
-    folder = broken("student")
-    config = runs.read_json(folder / "config.json")
-    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}
-    runs.write_json(folder / "config.json", config)
-    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nraise RuntimeError\n")
-    text = error_of(warmup_distill.main, warmup(student=folder))
-    assert str(folder) in text and not (tmp_path / "ran").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -375,12 +375,3 @@ def test_pipeline_and_scaling_in_one_process(capsys):
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["stages"].keys() == {"sample", "check", "splice", "dpo", "kd"}
     assert all(math.isfinite(loss) for loss in result["check"]["losses"])
-
-
-@pytest.mark.parametrize("name", kd_loss.TRL_BETA)
-def test_kd_loss_equals_trl(name):
-    pytest.importorskip("trl")
-    student, teacher = torch.randn(2, 7, 30, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(
-        kd_loss.trl_loss(name, student, teacher), kd_loss.kd.LOSSES[name](student, teacher).mean()
-    )

@@ -314,7 +314,6 @@ STUDENTS = {
     "tied": lambda: make_model("llama", 1, tie_word_embeddings=True),
     "untied": lambda: make_model("llama", 1),
     "more rows than tokens": lambda: make_model("qwen2", 1, rows=32),
-    "tied, more rows than tokens": lambda: make_model("qwen2", 1, rows=32, tie_word_embeddings=True),
     "bias": lambda: with_bias(make_model("llama", 1, rows=25)),
 }
 
@@ -333,9 +332,8 @@ def test_model_is_dense(student, chunk, monkeypatch):
     lm.zero_grad()
     expected = dense_losses(lm, teacher, ROWS, kd.skew_reverse_kl, 0.3, 2.0)
     expected[0].backward()
-    assert {name: value.item() for name, value in sums.items()} == pytest.approx(
-        dict(zip(("loss", "ce", "kd"), expected.tolist())), rel=1e-5
-    )
+    found_sums = [sums[key].item() for key in ("loss", "ce", "kd")]
+    assert found_sums == pytest.approx(expected.tolist(), rel=1e-5)
     for name, parameter in lm.named_parameters():
         assert (found[name] - parameter.grad).norm() <= 2e-5 * parameter.grad.norm(), name
     if lm.config.vocab_size > VOCAB and not lm.config.tie_word_embeddings:
@@ -606,9 +604,8 @@ def test_on_policy_data_need_no_responses(distil, tmp_path):
     data = f"--data {path} --max-new-tokens 8 --max-steps 1"
     _, steps = distil("run", "--mode student", data)
     assert steps[0]["ce"] == 0 and steps[0]["loss"] == 0.5 * steps[0]["kd"] > 0
-    for name, flags in {"gold": "", "mixed": "--mode student --on-policy 0.5"}.items():
-        with pytest.raises(UserError, match=r"no response, in .*prompts.jsonl row 0, .*--response-column"):
-            distil(name, data, flags)
+    with pytest.raises(UserError, match=r"no response, in .*prompts.jsonl row 0, .*--response-column"):
+        distil("mixed", data, "--mode student --on-policy 0.5")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -736,6 +733,6 @@ def test_what_must_be_given(argv, missing):
 def test_defaults():
     args = kd.parse_args(["--student", "out/warmup/student", "--loss", "jsd"])  # the toy's
     assert (args.student, args.loss, args.max_steps, args.limit) == ("out/warmup/student", "jsd", 60, 1000)
-    args = kd.parse_args("--teacher t --student s --data d".split())
+    args = kd.parse_args(["--teacher", "t", "--student", "s", "--data", "d"])
     assert (args.loss, args.kd_rate, args.temperature, args.mode) == ("forward_kl", 0.5, 1.0, "gold")
     assert (args.lr, args.epochs, args.max_steps, args.batch_size) == (1e-5, 1, 0, 64)

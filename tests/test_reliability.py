@@ -20,6 +20,7 @@ import long_run
 import pytest
 import torch
 from conftest import ROOT, assert_identical, logged, weights
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import dpo
@@ -241,10 +242,6 @@ def empty(path):
     path.write_bytes(b"")
 
 
-def first_line(path):
-    path.write_text(path.read_text().splitlines()[0] + "\n")
-
-
 def becomes(text):
     return lambda path: path.write_text(text)
 
@@ -298,50 +295,56 @@ def test_damaged_metrics(align, unfinished, text):
     assert_error(f"the file is damaged (…), in {unfinished}/metrics.jsonl, repair or delete it: …", align)
 
 
-RESPONSES = {
-    "cut in a line": half,
-    "a row is missing": first_line,
-    "twice": lambda path: path.write_text(path.read_text() * 2),
-    "of other prompts": replaced(b'"prompt_id": ', b'"prompt_id": 1'),
-    "no ids": replaced(b"response_ids", b"ids"),
-    "ids out of range": replaced(b'"response_ids": [', b'"response_ids": [99, '),
-    "not rows": becomes("1\n2\n"),
-}
+OTHERS = "the responses are to other prompts, in {}, delete it: it is then made again"
 
 
-@pytest.mark.parametrize("damage", RESPONSES.values(), ids=RESPONSES)
-def test_damaged_responses(distil, damage):
+@pytest.mark.parametrize(
+    "damage, expected",
+    [
+        (half, "not JSON (…), in {} line …, repair or delete the line"),
+        (lambda path: path.write_text(path.read_text().splitlines()[0] + "\n"), OTHERS),
+        (lambda path: path.write_text(path.read_text() * 2), OTHERS),
+        (replaced(b'"prompt_id": ', b'"prompt_id": 1'), OTHERS),
+    ],
+)
+def test_damaged_responses(distil, damage, expected):
     """kd.py --mode teacher: one more line in a file would shift all responses after it."""
     out = distil("--mode teacher --max-steps 1")
     shutil.rmtree(out / "student")
     damage(file := out / "responses" / "00001.jsonl")
-    expected = f"the file is cut, or of other prompts, in {file}, delete it: it is then made again"
-    assert_error(expected, distil, "--mode teacher --max-steps 1")
+    assert_error(expected.format(file), distil, "--mode teacher --max-steps 1")
     file.unlink()
     distil("--mode teacher --max-steps 1")
 
 
-CUT = "the file is cut or damaged, in {}/00001.safetensors, delete it: it is then made again"
-OTHER = "what is there was made otherwise (…), in {}, give another folder, or --accept-changes to keep what is there"
+UNUSABLE = "the teacher cache cannot be used (…), at {}, give another --teacher-cache"
+OTHERWISE = (
+    "what is there was made otherwise (…), in {}, give another folder, or --accept-changes to keep what is there"
+)
 
 
 @pytest.mark.parametrize(
-    "name, damage, expected",
-    [
-        ("00001.safetensors", half, CUT),
-        ("00001.safetensors", empty, CUT),
-        ("00001.safetensors", lambda path: shutil.copy(path.with_name("00000.safetensors"), path), CUT),
-        ("cache.json", Path.unlink, OTHER),
-        ("cache.json", half, OTHER),
-        ("cache.json", becomes("[1]"), OTHER),
-    ],
+    "damage, expected",
+    [(Path.unlink, OTHERWISE), (half, UNUSABLE), (becomes("[1]"), UNUSABLE), (becomes("{}"), OTHERWISE)],
 )
-def test_damaged_teacher_cache(distil, tmp_path, name, damage, expected):
+def test_damaged_teacher_cache(distil, tmp_path, damage, expected):
     cache = tmp_path / "cache"
     flags = f"--max-steps 1 --teacher-cache {cache} --teacher-top-k 3 --prompts-per-batch 3"
     distil(flags)
-    damage(cache / name)
+    damage(cache / "cache.json")
     assert_error(expected.format(cache), distil, flags, out="second")
+
+
+@pytest.mark.parametrize("damage", [half, empty])
+def test_damaged_file_of_the_teacher_cache(distil, tmp_path, damage):
+    """Not the user's input: the run stops, with the error of whoever reads it, and saves nothing."""
+    cache = tmp_path / "cache"
+    flags = f"--max-steps 1 --batch-size 6 --teacher-cache {cache} --teacher-top-k 3 --prompts-per-batch 3"
+    distil(flags)
+    damage(cache / "00001.safetensors")
+    with pytest.raises((SafetensorError, RuntimeError)):
+        distil(flags, out="second")
+    assert not (tmp_path / "second" / "student").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

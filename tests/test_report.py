@@ -1,21 +1,21 @@
-"""report.py: what the page embeds is what the files say, nothing in it is markup, and bad input is one line.
+"""tools/report.py: what the page embeds is what the files say, nothing in it is markup, and bad input is one line.
 
 The page's script is tested in a browser by tests/optional/test_report_browser.py; here the page is parsed, not drawn.
 """
 
 import json
 import re
-import time
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import pytest
-from conftest import launch
+from conftest import ROOT
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from lib import runs as common
-from lib import models
-from tools import report
+from lib import runs
 from lib.runs import UserError
+from tools import report
 
 HOSTILE = [
     "<script>document.title='owned'</script>",
@@ -29,41 +29,23 @@ HOSTILE = [
 
 def sample(prompt_id=0, sample_id=0, status="kept", t=2, **more):
     """A record as build_samples writes it: five tokens, the third is replaced."""
-    record = {
-        "prompt_id": prompt_id,
-        "sample_id": sample_id,
-        "status": status,
-        "ended": True,
-        "t_star": t,
-        "prefix_len": t if t >= 0 else 5,
-        "response_ids": [5, 6, 7, 8, 2],
-        "student_logprobs": [-0.1, -0.2, -0.3, -0.4, 0.0],
-        "teacher_logprobs": [-0.15, -0.1, -6.0, -0.5, -0.0001],
-        "chosen_ids": [5, 6, 9, 2] if t >= 0 else [5, 6, 7, 8, 2],
-        "chosen_teacher_logprobs": [-0.15, -0.1, -0.25, -0.01] if t >= 0 else [-0.15, -0.1, -6.0, -0.5, -0.0001],
-        "chosen_ended": True,
-        "prompt": f"prompt {prompt_id}",
-        "prompt_ids": [1, 5],
-    }
+    teacher = [-0.15, -0.1, -6.0, -0.5, -0.0001]
+    record = {"prompt_id": prompt_id, "sample_id": sample_id, "status": status, "t_star": t, "ended": True}
+    record |= {"prompt": f"prompt {prompt_id}", "prompt_ids": [1, 5], "chosen_ended": True}
+    record |= {"response_ids": [5, 6, 7, 8, 2], "student_logprobs": [-0.1, -0.2, -0.3, -0.4, 0.0]}
+    record |= {"prefix_len": 5, "teacher_logprobs": teacher, "chosen_ids": [5, 6, 7, 8, 2]}
+    record |= {"chosen_teacher_logprobs": teacher}
+    if t >= 0:
+        record |= {"prefix_len": t, "chosen_ids": [5, 6, 9, 2], "chosen_teacher_logprobs": [-0.15, -0.1, -0.25, -0.01]}
     return {**record, **more}
 
 
-MISMATCH = {
-    "eta": 4.0,
-    "prompts": 3,
-    "prompts_over_length": 1,
-    "tokens": 20,
-    "samples": 4,
-    "untouched": 1,
-    "replaced": 3,
-    "pairs": 2,
-    "dropped": {"identical": 1, "duplicate": 0, "filtered": 0},
-    "at_length_limit": 0,
-    "chosen_at_length_limit": 0,
-    "replacement_rate": {"10.0": {"samples": 0.0, "tokens": 0.0}, "4.0": {"samples": 0.75, "tokens": 0.15}},
-    "margin_histogram": {"edges": [-1.0, 0.0, 1.0], "counts": [0, 7, 10, 3]},
-    "t_star_histogram": {"10": 1, "2": 2},
-}
+RATES = {"10.0": {"samples": 0.0, "tokens": 0.0}, "4.0": {"samples": 0.75, "tokens": 0.15}}
+MISMATCH = {"eta": 4.0, "prompts": 3, "prompts_over_length": 1, "tokens": 20, "samples": 4, "untouched": 1}
+MISMATCH |= {"replaced": 3, "pairs": 2, "dropped": {"identical": 1, "duplicate": 0, "filtered": 0}}
+MISMATCH |= {"at_length_limit": 0, "chosen_at_length_limit": 0, "replacement_rate": RATES}
+MISMATCH |= {"margin_histogram": {"edges": [-1.0, 0.0, 1.0], "counts": [0, 7, 10, 3]}}
+MISMATCH |= {"t_star_histogram": {"10": 1, "2": 2}}
 STEPS = [
     {"stage": "dpo", "step": k, "loss": 0.7 / k, "dpo_loss": 0.7 / k, "margin": float(k), "wins": 1.0, "lr": 1e-6}
     for k in (1, 2, 3)
@@ -78,7 +60,7 @@ def make_run(tmp_path, tokenizer):
         out = tmp_path / name
         (out / "pairs").mkdir(parents=True)
         args = {"teacher": "T", "student": "missing/student", "data": "D", "eta": 4.0, "seed": 0}
-        common.write_json(out / "args.json", {"args": args, "versions": {"torch": "2"}, "commit": "abc"})
+        runs.write_json(out / "args.json", {"args": args, "versions": {"torch": "2"}, "commit": "abc"})
         if with_tokenizer:
             tokenizer.save_pretrained(out / "student")
         for first in range(0, len(records), 1000):
@@ -87,7 +69,7 @@ def make_run(tmp_path, tokenizer):
             path.write_text("".join(json.dumps(record) + "\n" for record in records[first : first + 1000]))
         for file, value in (files or {}).items():
             (out / file).parent.mkdir(exist_ok=True)
-            (common.write_jsonl if file.endswith("jsonl") else common.write_json)(out / file, value)
+            (runs.write_jsonl if file.endswith("jsonl") else runs.write_json)(out / file, value)
         return out
 
     return make
@@ -137,12 +119,8 @@ def unpacked(samples, i):
 
 
 def test_samples_are_the_records(make_run, tokenizer):
-    records = [
-        sample(0, 0),
-        sample(0, 1, "untouched", -1),
-        sample(4, 0, "duplicate", ended=False),
-        {"prompt_id": 5, "status": "too_long", "prompt": "long"},
-    ]
+    records = [sample(0, 0), sample(0, 1, "untouched", -1), sample(4, 0, "duplicate", ended=False)]
+    records.append({"prompt_id": 5, "status": "too_long", "prompt": "long"})
     samples = columns(page_of(make_run(records=records)))
     assert [samples["statuses"][k] for k in samples["status"]] == ["kept", "untouched", "duplicate", "too_long"]
     assert samples["prompts"] == [[0, "prompt 0"], [4, "prompt 4"], [5, "long"]]
@@ -155,48 +133,16 @@ def test_samples_are_the_records(make_run, tokenizer):
     ids = samples["ids"]
     assert [ids[k] for k in response] == records[0]["response_ids"]
     assert student == [-1000, -2000, -3000, -4000, 0] and teacher == [-1500, -1000, -60000, -5000, -1]
-    assert [ids[k] for k in chosen] == [9, 2] and chosen_logprobs == [-2500, -100]  # behind the shared prefix
+    assert [ids[k] for k in chosen] == [9, 2] and chosen_logprobs == [-2500, -100]  # after the shared prefix
     assert samples["vocabulary"] == [tokenizer.decode([token]) for token in ids]
     assert unpacked(samples, 3) == [[], [], [], [], []]
 
 
-def test_prompt_from_pairs_file_or_from_ids(make_run, tokenizer):
-    """Records of older runs have no prompt; then pairs.jsonl has those of the pairs."""
-    bare = [{k: v for k, v in sample(i).items() if k not in ("prompt", "prompt_ids")} for i in (0, 1)]
-    records = [*bare, sample(2, prompt=None), sample(3, prompt=None, prompt_ids=[999])]
-    pairs = [{"prompt_id": 0, "prompt": "from pairs", "tokenizer": models.tokenizer_fingerprint(tokenizer)}]
-    samples = columns(page_of(make_run(records=records, files={"pairs.jsonl": pairs})))
-    text = tokenizer.decode([1]) + tokenizer.decode([5])
-    assert samples["prompts"] == [[0, "from pairs"], [1, None], [2, text], [3, "⟨999⟩"]]
-
-
 def test_curves_mismatch_and_results(make_run):
-    table = {
-        "models": {
-            "m/<b>": {
-                "average": 50.0,
-                "sets": {
-                    "gsm8k": {
-                        "metric": "math",
-                        "mean": 50.0,
-                        "std": None,
-                        "seeds": {"10": 50.0},
-                        "examples": 4,
-                        "unfinished": 0.25,
-                        "skipped": 1,
-                        "check_failed": 0,
-                        "max_prompt_tokens": 9,
-                    }
-                },
-            }
-        },
-        "compare": {
-            "a": "m",
-            "b": "n",
-            "resamples": 10,
-            "sets": {"all": {"difference": 1.0, "low": -1.0, "high": 3.0, "share": 0.8, "examples": 4}},
-        },
-    }
+    scores = {"metric": "math", "mean": 50.0, "std": None, "seeds": {"10": 50.0}, "examples": 4, "unfinished": 0.25}
+    all_sets = {"difference": 1.0, "low": -1.0, "high": 3.0, "share": 0.8, "examples": 4}
+    table = {"models": {"m/<b>": {"average": 50.0, "sets": {"gsm8k": scores}}}}
+    table["compare"] = {"a": "m", "b": "n", "resamples": 10, "sets": {"all": all_sets}}
     summary = {"student before": {"accuracy": 0.4}, "student after": {"accuracy": 0.5}}
     files = {"mismatch.json": MISMATCH, "metrics.jsonl": STEPS, "summary.json": summary, "eval/table.json": table}
     run = page_of(make_run(records=[sample()], files=files)).data["runs"][0]
@@ -222,10 +168,8 @@ def test_numbers_that_json_has_not(make_run):
     """Infinite log-probs and losses: a gap in a curve, a margin the page writes as infinite; never invalid JSON."""
     minus = float("-inf")
     record = sample(teacher_logprobs=[-0.15, -0.1, minus, -0.5, 0.0])
-    steps = [
-        {"stage": "dpo", "step": 1, "loss": float("nan")},
-        {"stage": "dpo", "step": 2, "loss": float("inf"), "lr": 1.0},
-    ]
+    steps = [{"stage": "dpo", "step": 1, "loss": float("nan")}, {"stage": "dpo", "step": 2, "lr": 1.0}]
+    steps[1]["loss"] = float("inf")
     run = page_of(make_run(records=[record], files={"metrics.jsonl": steps})).data["runs"][0]
     assert run["samples"]["margin"][0] > 9e4 * report.UNIT
     assert run["metrics"]["columns"] == {"lr": [None, 1.0]}
@@ -255,16 +199,14 @@ def test_cap_of_samples_is_an_even_choice(make_run):
     assert [samples["prompts"][k][0] for k in samples["prompt"]] == [0, 250, 500, 750, 1000, 1250]
 
 
-def test_ten_thousand_samples_quickly(make_run):
+def test_page_is_smaller_than_the_files(make_run):
     ids, values = [5, 6, 7, 8] * 32, [-0.1234] * 128
     record = sample(response_ids=ids, student_logprobs=values, teacher_logprobs=values, chosen_ids=ids[:2] + [9])
     record |= {"chosen_teacher_logprobs": values[:3]}
-    out = make_run(records=[{**record, "prompt_id": i // 8, "sample_id": i % 8} for i in range(10_000)])
-    started = time.perf_counter()
+    out = make_run(records=[{**record, "prompt_id": i // 8, "sample_id": i % 8} for i in range(1000)])
     path = report.write_report(out)
-    assert time.perf_counter() - started < 30  # about 3 on one core
     assert path.stat().st_size < 0.9 * sum(p.stat().st_size for p in out.glob("pairs/*"))
-    assert len(columns(Page(path))["tokens"]) == 10_000
+    assert len(columns(Page(path))["tokens"]) == 1000
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -301,20 +243,11 @@ def test_byte_alphabet_is_the_one_of_transformers():
 
 
 def test_ids_stand_in_for_an_unknown_tokenizer(make_run):
-    samples = columns(page_of(make_run(records=[sample()], with_tokenizer=False)))
-    assert not samples["has_text"] and samples["vocabulary"][0] == "⟨5⟩"
-
-
-def test_another_tokenizer_is_not_used(make_run):
-    """Its text would be wrong, and look right."""
-    out = make_run(records=[sample()], files={"pairs.jsonl": [{"prompt_id": 0, "prompt": "x", "tokenizer": "other"}]})
-    assert not columns(page_of(out))["has_text"]
-
-
-def test_a_loaded_tokenizer_is_used(make_run):
-    tokenizer = Pieces(*((f"piece{k}", f"piece{k}") for k in range(1, 20)))
-    samples = columns(page_of(make_run(records=[sample()], with_tokenizer=False), tokenizer=tokenizer))
-    assert samples["has_text"] and samples["vocabulary"][0] == "piece5"
+    """And for another one than the run's: its text would be wrong, and look right."""
+    pairs = {"pairs.jsonl": [{"prompt_id": 0, "prompt": "x", "tokenizer": "other"}]}
+    for out in (make_run("none", [sample()], with_tokenizer=False), make_run("other", [sample()], pairs)):
+        samples = columns(page_of(out))
+        assert not samples["has_text"] and samples["vocabulary"][0] == "⟨5⟩"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -346,7 +279,7 @@ def test_hostile_tokens_and_folder_names(make_run):
 def test_hostile_arguments_and_results(make_run):
     out = make_run(files={"summary.json": {HOSTILE[1]: {HOSTILE[0]: 1.0}}})
     args = {"student": HOSTILE[1], HOSTILE[0]: HOSTILE[5], "eta": "<b>"}
-    common.write_json(out / "args.json", {"args": args, "versions": {"<i>": "</script>"}, "commit": "<u>"})
+    runs.write_json(out / "args.json", {"args": args, "versions": {"<i>": "</script>"}, "commit": "<u>"})
     page = page_of(out)
     assert page.data["runs"][0]["args"][HOSTILE[0]] == HOSTILE[5] and page.data["runs"][0]["eta"] is None
     assert [tag for tag, _ in page.tags].count("script") == 3
@@ -364,17 +297,8 @@ def test_policy_admits_the_scripts_of_the_template_alone(make_run):
 def test_script_writes_text_alone():
     """What would make markup of text is not in the template at all."""
     source = report.TEMPLATE.read_text(encoding="utf-8")
-    for word in (
-        "innerHTML",
-        "outerHTML",
-        "insertAdjacentHTML",
-        "document.write",
-        "eval(",
-        "fetch(",
-        "http:",
-        "https:",
-    ):
-        assert word not in source.replace("http://www.w3.org/2000/svg", ""), word
+    words = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|fetch\(|https?:"
+    assert not re.findall(words, source.replace("http://www.w3.org/2000/svg", ""))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -437,24 +361,16 @@ def test_page_is_written_whole_or_not_at_all(make_run, monkeypatch):
     def killed(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr(common.os, "fsync", killed)
+    monkeypatch.setattr(runs.os, "fsync", killed)
     with pytest.raises(UserError, match="the report cannot be written"):
         report.write_report(out, max_samples=1)
     assert (out / "report.html").read_bytes() == before
 
 
-def launchm(module, *args):
-    import os, subprocess, sys
-    return subprocess.run([sys.executable, "-m", module, *map(str, args)], capture_output=True, text=True, cwd="/work/main")
-
-
-def test_command(make_run, tmp_path):
+def test_command(make_run):
     out = make_run(records=[sample()])
-    done = launchm("tools.report", out)
+    command = [sys.executable, "-m", "tools.report", out]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0 and done.stdout.startswith(str(out / "report.html")), done.stderr
-    for argv, expected in (
-        ([tmp_path / "none"], "error: OUT is not a folder"),
-        ([out, "--max-samples", "0"], "error: --max-samples is 0"),
-    ):
-        done = launchm("tools.report", *argv)
-        assert done.returncode == 2 and done.stderr.startswith(expected) and done.stderr.count("\n") == 1, done.stderr
+    with pytest.raises(UserError, match="argument --max-samples: 0 is not 1 or more"):
+        report.main([str(out), "--max-samples", "0"])

@@ -261,15 +261,17 @@ def test_fingerprint(tmp_path):
     assert runs.fingerprint(tmp_path / "nowhere") is None
 
 
-@pytest.mark.parametrize("place", [0, 3_000_000, 9_999_999])
-def test_fingerprint_of_a_large_file(tmp_path, place):
-    """Blocks from its begin to its end; up to 4 MiB every byte counts."""
-    path, content = tmp_path / "x", bytearray(10_000_000 if place else 4_000_000)
-    path.write_bytes(content)
+@pytest.mark.parametrize("size, places", [(4_000_000, [0, 2_345_678, 3_999_999]), (50_000_000, [0, 49_999_999])])
+def test_fingerprint_of_a_large_file(tmp_path, size, places):
+    """Blocks from the file's begin to its end; up to 4 MiB every byte counts."""
+    path = tmp_path / "x"
+    path.write_bytes(bytes(size))
     before = runs.fingerprint(path)
-    content[place - place % 156_000 if place == 3_000_000 else place] = 1
-    path.write_bytes(content)
-    assert runs.fingerprint(path) != before
+    for place in places:
+        content = bytearray(size)
+        content[place] = 1
+        path.write_bytes(content)
+        assert runs.fingerprint(path) != before
 
 
 def test_shards_to_do(world, tmp_path, capsys):

@@ -75,21 +75,16 @@ def records(prompts, samples=3, length=12):
             ids = [random.randint(3, 16) for _ in range(n)]
             chosen = ids if t < 0 else ids[:t] + [17, 2]
             values = teacher if t < 0 else teacher[:t] + [-0.1, -0.2]
-            found.append(
-                sample(i, k, status, t, response_ids=ids, student_logprobs=student, teacher_logprobs=teacher)
-                | {"chosen_ids": chosen, "chosen_teacher_logprobs": values, "prefix_len": t if t >= 0 else n}
-            )
+            record = sample(i, k, status, t, response_ids=ids, student_logprobs=student, teacher_logprobs=teacher)
+            record |= {"chosen_ids": chosen, "chosen_teacher_logprobs": values, "prefix_len": t if t >= 0 else n}
+            found.append(record)
     return found
 
 
 FILES = {
     "mismatch.json": MISMATCH,
     "metrics.jsonl": STEPS,
-    "summary.json": {
-        "student before": {"accuracy": 0.4},
-        "student after": {"accuracy": 0.5},
-
-    },
+    "summary.json": {"student before": {"accuracy": 0.4}, "student after": {"accuracy": 0.5}},
 }
 
 
@@ -116,10 +111,7 @@ def title(page):
 def test_a_sample_and_its_tokens(visit, make_run, tokenizer):  # noqa: F811
     page = visit(report.write_report(make_run(records=[sample(), sample(0, 1, "untouched", -1)], files=FILES)))
     assert title(page).startswith("Prompt 0, sample 0") and "kept" in title(page)
-    student, teacher = (
-        page.locator(".tokens").nth(0).locator("button"),
-        page.locator(".tokens").nth(1).locator("button"),
-    )
+    student, teacher = (page.locator(".tokens").nth(k).locator("button") for k in (0, 1))
     assert student.all_inner_texts() == [tokenizer.decode([i]) for i in (5, 6, 7, 8, 2)]
     assert teacher.all_inner_texts() == [tokenizer.decode([i]) for i in (5, 6, 9, 2)]
     assert [b.get_attribute("class").split()[0] for b in teacher.all()] == ["shared", "shared", "teacher", "teacher"]
@@ -127,21 +119,14 @@ def test_a_sample_and_its_tokens(visit, make_run, tokenizer):  # noqa: F811
     assert "first" in first.get_attribute("class") and "over" in first.get_attribute("class")
     assert "margin +5.700, t star, the first mismatch" in first.get_attribute("aria-label")
     first.hover()
-    tip = page.locator("#tip")
-    assert re.sub(r"\s+", " ", tip.inner_text()).endswith(
-        "position 2 log q −0.300 log p −6.000 margin +5.700 token id 7"
-    )
+    tip, expected = page.locator("#tip"), "position 2 log q −0.300 log p −6.000 margin +5.700 token id 7"
+    assert re.sub(r"\s+", " ", tip.inner_text()).endswith(expected)
     page.keyboard.press("Escape")
     assert tip.is_hidden()
     mixes = student.evaluate_all("all => all.map(b => parseFloat(b.style.getPropertyValue('--mix')))")
     assert max(mixes) == mixes[2] > 50 and mixes[0] < 2  # the shade follows the margin
     page.get_by_text("Every token as a table").click()
-    assert page.locator("tr.differs").inner_text().split("\t")[2:] == [
-        "−0.300",
-        "−6.000",
-        "+5.700",
-        *page.locator("tr.differs td").all_inner_texts()[-2:],
-    ]
+    assert page.locator("tr.differs").inner_text().split("\t")[2:5] == ["−0.300", "−6.000", "+5.700"]
     page.click("#next")
     assert "untouched" in title(page) and "the teacher writes nothing" in page.locator(".tokens").nth(1).inner_text()
 
@@ -149,10 +134,8 @@ def test_a_sample_and_its_tokens(visit, make_run, tokenizer):  # noqa: F811
 def test_charts(visit, ordinary):
     page = visit(ordinary)
     titles = page.locator("figcaption").all_inner_texts()
-    assert {"Replacement rate, samples", "Margins of all sampled tokens", "Where the first mismatch is", "Loss"} <= {
-        *titles
-    }
-    assert {"Reward margin", "Accuracy of the rewards"} <= {*titles}
+    assert {"Replacement rate, samples", "Margins of all sampled tokens", "Where the first mismatch is"} <= {*titles}
+    assert {"Loss", "Reward margin", "Wins: the chosen response has the higher reward"} <= {*titles}
     assert page.locator("#mismatch .marktext").evaluate_all("all => all.map(t => t.textContent)") == ["η = 4"] * 3
     labels = page.locator("svg[role=img]").evaluate_all("all => all.map(svg => svg.getAttribute('aria-label'))")
     assert len(labels) == len(titles) + 1 and all(labels)  # and the margins of the sample
@@ -221,19 +204,15 @@ def test_next_previous_jump_and_fragment(visit, ordinary):
     skipped = visit(ordinary, "#p1")
     assert "too long" in title(skipped) and "a long one" in skipped.locator("#sample").inner_text()
     page.locator("#list a").nth(5).click()
-    assert page.locator("#list a[aria-current]").count() == 1 and page.url.endswith(
-        page.locator("#list a[aria-current]").get_attribute("href")
-    )
+    current = page.locator("#list a[aria-current]")
+    assert current.count() == 1 and page.url.endswith(current.get_attribute("href"))
     assert title(visit(ordinary, "#p99-s1")).startswith("Prompt 0, sample 0")
     assert title(visit(ordinary, "#%3Cscript%3E")).startswith("Prompt 0, sample 0")
 
 
-def expected(found, keep):
-    return sum(1 for record in found if keep(record))
-
-
 def test_filters(visit, ordinary):
     page, found = visit(ordinary), records(20)
+    expected = lambda keep: sum(map(keep, found))
     margin = lambda r: r["student_logprobs"][r["t_star"]] - r["teacher_logprobs"][r["t_star"]]
 
     def count():
@@ -245,22 +224,21 @@ def test_filters(visit, ordinary):
         box.uncheck()
     assert count() == 0 and page.locator("#next").is_disabled()
     page.get_by_label("duplicate").check()
-    assert count() == expected(found, lambda r: r["status"] == "duplicate")
+    assert count() == expected(lambda r: r["status"] == "duplicate")
     assert "duplicate" in title(page)
     page.click("#reset")
     assert count() == 58
     page.fill("#margin-from", "5")
-    assert count() == expected(found, lambda r: r.get("t_star", -1) >= 0 and margin(r) >= 5)
+    assert count() == expected(lambda r: r.get("t_star", -1) >= 0 and margin(r) >= 5)
     page.fill("#margin-to", "5.25")
-    assert count() == expected(found, lambda r: r.get("t_star", -1) >= 0 and 5 <= margin(r) <= 5.25)
+    assert count() == expected(lambda r: r.get("t_star", -1) >= 0 and 5 <= margin(r) <= 5.25)
     page.click("#reset")
     page.fill("#length-from", "4")
     page.fill("#length-to", "6")
-    assert count() == expected(found, lambda r: 4 <= len(r.get("response_ids", ())) <= 6)
+    assert count() == expected(lambda r: 4 <= len(r.get("response_ids", ())) <= 6)
     page.click("#reset")
     page.select_option("#order", "margin")
-    shown = page.locator("#list a span:nth-child(2)").all_inner_texts()
-    values = [float(text) for text in shown]
+    values = [float(text) for text in page.locator("#list a span:nth-child(2)").all_inner_texts()]
     assert values == sorted(values, reverse=True) and len(values) == 20
     page.click("#page-on")
     assert page.locator("#pages").inner_text() == "page 2 of 3"
@@ -292,7 +270,7 @@ def test_keyboard(visit, ordinary):
     assert page.evaluate("document.activeElement.getAttribute('aria-label')").startswith("position 1,")
     assert "position\n1" in page.locator("#tip").inner_text()
     page.keyboard.press("End")
-    page.keyboard.press("ArrowRight")  # nothing behind the last
+    page.keyboard.press("ArrowRight")  # nothing after the last
     last = group.locator("button").count() - 1
     assert page.evaluate("document.activeElement.getAttribute('aria-label')").startswith(f"position {last},")
     page.locator("#list a").first.focus()
@@ -319,12 +297,8 @@ def test_everything_has_a_name(visit, ordinary):
     nameless = """() => [...document.querySelectorAll("button, input, select, a, [role=region], [role=group], figure svg[role=img]")].filter(
         (e) => !(e.getAttribute("aria-label") || e.textContent.trim() || (e.labels && e.labels[0]?.textContent.trim()))).map((e) => e.outerHTML)"""
     assert page.evaluate(nameless) == []
-    assert (
-        page.evaluate(
-            "() => { const ids = [...document.querySelectorAll('[id]')].map(e => e.id); return ids.length - new Set(ids).size; }"
-        )
-        == 0
-    )
+    ids = page.locator("[id]").evaluate_all("all => all.map(e => e.id)")
+    assert len(ids) == len(set(ids))
     levels = page.locator("h1, h2, h3, h4").evaluate_all("all => all.map(h => Number(h.tagName[1]))")
     assert levels[0] == 1 and all(b - a <= 1 for a, b in itertools.pairwise(levels))
     snapshot = page.locator("main").aria_snapshot()
@@ -352,7 +326,7 @@ CONTRAST = """() => {
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_contrast(visit, ordinary, scheme):
-    """Text has 4.5 to 1 (WCAG 2.2, AA) on what is behind it, the shaded tokens included."""
+    """Text has 4.5 to 1 (WCAG 2.2, AA) on its background, the shaded tokens included."""
     page = visit(ordinary, scheme=scheme)
     open_all(page)
     assert page.evaluate(CONTRAST) == []
@@ -393,10 +367,8 @@ def test_narrow_screens_scroll_down_only(visit, make_run, width):  # noqa: F811
 def test_hostile_text_does_nothing(visit, make_run):  # noqa: F811
     """It is shown, as text: no dialog, no title, no element, no request comes of it."""
     tokenizer = Pieces(*((text, text) for text in HOSTILE))
-    found = [
-        sample(i, prompt=text, response_ids=[1, 2, 3, 4, 5], chosen_ids=[1, 2, 6, 6], status=HOSTILE[i % 2])
-        for i, text in enumerate(HOSTILE)
-    ]
+    ids = {"response_ids": [1, 2, 3, 4, 5], "chosen_ids": [1, 2, 6, 6]}
+    found = [sample(i, prompt=text, status=HOSTILE[i % 2], **ids) for i, text in enumerate(HOSTILE)]
     files = {**FILES, "summary.json": {HOSTILE[0]: {HOSTILE[1]: 1.0}}}
     path = report.write_report(make_run("</title><script>alert(1)<", found, files, False), tokenizer=tokenizer)
     page = visit(path, "#</script><script>alert(1)</script>")
