@@ -149,9 +149,8 @@ def batch_loss(sums, reference, lengths, pair_count, chosen_tokens, args):
     average = args.logprobs == "mean"
     chosen, rejected = response_logps(sums, lengths, average)  # (b,)
     reference_logps = response_logps(reference, lengths, average)
-    losses, chosen_rewards, rejected_rewards = dpo_loss(
-        chosen, rejected, *reference_logps, args.beta, args.label_smoothing
-    )
+    options = (args.beta, args.label_smoothing)
+    losses, chosen_rewards, rejected_rewards = dpo_loss(chosen, rejected, *reference_logps, *options)
     nll = -(sums[:, 0] + sums[:, 1])  # (b,), counts only where the shared part is computed
     loss = losses.sum() / pair_count
     if args.nll_weight > 0:
@@ -205,14 +204,13 @@ def train(args, world, tokenizer, pairs, student_path, reference_path, out):
     accumulation = training.accumulation_steps(args, world)
     with_shared, pad_id = needs_shared(args), tokenizer.pad_token_id
     lengths = pairs["tokens"][:]
-    response_lengths = torch.tensor(
-        [pairs["chosen_tokens"][:], pairs["rejected_tokens"][:]], dtype=torch.long
-    ).T  # (n, 2)
+    response_lengths = [pairs["chosen_tokens"][:], pairs["rejected_tokens"][:]]
+    response_lengths = torch.tensor(response_lengths, dtype=torch.long).T  # (n, 2)
     model, lm = load_policy(student_path, args, tokenizer, world)
     # log pi_ref never changes: computed once, before the first step and before a checkpoint is loaded
-    reference_model = (
-        model if reference_path == student_path else load_policy(reference_path, args, tokenizer, world)[0]
-    )
+    reference_model = model
+    if reference_path != student_path:
+        reference_model, _ = load_policy(reference_path, args, tokenizer, world)
     reference = reference_logprobs(reference_model, pairs, lengths, pad_id, with_shared, args.micro_batch_size, world)
     del reference_model
     training.release_memory()
@@ -224,9 +222,10 @@ def train(args, world, tokenizer, pairs, student_path, reference_path, out):
     if world.rank == 0:
         shares = f"{world.size} processes x {accumulation} micro-batches"
         print(f"dpo: {len(pairs)} pairs, {total_steps} steps of {args.batch_size} pairs = {shares}")
-    bar = runs.progress(desc="dpo", world=world, total=total_steps, initial=first_step, unit="step")
+    steps = range(first_step, total_steps)
+    bar = runs.progress(steps, desc="dpo", world=world, total=total_steps, initial=first_step, unit="step")
     with training.stop_signals() as stop:
-        for step in range(first_step, total_steps):
+        for step in bar:
             started = time.perf_counter()
             batch = training.batch_of_step(step, len(pairs), args.batch_size, args.seed)
             # Division over ranks and accumulation: by the counts of the whole step, known before the first backward.
@@ -253,14 +252,12 @@ def train(args, world, tokenizer, pairs, student_path, reference_path, out):
             metrics |= training.speed(totals["tokens"], time.perf_counter() - started, world)
             if world.rank == 0:
                 runs.append_jsonl(metrics_file, metrics)
-            bar.update()
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", wins=f"{metrics['wins']:.2f}")
             stopped = world.any(stop)
             if stopped or (step + 1) % args.save_every == 0 or step + 1 == total_steps:
                 training.save_checkpoint(out / "checkpoint", model, optimizer, step + 1, world)
             if stopped:
                 raise runs.Stopped(step + 1)
-    bar.close()
     training.save_model(out / "student", model, lm, tokenizer, runs.DTYPES[args.save_dtype], world)
     return metrics
 
@@ -279,10 +276,8 @@ def warn_if_chosen_falls(metrics, args, mean_length, world):
     """DPO's known failure: the loss falls while the chosen responses, too, become less likely. True if it warned."""
     fall = -metrics["chosen_reward"] / args.beta * (mean_length if args.logprobs == "mean" else 1)
     if fall > 10 and world.rank == 0:
-        runs.tqdm.write(
-            f"warning: step {metrics['step']}: the chosen responses' log-prob is {fall:.1f} nats under the reference's; "
-            "a smaller --lr, a larger --beta or --nll-weight 1 holds it"
-        )
+        what = f"step {metrics['step']}: the chosen responses' log-prob is {fall:.1f} nats under the reference's"
+        runs.tqdm.write(f"warning: {what}; a smaller --lr, a larger --beta or --nll-weight 1 holds it")
     return fall > 10
 
 
@@ -311,9 +306,8 @@ def read_pairs(path, tokenizer):
     fingerprint, vocab_size = models.tokenizer_fingerprint(tokenizer), len(tokenizer)
     for number, row in runs.iterate_jsonl(path):
         where = f"in {path} line {number}"
-        if not isinstance(row, dict) or not (
-            {"chosen_ids", "rejected_ids"} <= row.keys() or {"chosen", "rejected"} <= row.keys()
-        ):
+        columns = row.keys() if isinstance(row, dict) else set()
+        if not ({"chosen_ids", "rejected_ids"} <= columns or {"chosen", "rejected"} <= columns):
             raise UserError("no columns chosen and rejected", where, "see the README for the format")
         pair = row if "chosen_ids" in row else tokenize_pair(row, tokenizer, where)
         if pair.get("tokenizer", fingerprint) != fingerprint:
@@ -338,12 +332,9 @@ def tokenize_pair(row, tokenizer, where):
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids
     if all(isinstance(text, str) for text in (prompt, chosen, rejected)):
+        prompt_ids = encode(data.with_bos(tokenizer, prompt))
         responses = [encode(text) + [tokenizer.eos_token_id] for text in (chosen, rejected)]
-        return {
-            "prompt_ids": encode(data.with_bos(tokenizer, prompt)),
-            "chosen_ids": responses[0],
-            "rejected_ids": responses[1],
-        }
+        return {"prompt_ids": prompt_ids, "chosen_ids": responses[0], "rejected_ids": responses[1]}
     if not (data.is_conversation(chosen) and data.is_conversation(rejected)):
         raise UserError("prompt, chosen and rejected are not all text or all messages", where, "repair the line")
     if not tokenizer.chat_template:
@@ -373,9 +364,7 @@ def add_arguments(parser):
     group = parser.add_argument_group("DPO")
     group.add_argument("--beta", type=runs.ABOVE_0, default=0.1, help="strength of the pull to the reference")
     smoothing = runs.ranged(float, lambda x: 0 <= x < 0.5, "from 0 to below 0.5")
-    group.add_argument(
-        "--label-smoothing", type=smoothing, default=0.0, help="conservative DPO: P(preference is wrong)"
-    )
+    group.add_argument("--label-smoothing", type=smoothing, default=0.0, help="P(a preference is wrong)")
     nll_help = "adds this times -log pi(chosen) per token; not in the paper"
     group.add_argument("--nll-weight", type=runs.NOT_NEGATIVE, default=0.0, help=nll_help)
     logprobs_help = "a response's log-prob: sum as in DPO, or mean over its tokens"

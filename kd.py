@@ -231,8 +231,8 @@ def train(args, world, tokenizer, tokens, examples, teacher, student_path, out):
     with training.stop_signals() as stop:
         for step in bar:
             started = time.perf_counter()
-            if args.mode == "student" and step % args.refresh_every == 0:
-                ahead = range(step, min(step + args.refresh_every, total_steps))
+            if args.mode == "student" and (step == first_step or step % args.refresh_every == 0):
+                ahead = range(step, min((step // args.refresh_every + 1) * args.refresh_every, total_steps))
                 sampled = responses.sample_ahead(args, world, tokens, replica, lm, examples, ahead)
                 warned = warned or responses.warn_if_responses_run_on(sampled, tokens, world)
             batch = training.batch_of_step(step, len(examples), args.batch_size, args.seed)
@@ -307,9 +307,7 @@ def parse_args(argv=None):
     group.add_argument("--teacher-cache", help="folder: store the teacher's log-probs there once, or use those there")
     group.add_argument("--teacher-top-k", type=runs.COUNT, default=64, help="log-probs a token in --teacher-cache")
     training.add_arguments(parser, lr=1e-5)
-    group = parser.add_argument_group("closing table")
-    data.add_eval_arguments(group, "no table, but for the toy's own")
-    group.add_argument("--eval-limit", type=runs.LIMIT, default=500, help="prompts in the table; 0: no table")
+    data.add_eval_arguments(parser, "no table, but for the toy's own", 500)
     args = parser.parse_args(argv)
     if args.teacher is None and args.data is None:
         parser.set_defaults(**TOY, **data.toy_paths(args.toy))

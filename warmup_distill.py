@@ -109,7 +109,7 @@ def continue_by_teacher(
     rows, hidden: from `check_responses`; decoding continues in that cache, nothing is prefilled again. any_rank: of a
     sharded teacher, `World.any`. Returns B lists of ids and B lists of log-probs, empty for rows that it leaves alone.
     """
-    chosen = (positions < lengths).nonzero()[:, 0]
+    chosen = ((positions >= 0) & (positions < lengths)).nonzero()[:, 0]
     if any_rank and len(chosen) == 0:  # its forwards need every rank: row 0 takes part and writes nothing
         chosen = torch.zeros_like(positions[:1])
     continuations, logprobs = [[] for _ in lengths], [[] for _ in lengths]
@@ -140,9 +140,8 @@ def build_samples(
     t_star = first_mismatch(log_q, log_p, mask, eta)  # (B,)
     lengths = mask.sum(-1)
     positions = torch.where(t_star >= 0, t_star + int(replace == "after"), lengths)  # without a mismatch y is kept
-    continuations, continuation_log_p = continue_by_teacher(
-        teacher, rows, hidden, positions, lengths, prompt_ids, tokens, sampling, greedy, any_rank
-    )
+    settings = (prompt_ids, tokens, sampling, greedy, any_rank)
+    continuations, continuation_log_p = continue_by_teacher(teacher, rows, hidden, positions, lengths, *settings)
     rounded = lambda values: [round(value, 4) for value in values]  # 1e-4 nats is far below any threshold
     samples = []
     columns = zip(responses, t_star.tolist(), positions.tolist(), log_q.tolist(), log_p.tolist())
@@ -269,9 +268,8 @@ def merge_pairs(args, tokenizer, prompts, out):
             records = runs.read_jsonl(shard)
             expected = [i for i in prompt_ids for _ in range(args.samples if len(prompts[i]["ids"]) <= longest else 1)]
             if [record["prompt_id"] for record in records] != expected:
-                raise UserError(
-                    "the file is cut or damaged", f"in {shard}", "delete it and run again: it is made again"
-                )
+                what = "the file is cut, or of other --samples, --prompts-per-batch or --max-prompt-tokens"
+                raise UserError(what, f"in {shard}", "delete it and run again: it is made again")
             counts["prompts_with_pairs"] += len({r["prompt_id"] for r in records if r["status"] == "kept"})
             for record in records:
                 counts[record["status"]] += 1
@@ -295,15 +293,13 @@ def merge_pairs(args, tokenizer, prompts, out):
                     pair |= {"chosen": text(record["chosen_ids"]), "rejected": text(record["response_ids"])}
                     file.write(json.dumps(pair | {"tokenizer": fingerprint}, ensure_ascii=False) + "\n")
     samples = sum(counts[status] for status in ("kept", "untouched", "identical", "duplicate", "filtered"))
-    rates = zip(ETA_GRID, samples_above.tolist(), tokens_above.tolist())
+    rates, tokens = zip(ETA_GRID, samples_above.tolist(), tokens_above.tolist()), counts["tokens"]
     summary = {"eta": args.eta, "samples": samples, "pairs": counts["kept"], "untouched": counts["untouched"]}
     summary |= {"dropped": {reason: counts[reason] for reason in ("identical", "duplicate", "filtered")}}
     summary |= {"replaced": samples - counts["untouched"], "prompts_over_length": counts["too_long"]}
     names = ("prompts", "prompts_with_pairs", "tokens", "at_length_limit", "chosen_at_length_limit")
     summary |= {name: counts[name] for name in names}
-    summary["replacement_rate"] = {
-        str(e): {"samples": s / samples, "tokens": t / counts["tokens"]} for e, s, t in rates
-    }
+    summary["replacement_rate"] = {str(e): {"samples": s / samples, "tokens": t / tokens} for e, s, t in rates}
     summary["margin_histogram"] = {"edges": MARGIN_BINS, "counts": margin_counts.tolist()}
     summary["t_star_histogram"] = {str(t): t_stars[t] for t in sorted(t_stars)}
     summary["warnings"] = warnings_of(summary)
@@ -358,9 +354,7 @@ def parse_args(argv=None):
     group.add_argument("--reference", choices=["student", "teacher"], default="student", help="pi_ref of DPO")
     dpo.add_arguments(parser)
     training.add_arguments(parser, lr=5e-7)
-    group = parser.add_argument_group("closing table")
-    data.add_eval_arguments(group, "the training prompts, and the table says so")
-    group.add_argument("--eval-limit", type=runs.LIMIT, default=64, help="prompts in the table; 0: no table")
+    data.add_eval_arguments(parser, "the training prompts, and the table says so", 64)
     args = parser.parse_args(argv)
     if args.teacher is None and args.student is None and args.data is None:
         parser.set_defaults(**TOY, **data.toy_paths(args.toy))
@@ -386,7 +380,7 @@ def main(argv=None):
     note = models.fit_into_context(args)
     out = runs.start_run(args.out, args, world, [args.student, args.teacher, args.data])
     prompts = data.write_prompts(args, tokenizer, out, world)
-    eval_prompts = data.load_eval_prompts(args, tokenizer, prompts)
+    eval_prompts = world.first(lambda: data.load_eval_prompts(args, tokenizer, prompts))
     if args.keep == "correct" and prompts.data["gold"].null_count:
         raise UserError("--keep correct needs gold responses", f"in {args.data}", "name them with --response-column")
     if world.rank == 0:

@@ -62,11 +62,13 @@ def toy_paths(folder):
     return {flag: str(Path(folder) / name) for flag, name in names.items()}
 
 
-def add_eval_arguments(group, default):
-    """The flags that name the held-out prompts of a closing table. default: what is done without them, for the help."""
+def add_eval_arguments(parser, default, limit):
+    """The flags of a closing table. default: what is done without --eval-data, for the help. limit: of the prompts."""
+    group = parser.add_argument_group("closing table")
     group.add_argument("--eval-data", help=f"held-out prompts, read as --data is; without them: {default}")
     group.add_argument("--eval-config", help="configuration of --eval-data; of the same hub id as --data: its own")
     group.add_argument("--eval-split", default="test", help="split of --eval-data, if it is a hub id")
+    group.add_argument("--eval-limit", type=runs.LIMIT, default=limit, help="prompts in the table; 0: no table")
 
 
 def load_rows(source, config, split):
@@ -183,14 +185,11 @@ def render_chat(tokenizer, messages, add_generation_prompt=False):
     continues tomorrow would see other prompts.
     """
     try:
-        return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=add_generation_prompt, tokenize=False, date_string="26 Jul 2024"
-        )
+        options = {"add_generation_prompt": add_generation_prompt, "date_string": "26 Jul 2024"}
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except jinja2.TemplateError as error:
-        what = f"the chat template refuses a conversation ({one_line(error)})"
-        raise UserError(
-            what, f"of roles {', '.join(m['role'] for m in messages)}", "repair the data or --template alpaca"
-        )
+        what, roles = f"the chat template refuses a conversation ({one_line(error)})", [m["role"] for m in messages]
+        raise UserError(what, f"of roles {', '.join(roles)}", "repair the data or --template alpaca")
 
 
 def with_bos(tokenizer, text):
@@ -234,14 +233,9 @@ def encode_prompts(examples, tokenizer, template, max_tokens, most=math.inf):
 
 def write_arrow(path, rows, **features):
     """Writes dicts to an Arrow file, whole or not at all. features: {column: "string", "int64" or ["int32"], a list}."""
-    features = {
-        name: datasets.Sequence(datasets.Value(kind[0])) if isinstance(kind, list) else datasets.Value(kind)
-        for name, kind in features.items()
-    }
-    with (
-        runs.atomic_path(path) as partial,
-        ArrowWriter(path=str(partial), features=datasets.Features(features)) as writer,
-    ):
+    of_kind = lambda kind: datasets.List(of_kind(kind[0])) if isinstance(kind, list) else datasets.Value(kind)
+    features = datasets.Features({name: of_kind(kind) for name, kind in features.items()})
+    with runs.atomic_path(path) as partial, ArrowWriter(path=str(partial), features=features) as writer:
         for row in rows:
             writer.write({name: row[name] for name in features})
         writer.finalize()

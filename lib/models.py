@@ -54,9 +54,8 @@ def load_safetensors(auto_class, path, dtype, trust_remote_code, **options):
 def load_model(path, dtype, device, trust_remote_code=False):
     """A causal language model in `dtype` on `device`, attention through sdpa. Raises UserError for what it cannot be."""
     try:
-        model = load_safetensors(
-            transformers.AutoModelForCausalLM, path, dtype, trust_remote_code, attn_implementation="sdpa"
-        )
+        auto_class = transformers.AutoModelForCausalLM
+        model = load_safetensors(auto_class, path, dtype, trust_remote_code, attn_implementation="sdpa")
     except LOAD_ERRORS as error:
         what = f"no model can be loaded ({one_line(error)})"
         raise UserError(what, f"in {path}", "a folder or hub id with safetensors is needed")
@@ -141,9 +140,9 @@ def check_same_tokenizer(student, teacher, student_path, teacher_path):
     """Raises UserError with the first difference unless both tokenizers map the same tokens to the same ids."""
     where, todo = f"in {student_path} and {teacher_path}", "use a teacher and a student of one family"
     ours, theirs = student.get_vocab(), teacher.get_vocab()
-    different = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+    different = [token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)]
     if different:
-        token = min(different, key=lambda t: min(ours.get(t, math.inf), theirs.get(t, math.inf)))
+        token = min(different, key=lambda token: (min(ours.get(token, math.inf), theirs.get(token, math.inf)), token))
         ids = f"id {ours.get(token)} in the student's tokenizer, {theirs.get(token)} in the teacher's"
         raise UserError(f"token {token!r} has {ids}", where, todo)
     if student.eos_token_id != teacher.eos_token_id:

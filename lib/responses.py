@@ -250,9 +250,8 @@ class CachedTeacher:
         """indices: of the micro-batch's examples, in order. Returns a function slice of M -> log-probs (m, V)."""
         pieces = []
         for i in indices:
-            start, end = (
-                self.offsets[i : i + 2] - self.offsets[i - i % self.size]
-            ).tolist()  # in the file of example i
+            file_start = self.offsets[i - i % self.size]
+            start, end = (self.offsets[i : i + 2] - file_start).tolist()
             with safetensors.safe_open(self.folder / f"{i // self.size:05d}.safetensors", "pt") as stored:
                 pieces.append([stored.get_slice(name)[start:end] for name in self.FIELDS])
         tensors = [torch.cat(parts).to(self.device) for parts in zip(*pieces)]  # (M, k), (M, k), (M,)

@@ -8,13 +8,13 @@ import contextlib
 import ctypes
 import errno
 import fcntl
-import functools
 import hashlib
 import json
 import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -92,10 +92,8 @@ def run(main):
     except UserError as error:
         status, line = 2, f"error: {error}"
     except torch.OutOfMemoryError as error:
-        todo = (
-            "lower --micro-batch-size or add --activation-checkpointing in training, lower --prompts-per-batch before"
-        )
-        status, line = 1, f"error: out of GPU memory ({one_line(error)[:160]}), in this process, {todo}"
+        status, todo = 1, "lower --micro-batch-size, --prompts-per-batch or add --activation-checkpointing"
+        line = f"error: out of GPU memory ({one_line(error)[:160]}), in this process, {todo}"
     except BaseException:  # noqa: BLE001 - a defect of ours, shown whole; torch has errors that are no Exception
         status = 1
         traceback.print_exc()
@@ -180,10 +178,13 @@ def start_processes(device, threads):
         if local_rank >= count:
             raise UserError(f"there is no GPU number {local_rank}", f"on a machine of {count}", "start fewer processes")
         torch.cuda.set_device(local_rank)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # with a mask its gradients can be NaN (pytorch#196678)
         device = f"cuda:{local_rank}"
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     # Ranks wait while rank 0 reads the data or merges files: an hour is for a lost peer only
     options = {"backend": backend, "timeout": timedelta(hours=1)}
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # of a torchrun that is gone: torch would wait an hour
+        socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=60).close()
     if "RANK" not in os.environ:
         options.update(store=dist.HashStore(), rank=0, world_size=1)
     if not dist.is_initialized():
@@ -259,18 +260,16 @@ def start_run(out, args, world, inputs=()):
     of other arguments, inputs or code (unless --accept-changes), or another run is at work in it.
     """
     out = Path(out)
-    settings = {key: value for key, value in vars(args).items() if key not in FREE_ARGS and key[:5] != "eval_"}
-    commit, dirty = git_commit()
-    versions = {"python": sys.version, "torch": torch.__version__, "transformers": transformers.__version__}
-    record = {"args": vars(args) | {"out": str(out)}, "settings": settings, "versions": versions}
-    record |= {"inputs": {str(path): fingerprint(path) for path in inputs}, "code": code_fingerprints()}
-    record |= {"commit": commit, "dirty": dirty}
-    world.first(lambda: claim(out, record, getattr(args, "accept_changes", False)))
+    world.first(lambda: claim(out, vars(args), inputs))
     return out
 
 
-def claim(out, record, accept):
+def claim(out, args, inputs):
     """What `start_run` does, on rank 0."""
+    settings = {key: value for key, value in args.items() if key not in FREE_ARGS and key[:5] != "eval_"}
+    versions = {"python": sys.version, "torch": torch.__version__, "transformers": transformers.__version__}
+    record = {"args": args | {"out": str(out)}, "settings": settings, "versions": versions, "code": code_fingerprints()}
+    record |= {"inputs": {str(path): fingerprint(path) for path in inputs}, "commit": git_commit(), "accepted": []}
     file = out / "args.json"
     # A run that has made nothing yet, since its model was not found, say, claims nothing
     begun = {"args.json", "eval", "compare.json"}
@@ -285,10 +284,13 @@ def claim(out, record, accept):
         for partial in [*out.glob(".*.partial"), *out.glob("*/.*.partial")]:  # of a killed run
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
         there = read_json(file) if file.exists() else record
+        record["accepted"] = list(there["accepted"])
         theirs = {key: dict(there[key]) for key in ("settings", "inputs", "code")}
-        for key, values in theirs.items() if made else ():
-            refuse_differences(out, record[key], values, accept)
-        if not made:
+        for key, values in theirs.items():
+            if made and record[key] != values:
+                accept = args.get("accept_changes", False)
+                record["accepted"].append(refuse_differences(out, record[key], values, accept))
+        if not made or record["accepted"] != there["accepted"]:
             write_json(file, record, indent=1)
     except OSError as error:
         raise UserError(f"OUT cannot be written ({one_line(error)})", f"at {out}", "give another --out")
@@ -297,7 +299,7 @@ def claim(out, record, accept):
 
 
 def refuse_differences(folder, ours, theirs, accept):
-    """Raises UserError that names the entries of two dicts that differ; with `accept` (--accept-changes) prints them."""
+    """Raises UserError that names the entries of two dicts that differ, or with `accept` prints them. Returns them."""
     different = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
     changes = "; ".join(f"{key}: {theirs.get(key)} there, {ours.get(key)} now" for key in different)
     if different and not accept:
@@ -305,6 +307,7 @@ def refuse_differences(folder, ours, theirs, accept):
         raise UserError(what, f"in {folder}", "give another folder, or --accept-changes to keep what is there")
     if different:
         print(f"accepted in {folder}: {changes}")
+    return changes
 
 
 LOCKS = {}  # file descriptors: a lock lasts until its process ends, however it ends
@@ -348,15 +351,13 @@ def code_fingerprints():
     return {str(file.relative_to(ROOT)): hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files}
 
 
-@functools.cache
 def git_commit():
-    """(the commit of this checkout, whether a file of it has been changed since); (None, None) without git."""
-    git = ["git", "-C", str(ROOT)]
+    """The commit of this checkout, with "-dirty" where a file of it has been changed since; None without git."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
     try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        return commit, subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False).returncode != 0
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return None, None
+        return None
 
 
 def shards_to_do(folder, count, suffix, world):

@@ -1,10 +1,10 @@
 """lib/data.py: columns, file formats, templates, the one bos token, Arrow files; with a byte-level tokenizer made here."""
 
-import csv
 import itertools
 import json
 from types import SimpleNamespace
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -46,7 +46,7 @@ def read(path, *flags):
 
 def write(tmp_path, *rows, name="data.jsonl"):
     path = tmp_path / name
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
@@ -71,11 +71,9 @@ ASK, HELP, SYSTEM = turn("user", "Q"), turn("assistant", "A"), turn("system", "S
 
 
 COLUMNS = [
-    ({"question": "Q", "answer": "A"}, example("Q", response="A")),
+    ({"question": "Q", "answer": "2=<<1+1=2>>2\n#### 2"}, example("Q", response="2=<<1+1=2>>2\n#### 2")),
     ({"instruction": "Q", "input": "I", "output": "A"}, example("Q", "I", "A")),
-    ({"instruction": "Q", "input": "", "output": "A"}, example("Q", "", "A")),
     ({"instruction": "Q", "context": "I", "response": "A", "category": "c"}, example("Q", "I", "A")),
-    ({"prompt": "Q", "response": "A"}, example("Q", response="A")),
     ({"prompt": "Q", "completion": "A"}, example("Q", response="A")),
     ({"problem": "Q", "solution": "A", "level": 5}, example("Q", response="A")),
     ({"prompt": "Q"}, example("Q")),
@@ -83,7 +81,6 @@ COLUMNS = [
     ({"messages": [ASK]}, example("Q", messages=[ASK])),
     ({"messages": [ASK, HELP]}, example("Q", response="A", messages=[ASK])),
     ({"messages": [SYSTEM, ASK, HELP]}, example("S\n\nQ", response="A", messages=[SYSTEM, ASK])),
-    ({"messages": [ASK, HELP, ASK]}, example("Q\n\nA\n\nQ", messages=[ASK, HELP, ASK])),
     ({"messages": [ASK, HELP, ASK, HELP]}, example("Q\n\nA\n\nQ", response="A", messages=[ASK, HELP, ASK])),
     ({"messages": [ASK, HELP], "prompt": "other"}, example("Q", response="A", messages=[ASK])),
 ]
@@ -94,33 +91,21 @@ def test_usual_columns_are_found(tmp_path, row, expected):
     assert read(write(tmp_path, row)) == [expected]
 
 
-NAMED = {
-    "both": ({"text": "Q", "label": "A"}, "--prompt-column text --response-column label", example("Q", "", "A")),
-    "prompt": ({"question": "no", "text": "Q", "answer": "A"}, "--prompt-column text", example("Q", "", "A")),
-    "response": ({"prompt": "Q", "answer": "no", "gold": "A"}, "--response-column gold", example("Q", "", "A")),
-    "not messages": (
-        {"messages": [ASK], "prompt": "P", "answer": "A"},
-        "--prompt-column prompt",
-        example("P", "", "A"),
-    ),
-    "prompt is `input`": ({"input": "Q", "output": "A"}, "--prompt-column input", example("Q", "", "A")),
-    "response is `context`": ({"prompt": "Q", "context": "A"}, "--response-column context", example("Q", "", "A")),
-    "prompt is `solution`": ({"solution": "Q"}, "--prompt-column solution", example("Q")),
-}
+NAMED = [
+    ({"text": "Q", "label": "A"}, "--prompt-column text --response-column label", example("Q", "", "A")),
+    ({"question": "no", "text": "Q", "answer": "A"}, "--prompt-column text", example("Q", "", "A")),
+    ({"prompt": "Q", "answer": "no", "gold": "A"}, "--response-column gold", example("Q", "", "A")),
+    ({"messages": [ASK], "prompt": "P", "answer": "A"}, "--prompt-column prompt", example("P", "", "A")),
+    ({"input": "Q", "output": "A"}, "--prompt-column input", example("Q", "", "A")),
+    ({"prompt": "Q", "context": "A"}, "--response-column context", example("Q", "", "A")),
+    ({"solution": "Q"}, "--prompt-column solution", example("Q")),
+]
 
 
-@pytest.mark.parametrize("row, flags, expected", NAMED.values(), ids=NAMED)
+@pytest.mark.parametrize("row, flags, expected", NAMED)
 def test_columns_named_by_flag(tmp_path, row, flags, expected):
     """A column that is the prompt or the response is not the prompt's input as well."""
     assert read(write(tmp_path, row), *flags.split()) == [expected]
-
-
-def test_rows_like_gsm8k(tmp_path):
-    """The response is kept whole, with its calculator marks and the answer after ####."""
-    answer = "She has 16-3-4=<<16-3-4=9>>9 eggs.\nShe makes 9*2=$<<9*2=18>>18.\n#### 18"
-    found = read(write(tmp_path, {"question": "Janet’s ducks lay 16 eggs.", "answer": answer}))
-    assert found == [example("Janet’s ducks lay 16 eggs.", response=answer)]
-    assert encode(found, byte_tokenizer())[0][0]["gold"] == answer
 
 
 def test_null_input_is_no_input_and_null_response_is_none(tmp_path):
@@ -128,17 +113,12 @@ def test_null_input_is_no_input_and_null_response_is_none(tmp_path):
     assert read(write(tmp_path, *rows)) == [example("1"), example("2", "I", "A")]
 
 
-def test_limit_takes_the_first_rows(tmp_path):
-    path = write(tmp_path, *({"prompt": str(k)} for k in range(5)))
-    first = lambda limit: [row["instruction"] for row in read(path, "--limit", limit)]
-    assert first(2) == ["0", "1"]
-    assert first(0) == first(5) == first(99) == ["0", "1", "2", "3", "4"]
-
-
-def test_limit_reads_no_further(tmp_path):
-    """A bad row after the limit is no error."""
-    path = write(tmp_path, {"prompt": "1"}, {"prompt": None})
-    assert read(path, "--limit", 1) == [example("1")]
+def test_limit(tmp_path):
+    """The first rows; a bad row after them is not read."""
+    path = write(tmp_path, {"prompt": "0"}, {"prompt": "1"}, {"prompt": None})
+    assert read(path, "--limit", 1) == [example("0")] and read(path, "--limit", 2) == [example("0"), example("1")]
+    write(tmp_path, {"prompt": "0"}, {"prompt": "1"})
+    assert read(path) == read(path, "--limit", 9) == [example("0"), example("1")]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -152,23 +132,11 @@ ROWS = [
 ]
 
 
-def write_csv(path):
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ROWS[0].keys())
-        writer.writeheader()
-        writer.writerows(ROWS)
-
-
-def write_jsonl(path):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS), encoding="utf-8")
-
-
 WRITERS = {
     "a.json": lambda path: path.write_text(json.dumps(ROWS)),
-    "a.jsonl": write_jsonl,
-    "a.csv": write_csv,
+    "with space.jsonl": lambda path: write(path.parent, *ROWS, name=path.name),
+    "a.csv": lambda path: datasets.Dataset.from_list(ROWS).to_pandas().to_csv(path, index=False),
     "a.parquet": lambda path: pq.write_table(pa.Table.from_pylist(ROWS), path),
-    "with space.jsonl": write_jsonl,
 }
 
 
@@ -179,70 +147,44 @@ def test_file_formats(tmp_path, name, put):
     assert read(tmp_path / name) == [example(row["question"], response=row["answer"]) for row in ROWS]
 
 
-def test_changed_file_is_read_again(tmp_path):
-    """`datasets` caches; a file that was edited must not come from its cache."""
-    path = write(tmp_path, {"prompt": "old"})
-    assert read(path) == [example("old")]
-    write(tmp_path, {"prompt": "new"}, {"prompt": "newer"})
-    assert read(path) == [example("new"), example("newer")]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Templates
 # ---------------------------------------------------------------------------------------------------------------------
 
-WITH_INPUT = """\
-Below is an instruction that describes a task, paired with an input that provides further context. \
-Write a response that appropriately completes the request.
-
-### Instruction:
-Add {them}.
-
-### Input:
-1 and 2
-
-### Response:
-"""
-WITHOUT_INPUT = """\
-Below is an instruction that describes a task. Write a response that appropriately completes the request.
-
-### Instruction:
-Add {them}.
-
-### Response:
-"""
+TASK, REQUEST = (
+    "Below is an instruction that describes a task",
+    "Write a response that appropriately completes the request.",
+)
+CONTEXT = ", paired with an input that provides further context"
+WITHOUT_INPUT = f"{TASK}. {REQUEST}\n\n### Instruction:\nAdd {{them}}.\n\n### Response:\n"
+WITH_INPUT = WITHOUT_INPUT.replace(TASK, TASK + CONTEXT).replace("### R", "### Input:\n1 and 2\n\n### R")
 CHAT = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 
 
-@pytest.mark.parametrize("template", ["auto", "alpaca"])
-@pytest.mark.parametrize("input, text", [("1 and 2", WITH_INPUT), ("", WITHOUT_INPUT)], ids=["input", "no input"])
-def test_alpaca_template(template, input, text):
-    """Exactly the text of Taori et al.; braces in the data are not fields."""
-    found = data.prompt_text(example("Add {them}.", input), byte_tokenizer(add_bos=False), template)
-    assert found == text
-
-
-def test_alpaca_by_flag_although_there_is_a_chat_template():
-    tokenizer = byte_tokenizer(add_bos=False, chat_template=CHAT)
-    assert data.prompt_text(example("Add {them}."), tokenizer, "alpaca") == WITHOUT_INPUT
-    messages = [SYSTEM, turn("user", "Add {them}.")]
-    found = data.prompt_text(example("S\n\nAdd {them}.", messages=messages), tokenizer, "alpaca")
+@pytest.mark.parametrize("template, chat", [("auto", None), ("alpaca", None), ("alpaca", CHAT)])
+def test_alpaca_template(template, chat):
+    """Exactly the text of Taori et al., by flag although there is a chat template; braces in the data are no fields."""
+    tokenizer = byte_tokenizer(add_bos=False, chat_template=chat)
+    text = lambda *row, **more: data.prompt_text(example(*row, **more), tokenizer, template)
+    assert text("Add {them}.", "1 and 2") == WITH_INPUT and text("Add {them}.") == WITHOUT_INPUT
+    found = text("S\n\nAdd {them}.", messages=[SYSTEM, turn("user", "Add {them}.")])
     assert found == WITHOUT_INPUT.replace("Add", "S\n\nAdd")
+    assert data.prompt_text(example(" Q\n{x} ", "I"), tokenizer, "none") == " Q\n{x} ", "the text as it is"
 
 
-CHATS = {
-    "instruction": (example("Q"), "<s>[user]Q[assistant]"),
-    "instruction and input": (example("Q", "I"), "<s>[user]Q\n\nI[assistant]"),
-    "system turn": (example("S\n\nQ", messages=[SYSTEM, ASK]), "<s>[system]S[user]Q[assistant]"),
-    "several turns": (example("", messages=[ASK, HELP, ASK]), "<s>[user]Q[assistant]A[user]Q[assistant]"),
-}
+CHATS = [
+    (example("Q"), "<s>[user]Q[assistant]"),
+    (example("Q", "I"), "<s>[user]Q\n\nI[assistant]"),
+    (example("S\n\nQ", messages=[SYSTEM, ASK]), "<s>[system]S[user]Q[assistant]"),
+    (example("", messages=[ASK, HELP, ASK]), "<s>[user]Q[assistant]A[user]Q[assistant]"),
+]
 
 
 @pytest.mark.parametrize("template", ["auto", "chat"])
-@pytest.mark.parametrize("row, text", CHATS.values(), ids=CHATS)
+@pytest.mark.parametrize("row, text", CHATS)
 def test_chat_template(template, row, text):
     assert data.prompt_text(row, byte_tokenizer(chat_template=CHAT), template) == text
 
@@ -254,11 +196,6 @@ def test_date_in_a_chat_template_is_pinned():
     assert data.prompt_text(example("Q"), tokenizer, "auto") == "Today Date: 26 Jul 2024"
 
 
-def test_template_none_is_the_text_as_it_is():
-    tokenizer = byte_tokenizer(add_bos=False, chat_template=CHAT)
-    assert data.prompt_text(example(" Q\n{x} ", "I"), tokenizer, "none") == " Q\n{x} "
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Ids
 # ---------------------------------------------------------------------------------------------------------------------
@@ -267,21 +204,18 @@ def test_template_none_is_the_text_as_it_is():
 @pytest.mark.parametrize("template", ["none", "alpaca", "chat"])
 @pytest.mark.parametrize("add_bos", [True, False], ids=["tokenizer adds bos", "tokenizer adds none"])
 def test_bos_once_where_the_tokenizer_wants_it(template, add_bos):
-    """Where the tokenizer adds bos by itself, or the chat template writes it: one, at the start. Otherwise none."""
+    """Where the tokenizer adds bos by itself, or the chat template writes it: one, at the start. Otherwise none.
+
+    Prompts that were rendered beforehand, with --template none, often begin with bos: it is not doubled.
+    """
     tokenizer = byte_tokenizer(add_bos, chat_template=CHAT)
-    ids = encode([example("1+2=")], tokenizer, template)[0][0]["ids"]
-    if add_bos or template == "chat":
-        assert ids[0] == BOS and ids.count(BOS) == 1
-    else:
-        assert BOS not in ids
-    assert EOS not in ids, "the prompt goes on with the response"
-
-
-@pytest.mark.parametrize("add_bos", [True, False], ids=["tokenizer adds bos", "tokenizer adds none"])
-def test_bos_in_the_data_is_not_doubled(add_bos):
-    """Prompts that were rendered beforehand, with --template none, often begin with bos."""
-    ids = encode([example("<s>1+2=")], byte_tokenizer(add_bos), "none")[0][0]["ids"]
-    assert ids[0] == BOS and ids.count(BOS) == 1
+    ids = lambda text, template: encode([example(text)], tokenizer, template)[0][0]["ids"]
+    found = ids("1+2=", template)
+    wanted = int(add_bos or template == "chat")
+    assert found.count(BOS) == wanted and (found[0] == BOS) == (wanted == 1)
+    assert EOS not in found, "the prompt goes on with the response"
+    found = ids("<s>1+2=", "none")
+    assert found[0] == BOS and found.count(BOS) == 1
 
 
 @pytest.mark.parametrize("template", ["none", "alpaca", "chat"])
@@ -294,23 +228,12 @@ def test_text_and_ids_agree(template):
     assert tokenizer.decode(prompt["ids"]) == prompt["text"]
 
 
-def test_long_prompts_are_skipped_and_keep_their_numbers():
-    """The limit itself is allowed; prompt_id is the row's number, whatever was skipped before it."""
-    rows = [example("12345"), example("1"), example("1234"), example("123456"), example("123")]
-    prompts, skipped = encode(rows, byte_tokenizer(add_bos=False), "none", max_tokens=4)
-    assert [(p["prompt_id"], p["text"]) for p in prompts] == [(1, "1"), (2, "1234"), (4, "123")] and skipped == 2
-    assert all(len(p["ids"]) == len(p["text"]) for p in prompts)
-
-
-def test_bos_counts_towards_the_limit():
-    assert encode([example("1234"), example("123")], byte_tokenizer(), "none", max_tokens=4)[1] == 1
-
-
-def test_toy_prompt(tokenizer):
-    """The embedded default: <bos> and the characters, one token each."""
-    [prompt], _ = encode([example("199+877:")], tokenizer)
-    assert prompt["text"] == "<bos>199+877:"
-    assert prompt["ids"] == tokenizer.convert_tokens_to_ids(["<bos>", *"199+877:"])
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_long_prompts_are_skipped_and_keep_their_numbers(add_bos):
+    """The limit itself is allowed, bos counts; prompt_id is the row's number, whatever was skipped before it."""
+    rows, limit = [example("12345"), example("1"), example("1234"), example("123456"), example("123")], 4 + add_bos
+    prompts, skipped = encode(rows, byte_tokenizer(add_bos), "none", max_tokens=limit)
+    assert [(p["prompt_id"], len(p["ids"]) - add_bos) for p in prompts] == [(1, 1), (2, 4), (4, 3)] and skipped == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -329,21 +252,18 @@ def test_arrow_file_has_what_was_written(tmp_path):
     assert found.column_names == list(ARROW) and list(found) == rows
     assert found[2:4]["ids"] == [[0, 1], []]
     assert [path.name for path in tmp_path.iterdir()] == ["a.arrow"]
+    data.write_arrow(tmp_path / "empty.arrow", [], **ARROW)
+    assert len(data.open_arrow(tmp_path / "empty.arrow")) == 0
 
 
-def test_arrow_file_without_rows(tmp_path):
-    data.write_arrow(tmp_path / "a.arrow", [], **ARROW)
-    assert len(data.open_arrow(tmp_path / "a.arrow")) == 0
+BAD_ROWS = {"no column": {}, "type": {"number": "text", "ids": [], "text": ""}, "error": None}
 
 
-@pytest.mark.parametrize("good", [0, 1, 2500])
-@pytest.mark.parametrize(
-    "bad", [{}, {"number": "text", "ids": [], "text": ""}, None], ids=["no column", "type", "error"]
-)
+@pytest.mark.parametrize("good", [0, 2500])
+@pytest.mark.parametrize("bad", BAD_ROWS.values(), ids=BAD_ROWS)
 def test_arrow_file_is_written_whole_or_not_at_all(tmp_path, good, bad):
     """An error in the rows, however many were good, leaves the folder as it was: an older file, and no partial one."""
-    path = tmp_path / "a.arrow"
-    row = {"number": 1, "ids": [2], "text": "new"}
+    path, row = tmp_path / "a.arrow", {"number": 1, "ids": [2], "text": "new"}
 
     def rows():
         yield from itertools.repeat(row, good)
@@ -395,10 +315,7 @@ def test_write_prompts_of_bad_data(tmp_path, rows, expected):
 
 
 def test_write_prompts_again_after_a_change(tmp_path):
-    """The file of an earlier start is replaced, although it is mapped into memory."""
+    """The file of an earlier start is replaced, although it is mapped into memory; `datasets` must not use its cache."""
     old = prompts_of(tmp_path, {"prompt": "old"})
-    assert [row["text"] for row in prompts_of(tmp_path, {"prompt": "new"}, {"prompt": "newer"})] == [
-        "<s>new",
-        "<s>newer",
-    ]
-    assert old[0]["text"] == "<s>old"
+    new = prompts_of(tmp_path, {"prompt": "new"}, {"prompt": "newer"})
+    assert [row["text"] for row in new] == ["<s>new", "<s>newer"] and old[0]["text"] == "<s>old"

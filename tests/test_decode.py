@@ -112,11 +112,10 @@ def slow_decode(model, prompt, pick, budget, eos_ids):
     return tokens, logprobs
 
 
-def slow_sampler(prompt, sample, start=0, temperature=1.0, top_p=1.0):
-    """As `decode.sampler(SEED, STAGE, ...)` for one row."""
-    return lambda logits, step: slow_draw(
-        logits.tolist(), slow_noise(SEED, STAGE, prompt, sample, start + step), temperature, top_p
-    )
+def slow_sampler(prompt, sample, start=0, *options):
+    """As `decode.sampler(SEED, STAGE, ...)` for one row; options: temperature, top_p."""
+    noise = lambda step: slow_noise(SEED, STAGE, prompt, sample, start + step)
+    return lambda logits, step: slow_draw(logits.tolist(), noise(step), *options)
 
 
 def slow_score(model, prompt, response):
@@ -194,25 +193,15 @@ def draws_along(field, count=DRAWS):
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_noise_is_uniform_along_each_field(field):
-    """Chi-square on 64 bins, Kolmogorov-Smirnov, serial correlation at lags 1 to 3, chi-square of neighbours' pairs.
-
-    Limits: p > 0.001; KS distance times sqrt(n) under 1.95 (p = 0.001); |correlation| under 4 / sqrt(n).
-    """
+    """Chi-square on 64 bins (p > 0.001), serial correlation at lags 1 to 3 (under 4 / sqrt(n)), chi-square of pairs."""
     u = draws_along(field, 4096 if field in ("seed", "stage") else DRAWS)
     n = len(u)
     assert u.dtype == torch.float64 and 0 <= u.min() and u.max() < 1
     assert len(u.unique()) == n  # 52 bits: a repeat among 2^15 draws has probability 1e-7
-
     assert 0.001 < chi_square_p(torch.bincount((u * 64).long(), minlength=64), n / 64) < 0.999
-
-    ranks = torch.arange(1, n + 1) / n
-    distance = torch.maximum((ranks - u.sort().values).max(), (u.sort().values - ranks + 1 / n).max())
-    assert distance * math.sqrt(n) < 1.95
-
     for lag in (1, 2, 3):
         correlation = torch.corrcoef(torch.stack([u[:-lag], u[lag:]]))[0, 1]
         assert abs(correlation) * math.sqrt(n) < 4
-
     cells = (u[0::2] * 16).long() * 16 + (u[1::2] * 16).long()  # disjoint pairs of neighbours
     assert 0.001 < chi_square_p(torch.bincount(cells, minlength=256), n / 2 / 256) < 0.999
 
@@ -220,19 +209,10 @@ def test_noise_is_uniform_along_each_field(field):
 def test_noise_of_neighbouring_samples_and_positions_is_independent():
     """On a grid of samples x positions: a cell against the next sample, the next position, and both."""
     samples, positions = torch.meshgrid(torch.arange(128), torch.arange(256), indexing="ij")
-    u = decode.uniform_noise(0, 0, torch.zeros(128 * 256).long(), samples.flatten(), positions.flatten())
-    u = u.view(128, 256)
+    u = decode.uniform_noise(0, 0, torch.zeros(128, 256).long(), samples, positions)
     for a, b in [(u[:-1], u[1:]), (u[:, :-1], u[:, 1:]), (u[:-1, :-1], u[1:, 1:]), (u[:-1, 1:], u[1:, :-1])]:
-        a, b = a.flatten(), b.flatten()
-        assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) * math.sqrt(len(a)) < 4
-
-
-def test_noise_every_bit_is_fair():
-    """Each of the 52 bits is 1 in half the draws, to 4 standard deviations: the low ones too."""
-    integers = (draws_along("position") * 2**52).long()
-    for bit in range(52):
-        ones = ((integers >> bit) & 1).sum().item()
-        assert abs(ones - DRAWS / 2) < 4 * math.sqrt(DRAWS) / 2, bit
+        correlation = torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]
+        assert abs(correlation) * math.sqrt(a.numel()) < 4
 
 
 def test_slow_noise_is_splitmix64():
@@ -255,16 +235,14 @@ def test_noise_equals_python_integers(seed, stage, rows):
 PINNED = [
     ((0, 0, 0, 0, 0), 0.1296456182997474),
     ((0, 1, 0, 0, 0), 0.8847898165349131),
-    ((1, 0, 2, 3, 4), 0.24306696715032805),
     ((42, 1, 7472, 7, 511), 0.32914885037539765),
     ((2**62 - 1, 1, 5, 0, 1), 0.6173751517331749),
 ]
 
 
-@pytest.mark.parametrize("fields, pinned", PINNED)
-def test_noise_pinned(fields, pinned):
+def test_noise_pinned():
     """A change to any of these numbers changes every sample of every run that was ever made."""
-    assert one_noise(*fields) == pinned
+    assert [one_noise(*fields) for fields, _ in PINNED] == [pinned for _, pinned in PINNED]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -284,23 +262,18 @@ def draw(logits, noise, temperature=1.0, top_p=1.0):
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.5])
 def test_sample_token_follows_the_distribution(temperature, top_p):
-    """Hashed noise: chi-square. An even grid of n noises: a token comes up n p times, but for one at each end."""
-    probs = torch.tensor(slow_probs(LOGITS, temperature, top_p), dtype=torch.float64)
-    tokens = draw(LOGITS, draws_along("position"), temperature, top_p)
-    counts = torch.bincount(tokens, minlength=len(LOGITS))
-    assert (counts[probs == 0] == 0).all()
-    if (probs > 0).sum() > 1:
-        assert 0.001 < chi_square_p(counts[probs > 0], DRAWS * probs[probs > 0]) < 0.999
-
-    n = 100_000
+    """An even grid of n noises: a token comes up n p times, but for one at each end."""
+    probs, n = torch.tensor(slow_probs(LOGITS, temperature, top_p), dtype=torch.float64), 100_000
     counts = torch.bincount(draw(LOGITS, (torch.arange(n) + 0.5) / n, temperature, top_p), minlength=len(LOGITS))
+    assert (counts[probs == 0] == 0).all()
     assert_near(counts.double(), n * probs, 1.1)
 
 
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 1.0), (1.0, 0.8), (1.5, 0.3)])
-def test_sample_token_equals_python_floats(temperature, top_p):
-    """300 random rows, each with its own logits, against the twin's inverse CDF."""
-    logits = 3 * torch.randn(300, 40, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sample_token_equals_python_floats(temperature, top_p, dtype):
+    """300 random rows, each with its own logits, against the twin's inverse CDF; no probability is rounded to bfloat16."""
+    logits = (3 * torch.randn(300, 40, generator=torch.Generator().manual_seed(1))).to(dtype)
     noise = draws_along("sample", 300)
     slow = [slow_draw(row, u, temperature, top_p) for row, u in zip(logits.tolist(), noise.tolist())]
     assert decode.sample_token(logits, noise, temperature, top_p).tolist() == slow
@@ -315,36 +288,16 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p, kept):
     assert counts[1] > 0 and (counts[3] > 0) == (kept > 1)
 
 
-@pytest.mark.parametrize("top_p", [1.0, 0.9])
-def test_sample_token_never_draws_probability_zero(top_p):
-    """Tokens masked with -inf at the front, in the middle and at the end, with noise at both ends of [0, 1)."""
-    off = -math.inf
-    for logits in ([off, off, 1.0, off, 0.0, off], [off, 2.0], [0.0, off], [-1e30, 0.0, -1e30]):
-        tokens = draw(logits, [0.0, 2**-52, 0.25, 0.5, 0.999, ALMOST_ONE], top_p=top_p)
-        assert all(logits[t] > -1e30 for t in tokens)
-    assert draw([off, 0.0, 0.0, off], [0.0, ALMOST_ONE]).tolist() == [1, 2]
-
-
-@pytest.mark.parametrize("noise, token", [(0.0, 0), (ALMOST_ONE, 49)])
-def test_sample_token_ends_of_the_noise(noise, token):
-    """Noise 0 is the first possible token, noise just under 1 the last; on 2,000 distributions of any rounding."""
+def test_sample_token_at_the_edges():
+    """Noise 0 is the first possible token, just under 1 the last, on 2,000 distributions of any rounding. Huge logits."""
     logits = 5 * torch.randn(2000, 50, generator=torch.Generator().manual_seed(2))
-    noises = torch.full((2000,), noise, dtype=torch.float64)
-    assert (decode.sample_token(logits, noises, 1.0, 1.0) == token).all()
-
-
-def test_sample_token_huge_logits():
+    for noise, token in ((0.0, 0), (ALMOST_ONE, 49)):
+        noises = torch.full((2000,), noise, dtype=torch.float64)
+        assert (decode.sample_token(logits, noises, 1.0, 1.0) == token).all()
     noise = [0.0, 0.3, 0.49, 0.51, ALMOST_ONE]
-    assert draw([1e30, -1e30, 1e30], noise).tolist() == [0, 0, 0, 2, 2]
+    for top_p in (1.0, 0.9):
+        assert draw([1e30, -1e30, 1e30], noise, top_p=top_p).tolist() == [0, 0, 0, 2, 2]
     assert draw([6e4, 0.0, -6e4], noise, temperature=0.01).tolist() == [0] * 5
-
-
-def test_sample_token_computes_in_float32():
-    """bfloat16 logits are taken as they are, and then no probability is rounded to bfloat16."""
-    logits = torch.randn(500, 30, generator=torch.Generator().manual_seed(5)).bfloat16()
-    noise = draws_along("prompt", 500)
-    as_float32 = decode.sample_token(logits.float(), noise, 0.7, 1.0)
-    assert torch.equal(decode.sample_token(logits, noise, 0.7, 1.0), as_float32)
 
 
 def test_sample_token_keeps_the_tail_of_a_large_vocabulary():
@@ -386,13 +339,8 @@ def test_sample_token_equals_one_running_sum(size, scale):
     ends = cdf.gather(-1, torch.stack([tokens, slow], -1).amin(-1)[:, None])[:, 0]
     assert (logits.gather(-1, tokens[:, None]) > -math.inf).all()
     assert ((tokens == slow) | ((ends - noise).abs() < 1e-6)).all() and (tokens == slow).sum() >= 14
-
-
-def test_sample_token_is_independent_of_the_batch_in_a_large_vocabulary():
-    logits, noise = torch.randn(32, 49_152, generator=torch.Generator().manual_seed(6)), draws_along("sample", 32)
-    together = decode.sample_token(logits, noise, 1.0, 1.0)
-    for rows in ([0], [31, 3], list(range(5, 20))):
-        assert torch.equal(decode.sample_token(logits[rows], noise[rows], 1.0, 1.0), together[rows])
+    for rows in ([0], [15, 3], list(range(5, 12))):  # whatever the batch
+        assert torch.equal(decode.sample_token(logits[rows], noise[rows], 1.0, 1.0), tokens[rows])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -432,20 +380,15 @@ def test_token_logprobs_keeps_no_logits_for_the_backward_pass():
     assert max(sizes) <= max(weight.numel(), hidden.numel()) < 8 * 40
 
 
-def test_token_logprobs_in_bfloat16_is_float32():
-    """The head's product is rounded to bfloat16, as the model's own would be; the softmax over it is float32."""
-    hidden, weight, bias, targets = head_inputs(torch.bfloat16)
-    fast = decode.token_logprobs(hidden, weight, bias, targets, 5)
-    plain = F.linear(hidden, weight, bias).float().log_softmax(-1)[torch.arange(len(targets)), targets]
-    assert fast.dtype == torch.float32
-    assert_near(fast, plain)
-
-
-def test_token_logprobs_of_nothing_and_of_huge_logits():
+def test_token_logprobs_at_the_edges():
+    """No token; huge logits; in bfloat16 the head's product is rounded, and the softmax over it is float32."""
     hidden, weight, bias, targets = head_inputs()
     assert decode.token_logprobs(hidden[:0], weight, bias, targets[:0], 4).shape == (0,)
     logprobs = decode.token_logprobs(torch.tensor([[1e4]]), torch.tensor([[1.0], [-1.0]]), None, torch.tensor([1]), 4)
     assert logprobs.item() == -2e4
+    hidden, weight, bias, targets = head_inputs(torch.bfloat16)
+    plain = F.linear(hidden, weight, bias).float().log_softmax(-1)[torch.arange(len(targets)), targets]
+    assert_near(decode.token_logprobs(hidden, weight, bias, targets, 5), plain)
 
 
 def test_head_chunk_is_128_mib():
@@ -453,34 +396,9 @@ def test_head_chunk_is_128_mib():
     assert decode.head_chunk(1 << 40) == 1
 
 
-COPIED = {
-    "uniform_noise": (9, 1, *torch.arange(30).view(3, 10)),
-    "sample_token": (torch.arange(180.0).view(20, 9).sin(), draws_along("sample", 20), 0.7, 0.9),
-    "token_logprobs": (*head_inputs(), 4),
-}
-
-
-@pytest.mark.parametrize("name", COPIED)
-def test_copy_paste(name):
-    """Each function made from its source, in a namespace of torch, F and math, returns what the module's returns."""
-    namespace = {"torch": torch, "F": F, "math": math}
-    for source in [getattr(decode, name)] + [decode.ChunkedLogprobs] * (name == "token_logprobs"):
-        exec(inspect.getsource(source), namespace)  # noqa: S102
-    assert torch.equal(namespace[name](*COPIED[name]), getattr(decode, name)(*COPIED[name]))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # prefill, expand, decode
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_tokens_are_what_the_arguments_say():
-    """No field has a default, and none can be changed while rows are decoded."""
-    assert (TOKENS.pad_id, TOKENS.eos_ids, TOKENS.vocab_size) == (0, EOS, 22)
-    with pytest.raises(AttributeError):
-        TOKENS.vocab_size = 21
-    with pytest.raises(TypeError):
-        decode.Tokens(PAD, EOS)
 
 
 @pytest.mark.parametrize("family, forward", [("llama", LlamaModel.forward), ("qwen2", Qwen2Model.forward)])
@@ -488,7 +406,6 @@ def test_the_cache_is_taken_under_its_keyword(models, family, forward):
     """A wrong keyword would be swallowed by **kwargs: each layer must hold the prompts' columns after the prefill."""
     assert decode.CACHE in inspect.signature(forward).parameters
     assert [layer.get_seq_length() for layer in prefill(models[family]).cache.layers] == [9, 9]
-    assert decode.device_of(models[family]) == torch.device("cpu")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -528,19 +445,11 @@ def test_greedy_equals_generate(models, eos):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logprobs_are_padded_with_zeros(dtype):
-    """(B, T) float32, T the longest response and no longer; 0 after each end, where that row's forward may go on."""
-    model = make_model("llama", 1, rows=VOCAB).to(dtype)
-    budget = torch.tensor([3, 0, 7, 1, 2])
-    tokens = decode.Tokens(PAD, [], VOCAB)
-    responses, logprobs = decode.decode(model, prefill(model), fast_sampler(), budget, tokens)
-    assert list(map(len, responses)) == budget.tolist() and logprobs.dtype == torch.float32
-    assert torch.equal(logprobs != 0, torch.arange(7) < budget[:, None])
-    responses, logprobs = decode.decode(model, prefill(model), fast_sampler(), 0 * budget, tokens)
-    assert responses == [[]] * 5 and logprobs.shape == (5, 0)
-    _, logprobs = decode.decode(
-        model, prefill(model), fast_sampler(), budget + 9, decode.Tokens(PAD, [*range(22)], VOCAB)
-    )
-    assert logprobs.shape == (5, 1), "each row ends at once: no column for the budget that is left"
+    """`fast_decode` checks the form: T is the longest response, 0 after each end, where a row's forward may go on."""
+    model, budget = make_model("llama", 1, rows=VOCAB).to(dtype), torch.tensor([3, 0, 7, 1, 2])
+    lengths = lambda *options: [len(ids) for ids, _ in fast_decode(model, prefill(model), fast_sampler(), *options)]
+    assert lengths(budget, []) == budget.tolist() and lengths(0 * budget, []) == [0] * 5
+    assert lengths(budget + 9, list(range(VOCAB))) == [1] * 5, "no column for the budget that is left"
 
 
 def test_tokens_beyond_the_vocabulary_have_no_probability(models):
@@ -590,6 +499,15 @@ def test_finished_rows_are_not_computed(models, masks, budget, fed):
     assert [len(mask) for mask in masks] == fed
 
 
+def test_each_query_sees_a_column(models, masks):
+    """A softmax over nothing is NaN in some attention kernels and 0 in others (the CPU's among them), so the masks are
+    looked at: in prefill, score, and after a rewind to nothing, each query sees at least itself, padding too.
+    """
+    rows, hidden, _ = decode.score(models["llama"], prefill(models["llama"]), RESPONSES, TOKENS)
+    fast_decode(models["llama"], decode.rewind(rows, torch.zeros(5).long(), hidden), decode.greedy, 3, [])
+    assert len(masks) == 4 and all(mask.any(-1).all() for mask in masks)
+
+
 @pytest.mark.parametrize("eos", [[3], [7], [20], [13, 4], list(range(VOCAB))], ids=str)
 def test_response_ends_at_the_first_eos_of_any_kind(models, eos):
     """The response is the one without EOS, cut after the first place of any EOS id."""
@@ -604,9 +522,7 @@ def test_response_ends_at_the_first_eos_of_any_kind(models, eos):
 def test_any_subset_in_any_order_gives_the_same_tokens(models, family):
     model, budget = models[family], torch.tensor([9, 3, 10, 0, 6])
     together = fast_decode(model, prefill(model), fast_sampler(), budget)
-    rng = random.Random(0)
-    for size in (1, 1, 2, 3, 4, 5):
-        subset = rng.sample(range(5), size)
+    for subset in ([3], [0], [4, 2], [1, 4, 0], [2, 3, 0, 1], [4, 3, 2, 1, 0]):
         rows = prefill(model, [PROMPTS[i] for i in subset])
         alone = fast_decode(model, rows, fast_sampler(subset), budget[subset])
         assert_same(alone, [together[i] for i in subset])
@@ -660,14 +576,6 @@ def test_score_equals_each_sequence_alone(models, family, responses):
         assert_near(logits, all_logits(model, prompt + response)[len(prompt) - 1 :], 2e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_score_gives_decode_its_own_logprobs_back(models, family):
-    """The check's margin is zero where teacher and student are one model, in the same (B, T)."""
-    model = models[family]
-    responses, logprobs = decode.decode(model, prefill(model), fast_sampler(), torch.tensor([12] * 5), TOKENS)
-    assert_near(decode.score(model, prefill(model), responses, TOKENS)[2], logprobs)
-
-
 def test_decode_goes_on_after_score(models):
     """Without a rewind: rows predict what follows their whole response, the empty one too."""
     model, responses = models["qwen2"], [[4, 9, 3], [15, 8, 8, 21, 5, 6], [], [6], [19, 10]]
@@ -711,30 +619,9 @@ def test_rewind_equals_no_cache(models):
     assert_same(fast, slow)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_score_after_rewind(models, family):
-    """The forgotten tokens are without effect on a second response's log-probs."""
-    model, keep = models[family], torch.tensor([1, 7, 0, 3, 2])
-    second = [[9, 9, 2], [3], [20, 4, 18, 5, 12], [6, 2], []]
-    rows, hidden, _ = decode.score(model, prefill(model), RESPONSES, TOKENS)
-    _, _, logprobs = decode.score(model, decode.rewind(rows, keep, hidden), second, TOKENS)
-    for i, response in enumerate(second):
-        expected = slow_score(model, PROMPTS[i] + RESPONSES[i][: keep[i]], response)
-        assert_near(logprobs[i, : len(response)], expected)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Numerical traps
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_each_query_sees_a_column(models, masks):
-    """A softmax over nothing is NaN in some attention kernels and 0 in others (the CPU's among them), so the masks are
-    looked at: in prefill, score, and after a rewind to nothing, each query sees at least itself, padding too.
-    """
-    rows, hidden, _ = decode.score(models["llama"], prefill(models["llama"]), RESPONSES, TOKENS)
-    fast_decode(models["llama"], decode.rewind(rows, torch.zeros(5).long(), hidden), decode.greedy, 3, [])
-    assert len(masks) == 4 and all(mask.any(-1).all() for mask in masks)
 
 
 # In bfloat16 a different summation order moves a log-prob by some 2^-8 of its size

@@ -14,7 +14,7 @@ import signal
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, launch, make_model
+from conftest import ROOT, launch, make_model, weights
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import kd
@@ -57,10 +57,13 @@ PUBLISHED = {  # of p the teacher and q the student, each a list of probabilitie
 }
 OPTIONS = [(name, {}) for name in PUBLISHED]
 OPTIONS += [("jsd", {"beta": 0.1}), ("jsd", {"beta": 0.9})]
-OPTIONS += [("skew_forward_kl", {"alpha": 0.7}), ("skew_reverse_kl", {"alpha": 0.7})]
+OPTIONS += [
+    ("skew_forward_kl", {"alpha": 0.7}),
+    ("skew_forward_kl", {"alpha": 0.0}),
+    ("skew_reverse_kl", {"alpha": 0.7}),
+]
 OPTIONS += [("adaptive_kl", {"tail_mass": 0.2}), ("adaptive_kl", {"tail_mass": 0.0})]
 EACH_LOSS = pytest.mark.parametrize("name, options", OPTIONS)
-EACH_DTYPE = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 
 
 def logits_of(*probabilities, shift=0.0):
@@ -73,19 +76,20 @@ def random_logits(*shape, seed=0, scale=2.0, dtype=torch.float64):
 
 def test_names_and_signatures():
     """What other code bases import."""
-    two = "(student_logits, teacher_logits{})"
-    signatures = dict.fromkeys(("forward_kl", "reverse_kl", "tvd"), two.format(""))
-    signatures |= dict.fromkeys(("skew_forward_kl", "skew_reverse_kl"), two.format(", alpha=0.1"))
-    signatures |= {"jsd": two.format(", beta=0.5"), "adaptive_kl": two.format(", tail_mass=0.5")}
-    assert {name: str(inspect.signature(loss)) for name, loss in kd.LOSSES.items()} == signatures
-    assert all(getattr(kd, name) is loss for name, loss in kd.LOSSES.items())
-    expected = ["student_logits", "teacher_logits", "targets", "divergence", "kd_rate", "temperature"]
-    assert list(inspect.signature(kd.total_loss).parameters) == expected
+    last = {"jsd": ", beta=0.5", "adaptive_kl": ", tail_mass=0.5"}
+    last |= dict.fromkeys(("skew_forward_kl", "skew_reverse_kl"), ", alpha=0.1")
+    assert kd.LOSSES.keys() == PUBLISHED.keys()
+    for name, loss in kd.LOSSES.items():
+        assert getattr(kd, name) is loss
+        assert str(inspect.signature(loss)) == f"(student_logits, teacher_logits{last.get(name, '')})"
+    expected = "(student_logits, teacher_logits, targets, divergence, kd_rate, temperature)"
+    assert str(inspect.signature(kd.total_loss)) == expected
 
 
 @EACH_LOSS
 @pytest.mark.parametrize("scale", [0.3, 2.0, 8.0])
 def test_loss_is_the_published_formula(name, options, scale):
+    """The formula in float64; the same in float32, to which bfloat16 is taken."""
     student, teacher = random_logits(5, 3, 17, seed=1, scale=scale), random_logits(5, 3, 17, seed=2, scale=scale)
     values = kd.LOSSES[name](student, teacher, **options)
     assert values.shape == (5, 3) and values.dtype == torch.float64
@@ -95,35 +99,37 @@ def test_loss_is_the_published_formula(name, options, scale):
     single = kd.LOSSES[name](student.float(), teacher.float(), **options)
     assert single.dtype == torch.float32
     torch.testing.assert_close(single.double(), values, rtol=1e-4, atol=2e-6)
+    half = student.bfloat16(), teacher.bfloat16()
+    assert torch.equal(kd.LOSSES[name](*half, **options), kd.LOSSES[name](*(x.float() for x in half), **options))
 
 
 HALF, QUARTER = (1 / 2, 1 / 2), (1 / 4, 3 / 4)  # p and q; their mean is (3/8, 5/8)
 
 
-@pytest.mark.parametrize(
-    "name, options, value",
-    [
-        ("forward_kl", {}, math.log(4 / 3) / 2),  # 1/2 log 2 + 1/2 log 2/3
-        ("reverse_kl", {}, math.log(1 / 2) / 4 + 3 * math.log(3 / 2) / 4),
-        ("tvd", {}, 1 / 4),
-        ("skew_forward_kl", {"alpha": 0.5}, math.log(4 / 3) / 2 + math.log(4 / 5) / 2),
-        ("skew_reverse_kl", {"alpha": 0.5}, math.log(2 / 3) / 4 + 3 * math.log(6 / 5) / 4),
-        ("jsd", {}, math.log(4 / 3) / 4 + math.log(4 / 5) / 4 + math.log(2 / 3) / 8 + 3 * math.log(6 / 5) / 8),
-    ],
-)
+BY_HAND = [
+    ("forward_kl", {}, math.log(4 / 3) / 2),  # 1/2 log 2 + 1/2 log 2/3
+    ("reverse_kl", {}, math.log(1 / 2) / 4 + 3 * math.log(3 / 2) / 4),
+    ("tvd", {}, 1 / 4),
+    ("skew_forward_kl", {"alpha": 0.5}, math.log(4 / 3) / 2 + math.log(4 / 5) / 2),
+    ("skew_reverse_kl", {"alpha": 0.5}, math.log(2 / 3) / 4 + 3 * math.log(6 / 5) / 4),
+    ("jsd", {}, math.log(4 / 3) / 4 + math.log(4 / 5) / 4 + math.log(2 / 3) / 8 + 3 * math.log(6 / 5) / 8),
+]
+
+
+@pytest.mark.parametrize("name, options, value", BY_HAND)
 def test_loss_by_hand(name, options, value):
     found = kd.LOSSES[name](logits_of(QUARTER, shift=3.0), logits_of(HALF, shift=-1.0), **options)
     assert found.tolist() == pytest.approx([value], rel=1e-12)
 
 
-@pytest.mark.parametrize(
-    "q, head, tail",
-    [
-        ((0.2, 0.6, 0.15, 0.05), 1.0, 0.0),  # q is off in the head alone: forward KL
-        ((0.5, 0.3, 0.05, 0.15), 0.0, 1.0),  # in the tail alone: reverse KL
-        ((0.3, 0.4, 0.1, 0.2), 0.6, 0.4),  # gaps .2 + .1 and .05 + .15
-    ],
-)
+ADAPTIVE = [
+    ((0.2, 0.6, 0.15, 0.05), 1.0, 0.0),  # q is off in the head alone: forward KL
+    ((0.5, 0.3, 0.05, 0.15), 0.0, 1.0),  # in the tail alone: reverse KL
+    ((0.3, 0.4, 0.1, 0.2), 0.6, 0.4),  # gaps .2 + .1 and .05 + .15
+]
+
+
+@pytest.mark.parametrize("q, head, tail", ADAPTIVE)
 def test_adaptive_kl_by_hand(q, head, tail):
     """p = (.5, .3, .15, .05), tail_mass .4: the tail is {.15, .05} (mass .2; with .3 it would be .5), the head {.5, .3}."""
     p, order = (0.5, 0.3, 0.15, 0.05), [2, 0, 3, 1]  # the order of the tokens does not matter
@@ -150,68 +156,20 @@ def test_adaptive_kl_gradient_leaves_the_weights_alone():
 
 
 @EACH_LOSS
-@EACH_DTYPE
-@pytest.mark.parametrize("scale", [1.0, 30.0, 1e4])
-def test_exactly_zero_where_student_is_teacher(name, options, dtype, scale):
-    logits = random_logits(7, 50, seed=5, scale=scale, dtype=dtype)
-    student = logits.clone().requires_grad_()
-    values = kd.LOSSES[name](student, logits, **options)
-    assert values.abs().max() == 0
-    (gradient,) = torch.autograd.grad(values.sum(), student)
-    assert gradient.isfinite().all() and gradient.abs().max() < 1e-6
-
-
-@EACH_LOSS
-@EACH_DTYPE
-def test_finite_at_extreme_logits(name, options, dtype):
-    """Logits of +-10,000 in all meetings: sure and right, sure and wrong, undecided."""
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_extreme_logits(name, options, dtype):
+    """Logits of +-10,000 in all meetings: sure and right, sure and wrong, undecided. Exactly 0 where the two are equal."""
     big = 1e4
     rows = [[big, -big, 0, 0], [-big, big, 0, 0], [-big, -big, -big, -big], [big, big, big, 0], [0, 0, 0, 0]]
+    rows += random_logits(2, 4, scale=30.0).tolist()
     pairs = [(a, b) for a in rows for b in rows]
-    student = torch.tensor([a for a, _ in pairs], dtype=dtype, requires_grad=True)
-    teacher = torch.tensor([b for _, b in pairs], dtype=dtype, requires_grad=True)
+    student, teacher = (torch.tensor(column, dtype=dtype, requires_grad=True) for column in zip(*pairs))
     values = kd.LOSSES[name](student, teacher, **options)
     values.sum().backward()
     assert values.isfinite().all() and (values >= -1e-6).all()
     assert student.grad.isfinite().all() and teacher.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("name", kd.LOSSES)
-def test_bfloat16_is_computed_in_float32(name):
-    student, teacher = (random_logits(4, 100, seed=seed, dtype=torch.bfloat16) for seed in (6, 7))
-    assert torch.equal(kd.LOSSES[name](student, teacher), kd.LOSSES[name](student.float(), teacher.float()))
-
-
-def test_losses_among_each_other():
-    """Swapped roles, and the limits that GKD and DistiLLM name."""
-    s, t = random_logits(9, 12, seed=8), random_logits(9, 12, seed=9)
-    skewed = 0.2 * kd.skew_forward_kl(s, t, alpha=0.2) + 0.8 * kd.skew_reverse_kl(s, t, alpha=0.8)
-    close = torch.testing.assert_close
-    close(kd.reverse_kl(s, t), kd.forward_kl(t, s))
-    close(kd.jsd(s, t, beta=0.2), kd.jsd(t, s, beta=0.8))
-    close(kd.jsd(s, t, beta=0.2), skewed)
-    close(kd.skew_reverse_kl(s, t, alpha=0.3), kd.skew_forward_kl(t, s, alpha=0.3))
-    close(kd.skew_forward_kl(s, t, alpha=0.0), kd.forward_kl(s, t))
-    close(kd.jsd(s, t, beta=1e-6) / 1e-6, kd.forward_kl(s, t), rtol=1e-3, atol=1e-4)
-    close(kd.jsd(s, t, beta=1 - 1e-6) / 1e-6, kd.reverse_kl(s, t), rtol=1e-3, atol=1e-4)
-
-
-def copied(thing):
-    """What a reader gets who copies the source: it may use torch, F and math, and nothing else of this project."""
-    exec(inspect.getsource(thing), namespace := {"torch": torch, "F": F, "math": math})  # noqa: S102
-    return namespace[thing.__name__]
-
-
-def test_copied_functions():
-    student, teacher, targets = random_logits(4, 8, seed=1), random_logits(4, 8, seed=2), torch.tensor([1, -100, 3, 7])
-    for loss in kd.LOSSES.values():
-        assert torch.equal(copied(loss)(student, teacher), loss(student, teacher))
-    for args in [(student, teacher, targets, kd.jsd, 0.3, 2.0), (student, None, targets, None, 0, 1.0)]:
-        assert torch.equal(torch.stack(copied(kd.total_loss)(*args)), torch.stack(kd.total_loss(*args)))
-    hidden, weight = random_logits(4, 3, seed=4), random_logits(8, 3, seed=5)
-    squares = lambda logits, part: (logits.square().sum(-1),)
-    found = copied(kd.ChunkedHeadLoss).apply(hidden, weight, None, squares, 3)[0].item()
-    assert found == pytest.approx((hidden @ weight.T).square().sum().item())
+    equal = slice(0, None, len(rows) + 1)
+    assert values[equal].abs().max() == 0 and student.grad[equal].abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.25, 1.0])
@@ -332,8 +290,7 @@ def test_model_is_dense(student, chunk, monkeypatch):
     lm.zero_grad()
     expected = dense_losses(lm, teacher, ROWS, kd.skew_reverse_kl, 0.3, 2.0)
     expected[0].backward()
-    found_sums = [sums[key].item() for key in ("loss", "ce", "kd")]
-    assert found_sums == pytest.approx(expected.tolist(), rel=1e-5)
+    assert [sums[key].item() for key in ("loss", "ce", "kd")] == pytest.approx(expected.tolist(), rel=1e-5)
     for name, parameter in lm.named_parameters():
         assert (found[name] - parameter.grad).norm() <= 2e-5 * parameter.grad.norm(), name
     if lm.config.vocab_size > VOCAB and not lm.config.tie_word_embeddings:
@@ -369,10 +326,6 @@ def distil(command, tmp_path):
         return tmp_path / name, runs.read_jsonl(tmp_path / name / "metrics.jsonl")
 
     return run
-
-
-def weights(out):
-    return AutoModelForCausalLM.from_pretrained(out / "student").state_dict()
 
 
 def assert_equal_runs(a, b, rtol=0.0):
@@ -437,17 +390,13 @@ def test_train_equals_a_plain_loop(distil, plain_models, gold, monkeypatch, flag
 
 
 def test_epochs(distil, gold):
-    """Without --max-steps: each example once in an epoch, the short batch included, in another order each time."""
-    _, steps = distil("run", "--limit 21 --max-steps 0 --epochs 2")
+    """Without --max-steps: each example once in an epoch, in another order each time. A finished run is left alone."""
+    flags = "--limit 21 --max-steps 0 --epochs 2"
+    out, steps = distil("run", flags)
     tokens, total = [m["response_tokens"] for m in steps], sum(len(response) for _, response, _ in gold[:21])
-    assert len(steps) == 6 and sum(tokens[:3]) == sum(tokens[3:]) == total
-    assert tokens[:3] != tokens[3:] and steps[-1]["lr"] < steps[-2]["lr"]
-
-
-def test_a_finished_run_is_left_alone(distil):
-    out, _ = distil("run", "--max-steps 1")
+    assert len(steps) == 6 and sum(tokens[:3]) == sum(tokens[3:]) == total and tokens[:3] != tokens[3:]
     files = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
-    distil("run", "--max-steps 1")
+    distil("run", flags)
     assert files == {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
 
 
@@ -540,19 +489,9 @@ def test_teacher_mode(distil, plain_models, gold, tokenizer):
     assert [f.read_bytes() for f in files] == before and files[0].stat().st_mtime_ns == times[0]
     assert_equal_runs((out, steps), again)
 
-    shutil.rmtree(out / "student")
-    shutil.copy(files[0], files[1])
-    with pytest.raises(UserError, match=rf"other prompts, in {files[1]}, delete it"):
-        distil("run", flags)
-
-
-def test_teacher_mode_sampled(distil):
-    """--teacher-decoding sample: other responses than the greedy ones, the seed's own."""
-    flags = "--mode teacher --max-new-tokens 8 --limit 8 --max-steps 1"
-    read = lambda out: [row["response_ids"] for row in runs.read_jsonl(out / "responses" / "00000.jsonl")]
-    greedy = read(distil("greedy", flags)[0])
-    sampled = [read(distil(f"{seed}", flags, "--teacher-decoding sample --seed", seed)[0]) for seed in (0, 1)]
-    assert greedy != sampled[0] != sampled[1]
+    sampled = [distil(f"{seed}", flags, f"--max-steps 1 --teacher-decoding sample --seed {seed}")[0] for seed in (0, 1)]
+    contents = [before[0], *((folder / "responses" / "00000.jsonl").read_bytes() for folder in sampled)]
+    assert len(set(contents)) == 3, "other responses than the greedy ones, the seed's own"
 
 
 def test_student_mode(distil, plain_models, gold, monkeypatch):
@@ -613,17 +552,28 @@ def test_on_policy_data_need_no_responses(distil, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "flags",
-    ["--loss forward_kl --temperature 2", "--loss reverse_kl --temperature 2", "--mode teacher --max-new-tokens 9"],
-)
+CACHED = ["--loss forward_kl --temperature 2", "--loss reverse_kl --temperature 2", "--mode teacher --max-new-tokens 9"]
+
+
+@pytest.mark.parametrize("flags", CACHED)
 def test_cache_of_the_whole_vocabulary_equals_the_live_teacher(distil, tmp_path, flags):
     cached = distil("cached", flags, f"--teacher-cache {tmp_path}/cache --teacher-top-k 64")
     assert_equal_runs(distil("live", flags), cached, rtol=2e-4)
 
 
+OTHERWISE = {
+    "--teacher-top-k 4": "teacher_top_k: 3 there, 4 now",
+    "--limit 39": "examples: ",
+    "--prompts-per-batch 8": "prompts_per_batch: 16 there, 8 now",
+    "--dtype bfloat16": "dtype: torch.float32 there, torch.bfloat16 now",
+}
+
+
 def test_cache(distil, pair_of_models, tmp_path, monkeypatch):
-    """k = 3: another loss than the live teacher's; made once, then used without the teacher; a lost file is made again."""
+    """k = 3: another loss than the live teacher's; made once, then used without the teacher; a lost file is made again.
+
+    A cache that was made for something else is refused.
+    """
     cache = f"--teacher-cache {tmp_path}/cache --teacher-top-k 3"
     live, first = distil("live"), distil("first", cache)
     files = sorted((tmp_path / "cache").glob("*.safetensors"))
@@ -634,6 +584,9 @@ def test_cache(distil, pair_of_models, tmp_path, monkeypatch):
     files[1].unlink()
     distil("second", cache, "--max-steps 1")
     assert [f.read_bytes() for f in files] == content and files[2].stat().st_mtime_ns == times[2]
+    for k, (flags, words) in enumerate(OTHERWISE.items()):
+        with pytest.raises(UserError, match=f"made otherwise .*{words}.*give another folder"):
+            distil(f"other{k}", cache, flags)
 
     original = models.load_model
 
@@ -645,22 +598,6 @@ def test_cache(distil, pair_of_models, tmp_path, monkeypatch):
     assert_equal_runs(first, distil("third", cache))
     with pytest.raises(AssertionError):
         distil("fourth")
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        ("--teacher-top-k 4", "teacher_top_k: 3 there, 4 now"),
-        ("--limit 39", "examples: "),
-        ("--prompts-per-batch 8", "prompts_per_batch: 16 there, 8 now"),
-        ("--dtype bfloat16", "dtype: torch.float32 there, torch.bfloat16 now"),
-    ],
-)
-def test_a_cache_of_something_else_is_refused(distil, tmp_path, flags, words):
-    cache = f"--teacher-cache {tmp_path}/cache --teacher-top-k 3 --max-steps 1"
-    distil("first", cache)
-    with pytest.raises(UserError, match=f"made otherwise .*{words}.*give another folder"):
-        distil("second", cache, flags)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -703,31 +640,17 @@ def test_closing_table(distil, prompts_file, capsys, monkeypatch):
     out, _ = distil("run", flags)
     summary, printed = runs.read_json(out / "summary.json"), capsys.readouterr().out
     assert list(summary) == ["teacher", "student before", "student after"] and "4 held-out prompts" in printed
-    assert {"accuracy", "kl_teacher_student", "kl_student_teacher"} <= summary["student after"].keys()
     assert f"{summary['student before']['kl_teacher_student']:15.4f}" in printed
     assert summary["student before"] != summary["student after"]
 
-    half = lambda student_logprobs, *_: torch.tensor([student_logprobs.shape[1] % 2 - 1])  # odd lengths only
-    monkeypatch.setattr(kd, "first_mismatch", half)
+    monkeypatch.setattr(kd, "first_mismatch", lambda *_: torch.tensor([0]))
     (out / "summary.json").unlink()
     distil("run", flags)
-    other = runs.read_json(out / "summary.json")
-    for name in ("student before", "student after"):
-        assert other[name] | {"replaced_samples": 0} == summary[name] | {"replaced_samples": 0}
-    assert other != summary
+    students = {name: values | {"replaced_samples": 1.0} for name, values in summary.items() if name != "teacher"}
+    assert summary != runs.read_json(out / "summary.json") == summary | students
 
     out, _ = distil("sft", flags, "--kd-rate 0", teacher=False)
     assert runs.read_json(out / "summary.json")["student after"].keys() == {"accuracy"}
-
-
-@pytest.mark.parametrize(
-    "argv, missing",
-    [("--data d --kd-rate 0", "student"), ("--student s --data d --kd-rate 0 --mode teacher", "teacher")],
-)
-def test_what_must_be_given(argv, missing):
-    """The other errors are in test_errors.py."""
-    with pytest.raises(UserError, match=f"--{missing} is missing"):
-        kd.parse_args(argv.split())
 
 
 def test_defaults():
@@ -736,3 +659,5 @@ def test_defaults():
     args = kd.parse_args(["--teacher", "t", "--student", "s", "--data", "d"])
     assert (args.loss, args.kd_rate, args.temperature, args.mode) == ("forward_kl", 0.5, 1.0, "gold")
     assert (args.lr, args.epochs, args.max_steps, args.batch_size) == (1e-5, 1, 0, 64)
+    with pytest.raises(UserError, match="--teacher is missing"):  # which --mode gold does without
+        kd.parse_args(["--student", "s", "--data", "d", "--kd-rate", "0", "--mode", "teacher"])

@@ -1,6 +1,5 @@
 """lib/scoring.py and lib/benchmarks.py: scores counted by hand, the bootstrap, each set in its real format, traps."""
 
-import inspect
 import json
 import os
 import time
@@ -29,38 +28,32 @@ ROUGE = [
     ("gunman the police kill", ["police kill the gunman"], 1 / 2),
     # The stemmer takes "killed" and "kills" to "kill": all 4 words. Without it the LCS is 3: 3/4
     ("police killed the gunman", ["police kills the gunman"], 1.0),
-    # Case and punctuation do not count
-    ("Yes, it IS!", ["yes it is"], 1.0),
+    ("Yes, it IS!", ["yes it is"], 1.0),  # case and punctuation do not count
     ("", ["yes it is"], 0.0),
-    ("no", ["yes it is"], 0.0),
     # The best reference counts: against "a b c d" F is 2 * 2/4 * 1 / (6/4) = 2/3, against "x" 0, against "a b" 1
     ("a b", ["x", "a b c d"], 2 / 3),
     ("a b", ["a b c d", "x", "a b"], 1.0),
 ]
 
 
-@pytest.mark.parametrize("response, references, expected", ROUGE)
-def test_rouge_l(response, references, expected):
-    assert scoring.rouge_l(response, references) == pytest.approx(100 * expected)
-    assert scoring.score_response(response, references, "rouge", None) == (pytest.approx(100 * expected), False)
+def test_rouge_l():
+    for response, references, expected in ROUGE:
+        score, failed = scoring.score_response(response, references, "rouge", None)
+        assert score == scoring.rouge_l(response, references) == pytest.approx(100 * expected), response
+        assert not failed
 
 
 # response, gold, whether math-verify calls it right, whether the cheap check does
 ANSWERS = [
     ("#### 18", "She makes 9 * 2 = $<<9*2=18>>18 every day.\n#### 18", True, True),
     ("The answer is 18.0", "#### 18", True, True),
-    ("It costs $18", "#### 18", True, True),
     ("It costs \\$18.", "#### 18", True, True),
-    ("so \\boxed{18}", "#### 18", True, True),
     ("\\boxed{17} no: \\boxed{18}", "#### 18", True, True),
-    ("1,000 dollars", "#### 1000", True, True),
     ("$\\boxed{1{,}000}$", "#### 1,000", True, True),
     ("10,\\!080", "\\boxed{10080}", True, True),
-    ("\\frac12", "\\boxed{\\frac{1}{2}}", True, True),
     ("The answer is $\\frac{1}{2}$.", "\\boxed{0.5}", True, True),
     ("\\boxed{-\\frac12}", "\\boxed{0.5}", False, False),
     ("\\boxed{3\\frac12}", "\\boxed{0.5}", False, False),
-    ("\\boxed{\\sqrt{2}}", "\\boxed{2}", False, False),
     ("\\boxed{3\\sqrt{2}}", "\\boxed{\\sqrt{18}}", True, False),  # the cheap check knows numbers only
     ("\\boxed{\\left[0,1\\right)}", "\\boxed{[0, 1)}", True, None),
     ("\\boxed{\\{1,2\\}}", "\\boxed{\\left\\{2,1\\right\\}}", True, False),
@@ -70,18 +63,15 @@ ANSWERS = [
     ("10-5", "#### -5", False, False),
     ("#### 18\nand not 19", "#### 19", False, False),
     ("", "#### 18", False, False),
-    ("   \n", "#### 18", False, False),
     ("####", "#### 18", False, False),
     ("\\boxed{18", "#### 18", False, False),  # cut before the answer was complete
-    ("I do not know", "#### 18", False, False),
-    ("9+7+0=16;9+7+1=17;1+8+1=10=1076", "9+7+0=16;9+7+1=17;1+8+1=10=1076", True, True),
     ("9+7+0=16;9+7+1=17;1+8+1=10=1075", "9+7+0=16;9+7+1=17;1+8+1=10=1076", False, False),
 ]
 
 
-@pytest.mark.parametrize("response, gold, _, cheap", [row for row in ANSWERS if row[3] is not None])
-def test_is_correct(response, gold, _, cheap):
-    assert scoring.is_correct(response, gold) is cheap
+def test_is_correct():
+    for response, gold, _, cheap in ANSWERS:
+        assert cheap is None or scoring.is_correct(response, gold) is cheap, (response, gold)
 
 
 def test_math_verify_on_the_same_answers():
@@ -100,21 +90,19 @@ NUMBERS += [(".5", 0.5), ("1,2", 2), ("16=4^2", None), ("x_2", None), ("2\\pi", 
 NUMBERS += [("", None), ("9" * 400, None), ("1/" + "1" * 5000, None)]  # a looping model: no answer, and no exception
 
 
-@pytest.mark.parametrize("text, number", NUMBERS)
-def test_final_number(text, number):
-    assert scoring.final_number(text) == number
+def test_final_number():
+    for text, number in NUMBERS:
+        assert scoring.final_number(text) == number, text
+
+
+ENDS = {"hang": (time.sleep, 600), "crash": (os.abort,), "raise": (int, "x"), "memory": (bytearray, 1 << 40)}
 
 
 def misbehave(response, gold):
     """Stands in for math-verify in the checker's process: does what the response says."""
-    if response == "hang":
-        time.sleep(600)
-    if response == "crash":
-        os.abort()
-    if response == "raise":
-        raise RecursionError
-    if response == "memory":
-        bytearray(1 << 40)
+    if response in ENDS:
+        function, *args = ENDS[response]
+        function(*args)
     return response == gold
 
 
@@ -150,16 +138,10 @@ def test_bootstrap_does_not_depend_on_its_chunks():
     assert torch.equal(scoring.paired_bootstrap(differences, 70, 1)[:30], scoring.paired_bootstrap(differences, 30, 1))
 
 
-def test_bootstrap_needs_only_torch():
-    """Copied out of the file, it runs."""
-    exec(inspect.getsource(scoring.paired_bootstrap), namespace := {"torch": torch})  # noqa: S102
-    assert namespace["paired_bootstrap"](torch.ones(3), 5, 0).tolist() == [1.0] * 5
-
-
-@pytest.mark.parametrize("value, share", [(2.5, 1.0), (0.0, 0.5), (-1.0, 0.0)])
-def test_interval_of_equal_differences(value, share):
-    found = scoring.interval(value, scoring.paired_bootstrap(torch.full((20,), value), 1000, 0))
-    assert found == {"difference": value, "low": value, "high": value, "share": share}
+def test_interval_of_equal_differences():
+    for value, share in ((2.5, 1.0), (0.0, 0.5), (-1.0, 0.0)):
+        found = scoring.interval(value, scoring.paired_bootstrap(torch.full((20,), value), 1000, 0))
+        assert found == {"difference": value, "low": value, "high": value, "share": share}
 
 
 def test_interval_by_hand():
@@ -167,17 +149,6 @@ def test_interval_by_hand():
     found = scoring.interval(0.0, scoring.paired_bootstrap(torch.tensor([-1.0, 1.0] * 50), 10_000, 0))
     assert found["share"] == pytest.approx(0.5, abs=0.03)
     assert (found["low"], found["high"]) == (pytest.approx(-0.196, abs=0.02), pytest.approx(0.196, abs=0.02))
-
-
-def test_bootstrap_interval_covers_the_truth():
-    """Of 300 draws of 40 normal differences around 0.3, about 95% have 0.3 in their interval; the percentile
-    interval is somewhat narrow at N = 40 (about 94%), and 300 trials have a standard error of 1.3 points."""
-    generator, covered = torch.Generator().manual_seed(0), 0
-    for trial in range(300):
-        differences = 0.3 + torch.randn(40, generator=generator)
-        found = scoring.interval(0.0, scoring.paired_bootstrap(differences, 500, trial))
-        covered += found["low"] <= 0.3 <= found["high"]
-    assert 0.89 <= covered / 300 <= 0.98
 
 
 def results(values, references="r", name="set"):
@@ -194,28 +165,22 @@ def test_compare_pairs_examples_and_averages_over_seeds():
     assert found["share"] == pytest.approx(3 / 4 + 1 / 8, abs=0.03)  # (0, 0) is drawn in 1 of 4 and is a tie
 
 
-def test_compare_over_all_sets_weighs_sets_alike():
-    """2 examples that gain 3 and 100 that lose 1: the mean over sets is +1, over examples it would be below 0."""
-    a = results({1: [0] * 2}) | results({1: [0] * 100}, name="big")
-    b = results({1: [3] * 2}) | results({1: [-1] * 100}, name="big")
+def test_compare_over_all_sets():
+    """Sets weigh alike: 2 examples that gain 3 and 100 that lose 1 are +1. They are drawn independently: opposite
+    differences at the same places would otherwise cancel in every resample."""
+    a, b = (results({1: [x] * 2}) | results({1: [y] * 100}, name="big") for x, y in ((0, 0), (3, -1)))
     found = scoring.compare(a, b, 100, 0)
     assert found["all"] == {"examples": 102, "difference": 1, "low": 1, "high": 1, "share": 1}
-
-
-def test_compare_resamples_sets_independently():
-    """Two sets with opposite differences at the same places: drawn together they would cancel in every resample."""
     a = results({1: [0] * 50}) | results({1: [0] * 50}, name="other")
     b = results({1: [-2, 2] * 25}) | results({1: [2, -2] * 25}, name="other")
     found = scoring.compare(a, b, 1000, 0)["all"]
     assert found["high"] - found["low"] > 0.5
 
 
-@pytest.mark.parametrize(
-    "other, message", [({"references": "x"}, "different data"), ({"name": "x"}, "no set in common")]
-)
-def test_compare_refuses_different_data(other, message):
-    with pytest.raises(UserError, match=message):
-        scoring.compare(results({1: [0, 0]}), results({1: [0, 0]}, **other), 10, 0)
+def test_compare_refuses_different_data():
+    for other, message in (({"references": "x"}, "different data"), ({"name": "x"}, "no set in common")):
+        with pytest.raises(UserError, match=message):
+            scoring.compare(results({1: [0, 0]}), results({1: [0, 0]}, **other), 10, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,18 +200,14 @@ GSM8K_ROWS = [
     {"question": "A car costs $1,000 a month. A year?", "answer": "1000 * 12 = $<<1000*12=12000>>12000.\n#### 12,000"},
     {"question": "Half of 3 cups?", "answer": "3 / 2 = <<3/2=1.5>>1.5 cups.\n#### 1.5"},
 ]
-MATH = {"level": "Level 1", "type": "Algebra"}
 SETS = {
     "dolly": [minillm_row("Say hi", "hi"), minillm_row("Add", "It is 3.", "1 and 2")],
-    "selfinst": [minillm_row("Name a fruit", "apple", topic="food"), minillm_row("Shout", "HEY", "hey")],
+    "selfinst": [minillm_row("Name a fruit", "apple", topic="food")],
     "vicuna": [minillm_row("How are you?", ["fine", "well"], category="generic")],
     "sni": [minillm_row("Classify", ["it is good", "it is very good"], "nice day"), minillm_row("Sum", ["a b"], "a")],
-    "unni": [minillm_row("Write", "a poem", "about cats"), minillm_row("Go", "gone")],
+    "unni": [minillm_row("Write", "a poem", "about cats")],
     "gsm8k": GSM8K_ROWS,
-    "math": [
-        {"problem": "What is $1-\\frac12$?", "solution": "It is $\\boxed{\\frac{1}{2}}$.", **MATH},
-        {"problem": "Simplify $\\sqrt{18}$.", "solution": "$\\boxed{3\\sqrt{2}}$", **MATH},
-    ],
+    "math": [{"problem": "Simplify $\\sqrt{18}$.", "solution": "$\\boxed{3\\sqrt{2}}$", "level": "Level 1"}],
 }
 
 
@@ -276,33 +237,27 @@ def test_the_table_of_sets(tmp_path):
     assert [b.name for b in benchmarks.BENCHMARKS.values() if b.metric == "math"] == ["gsm8k", "math"]
     assert {b.repo.split("/")[0] for b in benchmarks.BENCHMARKS.values() if b.metric == "rouge"} == {"MiniLLM"}
     assert {b.metric: b.max_new_tokens for b in benchmarks.BENCHMARKS.values()} == {"rouge": 256, "math": 1024}
-    assert len(load(tmp_path / "valid.jsonl", [SETS["unni"][1]] * 10_003, "unni")) == 10_000
+    assert len(load(tmp_path / "valid.jsonl", [SETS["unni"][0]] * 10_003, "unni")) == 10_000
 
 
 GOOD = minillm_row("Say hi", "hi")
 BAD = [
     ([{"text": "Say hi", "output": "hi"}], "no column instruction"),
     ([{"instruction": "Say hi"}], "no column references or output"),
-    ([], "no rows"),
     ([GOOD, {**GOOD, "output": None}], "neither text nor a list of texts, in .* row 1"),
-    ([GOOD, {**GOOD, "output": ""}], "references missing.* row 1"),
     ([GOOD, {**GOOD, "output": []}], "references missing.* row 1"),
-    ([GOOD, {**GOOD, "output": ["hi", 3]}], "neither text nor a list of texts.* row 1"),
     ([GOOD, {**GOOD, "instruction": " "}], "column instruction is empty.* row 1"),
     ([{**GOOD, "instruction": 7}], "column instruction is int"),
     ([{**GOOD, "prompt": GOOD["prompt"][:-15]}], "no response marker"),
-    (["Say hi"], "not objects with named columns"),
 ]
 
 
 @pytest.mark.parametrize("rows, message", BAD, ids=[message for _, message in BAD])
 def test_bad_data_is_refused(rows, message, tmp_path):
+    """No rows, or rows that are no objects: tests/test_errors.py."""
     with pytest.raises(UserError, match=message):
         load(tmp_path / "valid.jsonl", rows)
-
-
-def test_a_gold_response_without_an_answer_is_refused(tmp_path):
-    with pytest.raises(UserError, match="references missing"):
+    with pytest.raises(UserError, match="references missing"):  # a gold response without an answer
         load(tmp_path / "test.jsonl", [{"question": "How many?", "answer": "Many.\n#### "}], "gsm8k")
 
 
@@ -337,15 +292,13 @@ def make_english_tokenizer(chat_template=None):
 
 
 def test_a_prompt_over_the_limit_is_skipped_and_never_cut(tmp_path):
-    tokenizer = make_english_tokenizer()
     rows = [minillm_row("Say hi", "hi"), minillm_row("Say " + "very " * 99, "v"), minillm_row("Bye", "bye", "now")]
-    examples = load(tmp_path / "dolly.jsonl", rows)
+    examples, tokenizer = load(tmp_path / "dolly.jsonl", rows), make_english_tokenizer()
     prompts, skipped = benchmarks.encode(examples, tokenizer, "auto", 300)
     assert skipped == 1
     assert [p["prompt_id"] for p in prompts] == [0, 2]  # the others keep their numbers, and with them their noise
     for prompt in prompts:
-        assert tokenizer.decode(prompt["ids"]) == prompt["text"]
-        assert prompt["text"].endswith("### Response:\n")
+        assert tokenizer.decode(prompt["ids"]) == prompt["text"] and prompt["text"].endswith("### Response:\n")
     with pytest.raises(UserError, match="all 3 prompts are over"):
         benchmarks.encode(examples, tokenizer, "auto", 20)
 

@@ -185,8 +185,6 @@ def shape_args(value):
     parts = {"args": value["args"]} | {key: value.get(key, {}) for key in ("versions", "inputs", "code")}
     texts = {key: {str(name): str(one) for name, one in part.items()} for key, part in parts.items()}
     commit, eta = str(value.get("commit")), value["args"].get("eta")
-    if value.get("dirty"):
-        commit += ", with changes"
     return texts | {"commit": commit, "eta": number(eta) if isinstance(eta, int | float) else None}
 
 

@@ -7,7 +7,6 @@ Not part of `python -m pytest`: it needs `pip install -r tests/optional/requirem
 
 import itertools
 import random
-import re
 import shutil
 import time
 
@@ -17,7 +16,6 @@ from test_report import HOSTILE, MISMATCH, STEPS, Pieces, make_run, sample  # no
 
 from tools import report
 
-PHONE, DESK = {"width": 360, "height": 740}, {"width": 1280, "height": 900}
 STATUSES = ("kept", "kept", "untouched", "duplicate", "identical", "filtered")
 
 
@@ -37,8 +35,8 @@ def visit(chromium):
     """Opens a report. Whatever the test does, afterwards there was no console message, no dialog, no request but the file."""
     contexts, noise, requests = [], [], []
 
-    def go(path, fragment="", viewport=DESK, scheme="light"):
-        context = chromium.new_context(viewport=viewport, color_scheme=scheme)
+    def go(path, fragment="", width=1280, scheme="light"):
+        context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(5000)
@@ -61,24 +59,19 @@ def visit(chromium):
 def records(prompts, samples=3, length=12):
     """Random records of several statuses; prompt 1 is one that was too long."""
     random.seed(0)
-    found = []
-    for i in range(prompts):
-        if i == 1:
-            found.append({"prompt_id": i, "status": "too_long", "prompt": "a long one"})
-            continue
-        for k in range(samples):
-            status = STATUSES[(i * samples + k) % len(STATUSES)]
-            n = random.randint(3, length)
-            t = -1 if status == "untouched" else random.randrange(n)
-            student = [round(-random.random(), 4) for _ in range(n)]
-            teacher = [round(q - (0.1 if t < 0 or p < t else 4.5 + random.random()), 4) for p, q in enumerate(student)]
-            ids = [random.randint(3, 16) for _ in range(n)]
-            chosen = ids if t < 0 else ids[:t] + [17, 2]
-            values = teacher if t < 0 else teacher[:t] + [-0.1, -0.2]
-            record = sample(i, k, status, t, response_ids=ids, student_logprobs=student, teacher_logprobs=teacher)
-            record |= {"chosen_ids": chosen, "chosen_teacher_logprobs": values, "prefix_len": t if t >= 0 else n}
-            found.append(record)
-    return found
+    found = [{"prompt_id": 1, "status": "too_long", "prompt": "a long one"}]
+    for i, k in itertools.product(range(prompts), range(samples)):
+        status = STATUSES[(i * samples + k) % len(STATUSES)]
+        n = random.randint(3, length)
+        t = -1 if status == "untouched" else random.randrange(n)
+        student = [round(-random.random(), 4) for _ in range(n)]
+        teacher = [round(q - (0.1 if t < 0 or p < t else 4.5 + random.random()), 4) for p, q in enumerate(student)]
+        ids = [random.randint(3, 16) for _ in range(n)]
+        record = sample(i, k, status, t, response_ids=ids, student_logprobs=student, teacher_logprobs=teacher)
+        chosen, values = (ids, teacher) if t < 0 else (ids[:t] + [17, 2], teacher[:t] + [-0.1, -0.2])
+        record |= {"chosen_ids": chosen, "chosen_teacher_logprobs": values, "prefix_len": t if t >= 0 else n}
+        found += [record] * (i != 1)
+    return sorted(found, key=lambda record: record["prompt_id"])
 
 
 FILES = {
@@ -116,11 +109,11 @@ def test_a_sample_and_its_tokens(visit, make_run, tokenizer):  # noqa: F811
     assert teacher.all_inner_texts() == [tokenizer.decode([i]) for i in (5, 6, 9, 2)]
     assert [b.get_attribute("class").split()[0] for b in teacher.all()] == ["shared", "shared", "teacher", "teacher"]
     first = student.nth(2)
-    assert "first" in first.get_attribute("class") and "over" in first.get_attribute("class")
+    assert {"first", "over"} <= set(first.get_attribute("class").split())
     assert "margin +5.700, t star, the first mismatch" in first.get_attribute("aria-label")
     first.hover()
     tip, expected = page.locator("#tip"), "position 2 log q −0.300 log p −6.000 margin +5.700 token id 7"
-    assert re.sub(r"\s+", " ", tip.inner_text()).endswith(expected)
+    assert " ".join(tip.inner_text().split()).endswith(expected)
     page.keyboard.press("Escape")
     assert tip.is_hidden()
     mixes = student.evaluate_all("all => all.map(b => parseFloat(b.style.getPropertyValue('--mix')))")
@@ -134,8 +127,7 @@ def test_a_sample_and_its_tokens(visit, make_run, tokenizer):  # noqa: F811
 def test_charts(visit, ordinary):
     page = visit(ordinary)
     titles = page.locator("figcaption").all_inner_texts()
-    assert {"Replacement rate, samples", "Margins of all sampled tokens", "Where the first mismatch is"} <= {*titles}
-    assert {"Loss", "Reward margin", "Wins: the chosen response has the higher reward"} <= {*titles}
+    assert {"Replacement rate, samples", "Where the first mismatch is", "Loss", "Reward margin"} <= {*titles}
     assert page.locator("#mismatch .marktext").evaluate_all("all => all.map(t => t.textContent)") == ["η = 4"] * 3
     labels = page.locator("svg[role=img]").evaluate_all("all => all.map(svg => svg.getAttribute('aria-label'))")
     assert len(labels) == len(titles) + 1 and all(labels)  # and the margins of the sample
@@ -146,16 +138,19 @@ def test_charts(visit, ordinary):
     page.mouse.move(box["x"] + box["width"] - 12, box["y"] + 80)
     assert page.locator("#training .readout").first.inner_text() == "step 3: 0.2333"
     page.locator("#training details summary").first.click()
+    page.locator("#training table tbody tr").nth(2).wait_for()  # the table is built when it is opened
     assert page.locator("#training table tbody tr").count() == 3
     assert "40.0% → 50.0%" in page.locator("#overview").inner_text()
 
 
-def test_kd_run_and_run_without_steps(visit, make_run):  # noqa: F811
+def test_parts_of_a_run(visit, make_run):  # noqa: F811
+    """A run of kd.py has no samples; one that has not trained no curves; samples that are left out are counted."""
     steps = [{"stage": "kd", "step": k, "loss": 0.1, "ce": 0.2, "kd": 0.3} for k in (1, 2)]
     page = visit(report.write_report(make_run("kd", files={"metrics.jsonl": steps})))
     assert page.locator("#samples").count() == 0 and page.locator("#training figure").count() == 1
-    page = visit(report.write_report(make_run("early", records(3))))
-    assert page.locator("#training, #mismatch").count() == 0 and page.locator("#samples").count() == 1
+    page = visit(report.write_report(make_run("early", records(20)), max_samples=10))
+    assert page.locator("#training, #mismatch").count() == 0
+    assert "48 of 58 samples are left out" in page.locator("#samples").inner_text()
 
 
 def test_two_runs(visit, make_run):  # noqa: F811
@@ -172,11 +167,6 @@ def test_two_runs(visit, make_run):  # noqa: F811
     assert "Prompt 3" in title(visit(first / "report.html", "#B-p3-s0"))
 
 
-def test_samples_left_out_are_counted(visit, make_run):  # noqa: F811
-    page = visit(report.write_report(make_run(records=records(20)), max_samples=10))
-    assert "48 of 58 samples are left out" in page.locator("#samples").inner_text()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Finding a sample
 # ---------------------------------------------------------------------------------------------------------------------
@@ -185,10 +175,9 @@ def test_samples_left_out_are_counted(visit, make_run):  # noqa: F811
 def test_next_previous_jump_and_fragment(visit, ordinary):
     page = visit(ordinary)
     assert page.locator("#previous").is_disabled()
-    page.click("#next")
-    assert title(page).startswith("Prompt 0, sample 1") and page.url.endswith("#p0-s1")
-    page.click("#previous")
-    assert title(page).startswith("Prompt 0, sample 0")
+    for button, number in (("next", 1), ("previous", 0)):
+        page.click(f"#{button}")
+        assert title(page).startswith(f"Prompt 0, sample {number}") and page.url.endswith(f"#p0-s{number}")
     page.fill("#jump-prompt", "7")
     page.fill("#jump-sample", "2")
     page.click("text=Go")
@@ -199,23 +188,23 @@ def test_next_previous_jump_and_fragment(visit, ordinary):
     assert title(page).startswith("Prompt 7, sample 2")
     page.evaluate("location.hash = '#p3-s1'")
     page.wait_for_function("document.querySelector('#sample h3').textContent.startsWith('Prompt 3, sample 1')")
-    assert title(visit(ordinary, "#p4-s2")).startswith("Prompt 4, sample 2")
-    assert title(visit(ordinary, "#p4")).startswith("Prompt 4, sample 0")
-    skipped = visit(ordinary, "#p1")
-    assert "too long" in title(skipped) and "a long one" in skipped.locator("#sample").inner_text()
+    for fragment, place in (("#p4-s2", (4, 2)), ("#p4", (4, 0)), ("#p99-s1", (0, 0)), ("#%3Cscript%3E", (0, 0))):
+        assert title(visit(ordinary, fragment)).startswith("Prompt {}, sample {}".format(*place))
+    page = visit(ordinary, "#p1")
+    assert "too long" in title(page) and "a long one" in page.locator("#sample").inner_text()
     page.locator("#list a").nth(5).click()
     current = page.locator("#list a[aria-current]")
     assert current.count() == 1 and page.url.endswith(current.get_attribute("href"))
-    assert title(visit(ordinary, "#p99-s1")).startswith("Prompt 0, sample 0")
-    assert title(visit(ordinary, "#%3Cscript%3E")).startswith("Prompt 0, sample 0")
 
 
 def test_filters(visit, ordinary):
     page, found = visit(ordinary), records(20)
-    expected = lambda keep: sum(map(keep, found))
-    margin = lambda r: r["student_logprobs"][r["t_star"]] - r["teacher_logprobs"][r["t_star"]]
+    replaced = [r for r in found if r.get("t_star", -1) >= 0]
+    margins = [r["student_logprobs"][r["t_star"]] - r["teacher_logprobs"][r["t_star"]] for r in replaced]
 
-    def count():
+    def count(**typed):
+        for box, value in typed.items():
+            page.fill(f"#{box.replace('_', '-')}", value)
         page.wait_for_timeout(250)  # what is typed is waited for
         return int(page.locator("#matches").inner_text().split()[0])
 
@@ -224,18 +213,12 @@ def test_filters(visit, ordinary):
         box.uncheck()
     assert count() == 0 and page.locator("#next").is_disabled()
     page.get_by_label("duplicate").check()
-    assert count() == expected(lambda r: r["status"] == "duplicate")
-    assert "duplicate" in title(page)
+    assert count() == sum(r["status"] == "duplicate" for r in found) and "duplicate" in title(page)
     page.click("#reset")
-    assert count() == 58
-    page.fill("#margin-from", "5")
-    assert count() == expected(lambda r: r.get("t_star", -1) >= 0 and margin(r) >= 5)
-    page.fill("#margin-to", "5.25")
-    assert count() == expected(lambda r: r.get("t_star", -1) >= 0 and 5 <= margin(r) <= 5.25)
+    assert count(margin_from="5") == sum(m >= 5 for m in margins)
+    assert count(margin_to="5.25") == sum(5 <= m <= 5.25 for m in margins)
     page.click("#reset")
-    page.fill("#length-from", "4")
-    page.fill("#length-to", "6")
-    assert count() == expected(lambda r: 4 <= len(r.get("response_ids", ())) <= 6)
+    assert count(length_from="4", length_to="6") == sum(4 <= len(r.get("response_ids", ())) <= 6 for r in found)
     page.click("#reset")
     page.select_option("#order", "margin")
     values = [float(text) for text in page.locator("#list a span:nth-child(2)").all_inner_texts()]
@@ -251,45 +234,28 @@ def test_filters(visit, ordinary):
 
 def test_keyboard(visit, ordinary):
     page = visit(ordinary)
+    label = lambda: page.evaluate("document.activeElement.getAttribute('aria-label')")
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.className") == "skip"
     page.focus("#next")
-    page.keyboard.press("Enter")
-    assert title(page).startswith("Prompt 0, sample 1")
-    page.keyboard.press("ArrowRight")
-    assert title(page).startswith("Prompt 0, sample 2")
-    page.keyboard.press("ArrowLeft")
-    assert title(page).startswith("Prompt 0, sample 1")
+    for key, number in (("Enter", 1), ("ArrowRight", 2), ("ArrowLeft", 1)):
+        page.keyboard.press(key)
+        assert title(page).startswith(f"Prompt 0, sample {number}")
     assert "Prompt 0, sample 1" in page.locator("#live").inner_text()  # said to screen readers
     group = page.locator(".tokens").first
     assert group.locator("button[tabindex='0']").count() == 1  # one tab stop
     group.locator("button[tabindex='0']").focus()
-    page.keyboard.press("Home")
-    assert page.evaluate("document.activeElement.getAttribute('aria-label')").startswith("position 0,")
-    page.keyboard.press("ArrowRight")
-    assert page.evaluate("document.activeElement.getAttribute('aria-label')").startswith("position 1,")
-    assert "position\n1" in page.locator("#tip").inner_text()
-    page.keyboard.press("End")
-    page.keyboard.press("ArrowRight")  # nothing after the last
-    last = group.locator("button").count() - 1
-    assert page.evaluate("document.activeElement.getAttribute('aria-label')").startswith(f"position {last},")
-    page.locator("#list a").first.focus()
+    last = group.locator("button").count() - 1  # nothing comes after it
+    for key, place in (("Home", 0), ("ArrowRight", 1), ("End", last), ("ArrowRight", last)):
+        page.keyboard.press(key)
+        assert label().startswith(f"position {place},") and f"position\n{place}" in page.locator("#tip").inner_text()
+    page.locator("#list a").first.focus()  # the list is drawn anew for each sample: the focus stays in its place
     page.keyboard.press("ArrowDown")
-    page.keyboard.press("Enter")
-    page.wait_for_function(
-        "document.querySelector('#list a[aria-current]') === document.querySelectorAll('#list a')[1]"
-    )
-
-
-def test_focus_stays_where_the_reader_is(visit, ordinary):
-    """The list is drawn anew for each sample: who follows a link of it with the keyboard is not thrown to the top."""
-    page = visit(ordinary)
-    page.locator("#list a").nth(3).focus()
     page.keyboard.press("Enter")
     page.wait_for_timeout(100)
     assert page.evaluate("document.activeElement === document.querySelector('#list a[aria-current]')")
     page.keyboard.press("ArrowDown")
-    assert page.evaluate("document.activeElement === document.querySelectorAll('#list a')[4]")
+    assert page.evaluate("document.activeElement === document.querySelectorAll('#list a')[2]")
 
 
 def test_everything_has_a_name(visit, ordinary):
@@ -337,22 +303,18 @@ def test_themes(visit, ordinary):
     light, dark = (visit(ordinary, scheme=scheme).evaluate(background) for scheme in ("light", "dark"))
     assert light != dark
     page = visit(ordinary)
-    page.click("#theme")
-    assert page.inner_text("#theme") == "Theme: light" and page.evaluate(background) == light
-    page.click("#theme")
-    assert page.inner_text("#theme") == "Theme: dark" and page.evaluate(background) == dark
-    page.wait_for_timeout(300)  # storage is written in the background
-    page.reload()
-    assert page.inner_text("#theme") == "Theme: dark" and page.evaluate(background) == dark
-    page.click("#theme")
-    assert page.inner_text("#theme") == "Theme: system" and page.evaluate(background) == light
+    for name, color in (("light", light), ("dark", dark), ("system", light)):
+        page.click("#theme")
+        page.wait_for_timeout(300)  # storage is written in the background
+        page.reload()
+        assert page.inner_text("#theme") == f"Theme: {name}" and page.evaluate(background) == color
 
 
-@pytest.mark.parametrize("width", [320, 360, 768])
+@pytest.mark.parametrize("width", [320, 768])
 def test_narrow_screens_scroll_down_only(visit, make_run, width):  # noqa: F811
     found = [*records(20), sample(50, prompt="w" * 3000)]
     path = report.write_report(make_run("a-name-" + "x" * 120, found, FILES), make_run("two", found, FILES))
-    page = visit(path, "#p50-s0", viewport={"width": width, "height": 740})
+    page = visit(path, "#p50-s0", width)
     open_all(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     small = "all => all.filter(b => b.checkVisibility() && b.getBoundingClientRect().height < 40).map(b => b.id)"
@@ -377,41 +339,31 @@ def test_hostile_text_does_nothing(visit, make_run):  # noqa: F811
         page.wait_for_function(f"document.querySelector('#sample h3').textContent.startsWith('Prompt {i},')")
         open_all(page)
         shown = page.locator("#sample pre").first.inner_text()
-        assert text[:4] in shown
-        assert not set(shown) & set("\u202e\u200b\u2028\x00\x07")  # named, not obeyed
+        assert text[:4] in shown and not set(shown) & set("\u202e\u200b\u2028\x00\x07")  # named, not obeyed
     assert page.locator("script").count() == 3 and page.locator("main img").count() == 0
-    assert "owned" not in page.title()
-    assert page.locator(".tokens button").first.inner_text() == HOSTILE[0]
+    assert "owned" not in page.title() and page.locator(".tokens button").first.inner_text() == HOSTILE[0]
 
 
-def test_policy_stops_a_script_that_got_in(chromium, ordinary, tmp_path):
+def test_policy_stops_a_script_that_got_in(chromium, ordinary):
     """The second line of defence: were the escaping to fail, the browser would still refuse the script."""
-    broken = tmp_path / "broken.html"
-    text = ordinary.read_text(encoding="utf-8")
-    broken.write_text(text.replace("<main", "<script>document.title='owned'</script><img src=x onerror=alert(1)><main"))
-    page = chromium.new_page()
-    refused = []
+    owned = "<script>document.title='owned'</script><img src=x onerror=alert(1)><main"
+    ordinary.write_text(ordinary.read_text(encoding="utf-8").replace("<main", owned), encoding="utf-8")
+    page, refused = chromium.new_page(), []
     page.on("console", lambda message: refused.append(message.text))
-    page.goto(broken.as_uri())
+    page.goto(ordinary.as_uri())
     assert page.title() != "owned" and any("Content Security Policy" in text for text in refused)
     page.close()
 
 
 def test_ten_thousand_samples(visit, make_run):  # noqa: F811
-    found = records(1251, samples=8, length=256)
-    path = report.write_report(make_run(records=found, files=FILES))
+    path = report.write_report(make_run(records=records(1251, samples=8, length=256), files=FILES))
     started = time.perf_counter()
     page = visit(path)
     assert time.perf_counter() - started < 5
     assert page.evaluate("document.querySelectorAll('*').length") < 5000  # one sample and one page of the list
-    slow = """async () => {
-        const started = performance.now();
-        for (let k = 0; k < 20; k++) document.getElementById("next").click();
-        document.getElementById("order").value = "margin";
-        document.getElementById("order").dispatchEvent(new Event("change"));
-        return performance.now() - started;
-    }"""
-    assert page.evaluate(slow) < 3000
+    started = time.perf_counter()
+    page.evaluate("for (let k = 0; k < 20; k++) document.getElementById('next').click()")
+    page.select_option("#order", "margin")
     page.fill("#jump-prompt", "1250")
     page.keyboard.press("Enter")
-    assert title(page).startswith("Prompt 1250, sample 0")
+    assert title(page).startswith("Prompt 1250, sample 0") and time.perf_counter() - started < 4
