@@ -276,12 +276,11 @@ def moved_mismatch(position, seed):
 
 
 def record(command, seconds):
-    """What a result file says of how it came to be; a + after the commit: there were changes that no commit has."""
-    commit, dirty = runs.git_commit()
+    """What a result file says of how it came to be; "-dirty" after the commit: there were changes that no commit has."""
     cpu = Path("/proc/cpuinfo").read_text()
     names = [line.partition(":")[2].strip() for line in cpu.splitlines() if line.startswith("model name")]
     cpu = (names[0] if names else "unknown") + (" with AMX" if "amx_bf16" in cpu else "")
-    made = {"command": command, "date": datetime.date.today().isoformat(), "commit": f"{commit}{'+' if dirty else ''}"}
+    made = {"command": command, "date": datetime.date.today().isoformat(), "commit": runs.git_commit()}
     made |= {"cpu": cpu, "cores": os.cpu_count(), "torch": torch.__version__}
     return made | {"transformers": transformers.__version__, "cpu_seconds": round(seconds)}
 

@@ -257,7 +257,7 @@ def start_run(out, args, world, inputs=()):
 
     args: the namespace of `parse_args`; FREE_ARGS and --eval-* may differ. inputs: paths of models and data, whose
     content must be the same. Returns OUT as a Path. Raises UserError where OUT is no folder of such a run, holds a run
-    of other arguments, inputs or code (unless --accept-changes), or another run is at work in it.
+    of other arguments, inputs or code (unless --accept-changes, which args.json records), or another run is at work.
     """
     out = Path(out)
     world.first(lambda: claim(out, vars(args), inputs))

@@ -270,7 +270,7 @@ def main():
         "different": different,
         "slowest_end_seconds": round(max((kill["ended after"] for kill in kills), default=0), 1),
         "seconds": round(time.monotonic() - began),
-        "commit": runs.git_commit()[0],
+        "commit": runs.git_commit(),
     }
     print(json.dumps(result, indent=1))
     sys.exit(bool(different))

@@ -189,7 +189,7 @@ def main():
         rows = measure_rows(Path(folder), args.rows, args.processes) if args.rows else []
     lines = too_much(steps, rows)
     command = f"python tests/long_run.py --steps {args.steps} --rows {args.rows} --processes {args.processes}"
-    result = {"command": command, "commit": runs.git_commit()[0], "limits_mb": LIMITS_MB, "too_much": lines}
+    result = {"command": command, "commit": runs.git_commit(), "limits_mb": LIMITS_MB, "too_much": lines}
     print(json.dumps(result | {"rows": rows, "steps": steps}))
     sys.exit(bool(lines))
 

@@ -161,16 +161,15 @@ def test_flags_that_are_no_flags(warmup, words, expected):
     assert_error(warmup_distill.main, [*warmup(), *words], f"{expected}, {SEE_HELP}")
 
 
-@pytest.mark.parametrize("missing, also", [("teacher", "teacher"), ("student", "data"), ("data", "data")])
-def test_teacher_student_data_all_or_none(warmup, missing, also):
-    expected = f"--{missing} is missing, {COMMAND_LINE}, give all three, or none for the toy"
-    assert_error(warmup_distill.main, warmup(**{missing: None, also: None}), expected)
+def test_teacher_student_data_all_or_none(warmup):
+    for missing, also in (("teacher", "teacher"), ("student", "data"), ("data", "data")):
+        expected = f"--{missing} is missing, {COMMAND_LINE}, give all three, or none for the toy"
+        assert_error(warmup_distill.main, warmup(**{missing: None, also: None}), expected)
 
 
-@pytest.mark.parametrize("flag", ["model", "pairs"])
-def test_dpo_needs_model_and_pairs(align, flag):
-    expected = f"the following arguments are required: --{flag}, {SEE_HELP}"
-    assert_error(dpo.main, align(**{flag: None}), expected)
+def test_dpo_needs_model_and_pairs(align):
+    for flag in ("model", "pairs"):
+        assert_error(dpo.main, align(**{flag: None}), f"the following arguments are required: --{flag}, {SEE_HELP}")
 
 
 def test_toy_folder_that_is_not_there(tmp_path):
@@ -461,8 +460,8 @@ KD_AND_EVAL = [("kd", *case) for case in KD_ERRORS.items()] + [("eval", *case) f
 def test_errors_of_kd_and_eval(scripts, tmp_path, prompts_file, script, name, case):
     (main, argv), (changed, expected) = scripts[script], case
     words = {"data": prompts_file} | {name: str(tmp_path / f"{name}.jsonl") for name in FILES}
-    for name, text in FILES.items():
-        (tmp_path / f"{name}.jsonl").write_text(text)
+    for file, text in FILES.items():
+        (tmp_path / f"{file}.jsonl").write_text(text)
     changed = {flag: value.format(**words) if isinstance(value, str) else value for flag, value in changed.items()}
     assert_error(main, argv(**changed), expected.format(**words))
     assert not [*tmp_path.glob("out/student"), *tmp_path.glob("out/**/*-seed*")]
@@ -526,9 +525,9 @@ def test_exit_status(capsys, ends, main, status, printed):
 
 def test_full_memory_is_one_line(capsys, ends):
     assert ends(raises(torch.OutOfMemoryError("CUDA out of memory. Tried to\nGPU 0"))) == (1, 0)
-    what = r"out of GPU memory \(CUDA out of memory. Tried to\)"
-    pattern = rf"error: {what}, in this process, lower --micro-batch-size .+\n"
-    assert re.fullmatch(pattern, capsys.readouterr().err)
+    what = "error: out of GPU memory (CUDA out of memory. Tried to), in this process, lower --micro-batch-size"
+    printed = capsys.readouterr().err
+    assert printed.startswith(what) and printed.count("\n") == 1
 
 
 DEFECTS = [

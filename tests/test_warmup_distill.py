@@ -9,15 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import assert_identical, logged, make_model, weights
+from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForSequenceClassification,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForSequenceClassification
 
 import dpo
 import kd
@@ -49,46 +44,39 @@ MISMATCHES = [
 ]
 
 
-def mismatches(rows, eta=4.0, first_mismatch=warmup_distill.first_mismatch):
-    student, teacher, mask = (torch.tensor(column) for column in zip(*rows))
-    return first_mismatch(student.float(), teacher.float(), mask.bool(), eta)
-
-
-@pytest.mark.parametrize("name, student, teacher, mask, expected", MISMATCHES, ids=[row[0] for row in MISMATCHES])
-def test_first_mismatch_of_one_row(name, student, teacher, mask, expected):
-    found = mismatches([(student, teacher, mask)])
-    assert found.tolist() == [expected] and found.dtype == torch.int64
-
-
-def test_first_mismatch_rows_do_not_touch_each_other():
-    assert mismatches([row[1:4] for row in MISMATCHES]).tolist() == [row[-1] for row in MISMATCHES]
-
-
-@pytest.mark.parametrize(
-    "response, position, continuation, expected",
-    [
-        ([5, 6, 7], 0, [8, 9], [8, 9]),
-        ([5, 6, 7], 1, [8], [5, 8]),
-        ([5, 6, 7], 2, [7], [5, 6, 7]),
-        ([5, 6, 7], 3, [8], [5, 6, 7, 8]),
-        ([5, 6, 7], 1, [], [5]),
-        ([5], 0, [2], [2]),
-    ],
-)
-def test_splice(response, position, continuation, expected):
-    before = list(response), list(continuation)
-    assert warmup_distill.splice(response, position, continuation) == expected
-    assert (response, continuation) == before, "the arguments are left alone"
-
-
-def test_functions_can_be_copied():
-    """The source of each, alone with torch, does what the import does."""
+@pytest.fixture(params=["imported", "copied"])
+def functions(request):
+    """(first_mismatch, splice): imported, and made from the source of each alone, with torch."""
+    functions = (warmup_distill.first_mismatch, warmup_distill.splice)
+    if request.param == "imported":
+        return functions
     namespace = {"torch": torch}
-    for function in (warmup_distill.first_mismatch, warmup_distill.splice):
+    for function in functions:
         exec(inspect.getsource(function), namespace)  # noqa: S102
-    rows = [row[1:4] for row in MISMATCHES]
-    assert torch.equal(mismatches(rows, first_mismatch=namespace["first_mismatch"]), mismatches(rows))
-    assert namespace["splice"]([1, 2, 3], 1, [4]) == [1, 4]
+    return namespace["first_mismatch"], namespace["splice"]
+
+
+def test_first_mismatch(functions):
+    """Each row alone; all in one batch, in which they do not touch each other."""
+    for rows in [*([row] for row in MISMATCHES), MISMATCHES]:
+        names, student, teacher, mask, expected = zip(*rows)
+        found = functions[0](
+            torch.tensor(student).float(), torch.tensor(teacher).float(), torch.tensor(mask).bool(), 4.0
+        )
+        assert found.tolist() == list(expected) and found.dtype == torch.int64, names
+
+
+def test_splice(functions):
+    """The arguments are left alone."""
+    for position, continuation, expected in [
+        (0, [8, 9], [8, 9]),
+        (1, [8], [5, 8]),
+        (1, [], [5]),
+        (3, [8], [5, 6, 7, 8]),
+    ]:
+        response, before = [5, 6, 7], list(continuation)
+        assert functions[1](response, position, continuation) == expected
+        assert (response, continuation) == ([5, 6, 7], before)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -130,6 +118,8 @@ def test_steps_one_by_one_are_build_samples():
     assert [(s["prompt_id"], s["sample_id"]) for s in samples] == [(n, i) for n in NUMBERS for i in range(3)]
     expected = {"t_star": t_star.tolist(), "prefix_len": positions.tolist(), "response_ids": y, "chosen_ids": chosen}
     assert {name: [s[name] for s in samples] for name in expected} == expected
+    no_pad = decode.Tokens(EOS, [EOS], VOCAB)  # padding is masked: it does not matter which token stands in for it
+    assert warmup_distill.build_samples(student, teacher, IDS, NUMBERS, no_pad, sampling, 3.0) == samples
     for i, sample in enumerate(samples):
         assert sample["student_logprobs"] == pytest.approx(log_q[i, : lengths[i]].tolist(), abs=1e-4)
         p = log_p[i, : positions[i]].tolist() + rest_log_p[i]
@@ -281,39 +271,31 @@ def assert_equals_twin(run):
         assert record["chosen_teacher_logprobs"] == pytest.approx(p[:position] + values, abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        [],
-        ["--replace", "after"],
-        ["--teacher-decoding", "greedy"],
-        ["--replace", "after", "--teacher-decoding", "greedy", "--seed", 3],
-        ["--temperature", 0.7],
-        ["--top-p", 0.9],
-        ["--max-new-tokens", 3],
-        ["--max-new-tokens", 1],
-        ["--max-new-tokens", 2, "--replace", "after", "--eta", -100],
-        ["--eta", -100],
-        ["--eta", 4],
-    ],
-    ids=lambda flags: " ".join(map(str, flags)) or "default",
-)
+TWIN_FLAGS = [
+    "",
+    "--replace after",
+    "--teacher-decoding greedy",
+    "--replace after --teacher-decoding greedy --seed 3",
+    "--temperature 0.7 --top-p 0.9",
+    "--max-new-tokens 1",
+    "--max-new-tokens 2 --replace after --eta -100",
+    "--max-new-tokens 3 --eta -100",
+    "--eta 4",
+]
+
+
+@pytest.mark.parametrize("flags", TWIN_FLAGS)
 def test_samples_equal_slow_twin(build, flags):
     """Cached, batched, padded, rewound and spliced = token by token with full forwards over prompt + response."""
-    run = build(*flags)
+    run = build(*flags.split())
     assert_equals_twin(run)
     limit = run.args.max_new_tokens
     assert all(len(r["response_ids"]) <= limit and len(r["chosen_ids"]) <= limit for r in run.records)
-
-
-def test_length_limit_appends_no_eos(build):
-    """At this eta all is replaced, from the first token on."""
-    run = build("--max-new-tokens", 3, "--eta", -100)
     stopped = [r for r in run.records if r["response_ids"][-1] != EOS]
-    assert stopped and len(stopped) < len(run.records), "some responses end by themselves, some do not"
-    assert all(len(r["response_ids"]) == 3 and not r["ended"] for r in stopped)
-    assert run.mismatch["at_length_limit"] == len(stopped) and run.mismatch["untouched"] == 0
-    assert all(r["t_star"] == 0 and r["prefix_len"] == 0 for r in run.records)
+    assert all(len(r["response_ids"]) == limit for r in stopped), "no eos is appended at the length limit"
+    assert run.mismatch["at_length_limit"] == len(stopped) and 0 < len(stopped) < len(run.records)
+    if run.args.eta == -100:
+        assert all(r["t_star"] == 0 for r in run.records) and run.mismatch["untouched"] == 0
 
 
 def test_teacher_equals_student(build, pair_of_models):
@@ -409,38 +391,15 @@ def test_several_eos_ids_end_a_response(build, tmp_path, pair_of_models, which):
     assert_equals_twin(run)
 
 
-def test_no_generation_config_is_no_error(build, tmp_path, pair_of_models):
-    folder = shutil.copytree(pair_of_models["teacher"], tmp_path / "teacher")
-    (folder / "generation_config.json").unlink()
-    assert tokens_of(build(teacher=folder).records) == tokens_of(build().records)
-
-
-@pytest.mark.parametrize("swapped", [False, True], ids=["teacher wider", "student wider"])
-def test_vocabulary_rows_beyond_the_tokenizer(build, pair_of_models, swapped):
-    """Qwen2.5: one model has more rows than there are tokens (here 32 for 22). They are cut off and the rest
-    renormalised: log p' = log p - log(mass of the 22). The last assertion shows that the cut is not without effect."""
-    student, teacher = pair_of_models["student"], pair_of_models["teacher"]
-    run = build(student=teacher, teacher=student) if swapped else build()
+def test_student_rows_beyond_the_tokenizer(build, pair_of_models):
+    """Qwen2.5: a model has more rows than there are tokens (here 32 for 22; elsewhere the teacher has). They are cut off
+    and the rest renormalised: log p' = log p - log(mass of the 22). The last assertion: the cut is not without effect."""
+    run = build(student=pair_of_models["teacher"], teacher=pair_of_models["student"])
     assert_equals_twin(run)
-    wide = run.models()[0 if swapped else 1]
-    assert wide.config.vocab_size == 32 and len(run.tokenizer) == VOCAB
     assert all(token < VOCAB for r in run.records for token in r["response_ids"] + r["chosen_ids"])
     with torch.no_grad():
-        whole = wide(input_ids=torch.tensor([run.prompts[0]["ids"]])).logits[0, -1].log_softmax(-1)
-    assert whole[:VOCAB].logsumexp(-1) < -0.05
-
-
-def test_tokenizer_without_pad_token(build, tmp_path, pair_of_models):
-    """Padding is masked, so it does not matter which token stands in for it."""
-    folders = {name: shutil.copytree(path, tmp_path / name) for name, path in pair_of_models.items()}
-    bare = AutoTokenizer.from_pretrained(pair_of_models["student"])
-    bare.pad_token = None
-    for folder in folders.values():
-        for name in ("tokenizer_config.json", "tokenizer.json"):
-            (folder / name).unlink()
-        bare.save_pretrained(folder)
-    assert AutoTokenizer.from_pretrained(folders["student"]).pad_token is None
-    assert build(**folders).records == build().records
+        logits = run.models()[0](input_ids=torch.tensor([run.prompts[0]["ids"]])).logits[0, -1]
+    assert len(run.tokenizer) == VOCAB and len(logits) == 32 and logits.log_softmax(-1)[:VOCAB].logsumexp(-1) < -0.05
 
 
 def test_overlong_prompts_are_skipped_and_others_unchanged(build):
@@ -457,31 +416,29 @@ def test_overlong_prompts_are_skipped_and_others_unchanged(build):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "chosen, rejected, kept",
-    [
-        ([-1.0, -1.0], [-3.0], True),  # mean -1 against -3
-        ([-1.0, -1.0], [-1.5], True),  # the sum would say otherwise
-        ([-1.0], [-1.0], False),  # equal is not above
-        ([-2.0, -4.0], [-2.0, -2.0], False),
-    ],
-)
-def test_keep_teacher_compares_means(tokenizer, chosen, rejected, kept):
-    sample = {"chosen_teacher_logprobs": chosen, "teacher_logprobs": rejected}
-    assert warmup_distill.pair_filter(SimpleNamespace(keep="teacher"), None, tokenizer)(sample, None) is kept
-    assert warmup_distill.pair_filter(SimpleNamespace(keep="all"), None, tokenizer)(sample, None) is True
+# Log-probs of y+ and y-. Means, -1 and -3; the sum would say otherwise; equal is not above
+MEANS = [([-1, -1], [-3], True), ([-1, -1], [-1.5], True), ([-1], [-1], False), ([-2, -4], [-2, -2], False)]
+ANSWERS = [
+    ("=1076", "=1075", True),
+    ("=1076", "=1076", False),
+    ("=1", "=2", False),
+    ("=1", "=1076", False),
+    ("", "", False),
+]
 
 
-@pytest.mark.parametrize(
-    "chosen, rejected, kept",
-    [("=1076", "=1075", True), ("=1076", "=1076", False), ("=1", "=2", False), ("=1", "=1076", False), ("", "", False)],
-)
-def test_keep_correct_by_hand(tokenizer, chosen, rejected, kept):
-    """y+ is right and y- is wrong, given the gold response "9+7+0=16;9+7+1=17;1+8+1=10=1076"."""
-    encode = lambda text: [*tokenizer(text, add_special_tokens=False).input_ids, EOS]
-    sample = {"chosen_ids": encode(chosen), "response_ids": encode(rejected)}
-    keep = warmup_distill.pair_filter(SimpleNamespace(keep="correct"), None, tokenizer)
-    assert bool(keep(sample, {"gold": toy.solve(199, 877, toy.correct_facts())})) is kept
+def test_keep_by_hand(tokenizer):
+    """correct: y+ is right and y- is wrong, given the gold response "9+7+0=16;9+7+1=17;1+8+1=10=1076"."""
+    keep = {
+        k: warmup_distill.pair_filter(SimpleNamespace(keep=k), None, tokenizer) for k in ("all", "teacher", "correct")
+    }
+    for chosen, rejected, kept in MEANS:
+        sample = {"chosen_teacher_logprobs": chosen, "teacher_logprobs": rejected}
+        assert keep["teacher"](sample, None) is kept and keep["all"](sample, None) is True
+    gold = {"gold": toy.solve(199, 877, toy.correct_facts())}
+    for chosen, rejected, kept in ANSWERS:
+        ids = [[*tokenizer(text, add_special_tokens=False).input_ids, EOS] for text in (chosen, rejected)]
+        assert bool(keep["correct"]({"chosen_ids": ids[0], "response_ids": ids[1]}, gold)) is kept
 
 
 def assert_statuses(run, keep):
@@ -546,23 +503,22 @@ def test_keep_correct(build, tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("kind", ["on text", "on text, adds bos", "with chat template"])
-def test_keep_reward(build, tmp_path, pair_of_models, tokenizer, kind):
+def test_keep_reward(build, tmp_path, tokenizer, kind):
     """--keep reward:MODEL: a random scorer with one label, asked here for one text at a time.
 
     The toy's chat template is <bos> + the contents, so all kinds of reward tokenizer see the same text, one bos in it.
     """
     torch.manual_seed(5)
-    config = LlamaConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_labels=1,
-                         num_attention_heads=2, initializer_range=0.3, pad_token_id=0, max_position_embeddings=256)  # fmt: skip
-    LlamaForSequenceClassification(config).eval().save_pretrained(tmp_path / "reward")
-    scorer = LlamaForSequenceClassification.from_pretrained(tmp_path / "reward").eval()
-    own = AutoTokenizer.from_pretrained(pair_of_models["student"])
+    config = make_model("llama", 5).config
+    config.num_labels = 1
+    scorer, own = LlamaForSequenceClassification(config).eval(), toy.make_tokenizer()
     if kind != "with chat template":
         own.chat_template = None
     if kind == "on text, adds bos":
         bos = [("<bos>", own.bos_token_id)]
         own.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=bos)
-    own.save_pretrained(tmp_path / "reward")
+    for part in (scorer, own):
+        part.save_pretrained(tmp_path / "reward")
 
     @torch.no_grad()
     def reward(prompt, ids):
@@ -581,71 +537,52 @@ def test_keep_reward(build, tmp_path, pair_of_models, tokenizer, kind):
 
 def record(prompt_id, sample_id, status, t_star, margins, chosen_ids=(9, 9, 2), ended=True, chosen_ended=True):
     """A sample whose tokens have these margins; the ids do not matter."""
-    return {
-        "prompt_id": prompt_id,
-        "sample_id": sample_id,
-        "status": status,
-        "prompt": f"{prompt_id}:",
-        "prompt_ids": [5, prompt_id],
-        "ended": ended,
-        "t_star": t_star,
-        "prefix_len": t_star if t_star >= 0 else len(margins),
-        "response_ids": [5 + k for k in range(len(margins))],
-        "student_logprobs": [-1.0] * len(margins),
-        "teacher_logprobs": [-1.0 - m for m in margins],
-        "chosen_ids": list(chosen_ids),
-        "chosen_teacher_logprobs": [-1.0] * len(chosen_ids),
-        "chosen_ended": chosen_ended,
-    }
-
-
-def merge(out, shards, prompts, prompts_per_batch, tokenizer):
-    """merge_pairs of hand-made shards {name: records}, 3 samples a prompt, prompts of at most 2 tokens."""
-    args = SimpleNamespace(eta=4.0, samples=3, max_prompt_tokens=2, prompts_per_batch=prompts_per_batch)
-    (out / "pairs").mkdir(exist_ok=True)
-    for name, rows in shards.items():
-        runs.write_jsonl(out / "pairs" / f"{name}.jsonl", rows)
-    return lambda: warmup_distill.merge_pairs(args, tokenizer, prompts, out)
-
-
-@pytest.mark.parametrize("damage", ["a sample is missing", "cut in a line", "another prompt", "gone"])
-def test_damaged_shard_is_named(tmp_path, tokenizer, damage):
-    rows = [record(0, i, "untouched", -1, [0.0]) for i in range(3)]
-    read = merge(tmp_path, {"00000": rows}, [{"ids": [5]}], 1, tokenizer)
-    read()
-    file = tmp_path / "pairs" / "00000.jsonl"
-    whole = file.read_text()
-    content = {
-        "a sample is missing": "".join(whole.splitlines(keepends=True)[:2]),
-        "cut in a line": whole[:-20],
-        "another prompt": whole.replace('"prompt_id": 0', '"prompt_id": 9'),
-        "gone": "",
-    }
-    file.write_text(content[damage])
-    with pytest.raises(runs.UserError, match=f"in {file}"):
-        read()
-    assert not list(tmp_path.glob(".*partial"))
+    length, end = len(margins), {"ended": ended, "chosen_ended": chosen_ended}
+    place = {"prompt_id": prompt_id, "sample_id": sample_id, "t_star": t_star, "prefix_len": max(t_star, 0)}
+    place |= {"status": status, "prompt": f"{prompt_id}:", "prompt_ids": [5, prompt_id]}
+    ids = {"response_ids": [5 + k for k in range(length)], "chosen_ids": list(chosen_ids)}
+    values = {"student_logprobs": [-1.0] * length, "teacher_logprobs": [-1.0 - m for m in margins]}
+    return {**place, **end, **ids, **values, "chosen_teacher_logprobs": [-1.0] * len(chosen_ids)}
 
 
 @pytest.mark.parametrize(
-    "changes, words",
+    "damage",
     [
-        ({}, []),
-        ({"replaced": 9, "samples": 1000}, ["corrects 0.9% of the samples at eta 4.0: eta is too high"]),
-        ({"replaced": 10, "samples": 1000}, []),
-        ({"replaced": 100}, ["corrects 100.0% of the samples at eta 4.0: eta may be too low"]),
-        ({"replaced": 99}, []),
-        ({"prompts_with_pairs": 1, "prompts": 20}, ["all 40 pairs come from 1 of 20 prompts"]),
-        ({"prompts_with_pairs": 2, "prompts": 20}, []),
-        ({"at_length_limit": 51}, ["51 of 100 samples have no end"]),
-        ({"chosen_at_length_limit": 21}, ["21 of 40 chosen responses have no end"]),
-        ({"chosen_at_length_limit": 20, "at_length_limit": 50}, []),
+        lambda whole: "".join(whole.splitlines(keepends=True)[:2]),
+        lambda whole: whole[:-20],
+        lambda whole: whole.replace('"prompt_id": 2', '"prompt_id": 9'),
+        lambda whole: "",
     ],
+    ids=["samples are missing", "cut in a line", "another prompt", "empty"],
 )
+def test_damaged_shard_is_named(build, damage):
+    run = build()
+    file = run.out / "pairs" / "00001.jsonl"
+    file.write_text(damage(file.read_text()))
+    with pytest.raises(runs.UserError, match=f"in {file}"):
+        run.start()
+    assert not list(run.out.glob(".*partial"))
+
+
+WARNINGS = [  # what differs from a summary without warnings; the warning
+    ({}, ""),
+    ({"replaced": 9, "samples": 1000}, "corrects 0.9% of the samples at eta 4.0: eta is too high"),
+    ({"replaced": 10, "samples": 1000}, ""),
+    ({"replaced": 100}, "corrects 100.0% of the samples at eta 4.0: eta may be too low"),
+    ({"replaced": 99}, ""),
+    ({"prompts_with_pairs": 1, "prompts": 20}, "all 40 pairs come from 1 of 20 prompts"),
+    ({"prompts_with_pairs": 2, "prompts": 20}, ""),
+    ({"at_length_limit": 51}, "51 of 100 samples have no end"),
+    ({"chosen_at_length_limit": 21}, "21 of 40 chosen responses have no end"),
+    ({"chosen_at_length_limit": 20, "at_length_limit": 50}, ""),
+]
+
+
+@pytest.mark.parametrize("changes, words", WARNINGS)
 def test_warnings(changes, words):
     summary = {"eta": 4.0, "samples": 100, "replaced": 50, "pairs": 40, "prompts": 20, "prompts_with_pairs": 10}
     lines = warmup_distill.warnings_of(summary | {"at_length_limit": 0, "chosen_at_length_limit": 0} | changes)
-    assert len(lines) == len(words) and all(word in line for word, line in zip(words, lines))
+    assert len(lines) == (words != "") and all(words in line for line in lines)
 
 
 def test_merge_pairs_by_hand(tmp_path, tokenizer):
@@ -665,27 +602,20 @@ def test_merge_pairs_by_hand(tmp_path, tokenizer):
         ],
     }
     prompts = [{"ids": ids} for ids in ([5, 5, 5], [5, 1], [5, 2], [5, 5, 5])]
-    summary = merge(tmp_path, shards, prompts, 2, tokenizer)()
+    args = SimpleNamespace(eta=4.0, samples=3, max_prompt_tokens=2, prompts_per_batch=2)
+    (tmp_path / "pairs").mkdir()
+    for name, rows in shards.items():
+        runs.write_jsonl(tmp_path / "pairs" / f"{name}.jsonl", rows)
+    summary = warmup_distill.merge_pairs(args, tokenizer, prompts, tmp_path)
 
     found = runs.read_json(tmp_path / "mismatch.json")
     assert found == summary
     rates, histogram = found.pop("replacement_rate"), found.pop("margin_histogram")
-    assert found == {
-        "eta": 4.0,
-        "prompts": 2,
-        "prompts_over_length": 2,
-        "prompts_with_pairs": 2,
-        "tokens": 14,
-        "samples": 6,
-        "untouched": 1,
-        "replaced": 5,
-        "pairs": 2,
-        "dropped": {"identical": 1, "duplicate": 1, "filtered": 1},
-        "at_length_limit": 2,
-        "chosen_at_length_limit": 1,
-        "t_star_histogram": {"0": 2, "1": 2, "2": 1},
-        "warnings": [],
-    }
+    counts = {"prompts": 2, "prompts_over_length": 2, "prompts_with_pairs": 2, "tokens": 14, "samples": 6}
+    counts |= {"untouched": 1, "replaced": 5, "pairs": 2, "at_length_limit": 2, "chosen_at_length_limit": 1}
+    dropped = {"identical": 1, "duplicate": 1, "filtered": 1}
+    rest = {"eta": 4.0, "dropped": dropped, "t_star_histogram": {"0": 2, "1": 2, "2": 1}, "warnings": []}
+    assert found == counts | rest
     # All margins: 0 0.5 4 | 0 5 6 | 0 5 6 | 4.5 | 25 | -30 -9.75 9
     expected = {"0.5": (8, 6), "3.5": (8, 6), "4.0": (7, 5), "4.5": (6, 4), "5.0": (4, 4), "6.0": (2, 2), "9.0": (1, 1)}
     for eta, (tokens, samples) in expected.items():
@@ -854,16 +784,6 @@ def test_prompts_leave_room_in_the_context(argv, tmp_path, capsys):
             main([*flags, *out, "--max-new-tokens", "260"])
 
 
-def weights(folder):
-    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
-
-
-def same_weights(one, other):
-    one, other = weights(one), weights(other)
-    assert one.keys() == other.keys()
-    return all(torch.equal(one[key], other[key]) for key in one)
-
-
 def test_main_writes_what_it_promises(argv, tmp_path, pair_of_models, tokenizer, capsys):
     out = tmp_path / "out"
     warmup_distill.main(argv)
@@ -893,42 +813,33 @@ def test_main_writes_what_it_promises(argv, tmp_path, pair_of_models, tokenizer,
     )
 
     # OUT/student loads as it is, has moved, and brings the tokenizer; every step is logged
-    assert not same_weights(out / "student", pair_of_models["student"])
+    student = AutoModelForCausalLM.from_pretrained(pair_of_models["student"]).state_dict()
+    trained = AutoModelForCausalLM.from_pretrained(out / "student").state_dict()
+    assert student.keys() == trained.keys() and not any(torch.equal(student[key], trained[key]) for key in student)
     assert AutoTokenizer.from_pretrained(out / "student").get_vocab() == tokenizer.get_vocab()
     steps = [row["step"] for row in runs.read_jsonl(out / "metrics.jsonl")]
     assert steps == list(range(1, math.ceil(mismatch["pairs"] / 4) + 1)) and len(steps) >= 2
 
 
-def test_main_again_changes_nothing(argv, tmp_path, capsys):
+def test_main_again(argv, tmp_path, capsys):
+    """A finished run is left alone; one that has lost its last files, or nearly all, ends the same."""
     out = tmp_path / "out"
     warmup_distill.main(argv)
-    before = {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
-    capsys.readouterr()
-    warmup_distill.main(argv)
-    assert {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()} == before
-    printed = capsys.readouterr().out
-    assert "pairs: 1 of 1 batches were there already\n" in printed
-    assert f"dpo: {out / 'student'} was there already\n" in printed
-
-
-@pytest.mark.parametrize("lost", [["student"], ["student", "checkpoint"], ["student", "checkpoint", "pairs"]], ids=str)
-def test_main_resumes_to_the_same_student(argv, tmp_path, capsys, lost):
-    """A run killed after its last checkpoint, before its first one, and at its first micro-batch."""
-    out = tmp_path / "out"
-    warmup_distill.main(argv)
-    metrics, pairs = runs.read_jsonl(out / "metrics.jsonl"), (out / "pairs.jsonl").read_bytes()
-    (out / "student").rename(tmp_path / "first")
-    for name in lost[1:]:
-        shutil.rmtree(out / name)
-    capsys.readouterr()
-    warmup_distill.main(argv)
-    printed = capsys.readouterr().out
-    assert ("pairs: 1 of 1 batches were there already" in printed) == ("pairs" not in lost)
-    assert (f"checkpoint: continues after step {len(metrics)}" in printed) == ("checkpoint" not in lost)
-    assert same_weights(tmp_path / "first", out / "student") and (out / "pairs.jsonl").read_bytes() == pairs
-    clock = {"seconds", "tokens_per_second", "peak_memory_gb"}
-    timeless = lambda rows: [{key: value for key, value in row.items() if key not in clock} for row in rows]
-    assert timeless(runs.read_jsonl(out / "metrics.jsonl")) == timeless(metrics)
+    files = {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    whole, steps = shutil.copytree(out, tmp_path / "whole"), len(logged(out))
+    for lost in ([], ["student"], ["student", "checkpoint"], ["student", "checkpoint", "pairs"]):
+        for name in lost:
+            shutil.rmtree(out / name)
+        capsys.readouterr()
+        warmup_distill.main(argv)
+        printed = capsys.readouterr().out
+        assert ("pairs: 1 of 1 batches were there already\n" in printed) == ("pairs" not in lost)
+        assert (f"dpo: {out / 'student'} was there already\n" in printed) == (lost == [])
+        assert (f"checkpoint: continues after step {steps}" in printed) == (lost == ["student"])
+        assert_identical(out, whole)
+        now = {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+        assert now.keys() == files.keys() and now[out / "pairs.jsonl"] == files[out / "pairs.jsonl"]
+        assert lost or now == files
 
 
 def test_main_with_held_out_prompts_and_teacher_as_reference(argv, tmp_path, mixed_file, monkeypatch, capsys):
@@ -945,9 +856,7 @@ def test_main_with_held_out_prompts_and_teacher_as_reference(argv, tmp_path, mix
     pair = runs.read_jsonl(tmp_path / "out" / "pairs.jsonl")[0]
     start = dpo.shared_length(pair["chosen_ids"], pair["rejected_ids"])
     teacher = AutoModelForCausalLM.from_pretrained(argv[1]).eval()
-    ids, expected = pair["prompt_ids"] + pair["chosen_ids"], 0.0
-    for t in range(len(pair["prompt_ids"]) + start, len(ids)):
-        expected += log_softmax_of_next(teacher, ids[:t])[ids[t]].item()
+    expected = sum(slow_score(teacher, {"ids": pair["prompt_ids"]}, pair["chosen_ids"])[start:])
     assert found[0][0, 1].item() == pytest.approx(expected, abs=1e-3)
 
 
@@ -958,10 +867,14 @@ def test_no_pair_leaves_the_student_as_it_was(argv, tmp_path, pair_of_models, ca
         warmup_distill.main(argv)
         printed = capsys.readouterr().out
         assert (
-            "warning: no pair came out, so there is nothing to learn: OUT/student is the student unchanged\n" in printed
+            "warning: no pair came out, so there is nothing to learn: OUT/student is the student unchanged" in printed
         )
         assert "0 pairs of 12 samples: 12 untouched\n" in printed and "KL(p,q)" not in printed
-        assert same_weights(out / "student", pair_of_models["student"]) and not (out / "summary.json").exists()
+        before, after = (
+            load_file(f"{path}/model.safetensors") for path in (pair_of_models["student"], out / "student")
+        )
+        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+        assert not (out / "summary.json").exists()
         shutil.rmtree(out / "student")
     mismatch = runs.read_json(out / "mismatch.json")
     assert (mismatch["pairs"], mismatch["untouched"]) == (0, 12) and mismatch["t_star_histogram"] == {}
@@ -972,7 +885,7 @@ def test_every_weight_of_an_untied_student_is_trained(argv, tmp_path, tokenizer)
     make_model("qwen2", 4, rows=24).save_pretrained(tmp_path / "untied")
     tokenizer.save_pretrained(tmp_path / "untied")
     warmup_distill.main([*argv, "--student", str(tmp_path / "untied"), "--eval-limit", "0", "--save-every", "100"])
-    before, after = weights(tmp_path / "untied"), weights(tmp_path / "out" / "student")
+    before, after = load_file(tmp_path / "untied" / "model.safetensors"), weights(tmp_path / "out")
     assert before["lm_head.weight"].shape == after["lm_head.weight"].shape == (24, 16)
     assert [name for name in before if torch.equal(before[name], after[name])] == []
     assert torch.equal(before["lm_head.weight"][VOCAB:], after["lm_head.weight"][VOCAB:]), "padding gets no gradient"
