@@ -243,7 +243,7 @@ def train(args, world, tokenizer, pairs, student_path, reference_path, out):
                     totals[name] = totals.get(name, 0) + weight * value
             lr = training.learning_rate(step, total_steps, args)
             grad_norm = training.optimizer_step(model, optimizer, lr, args.max_grad_norm)
-            totals = dict(zip(totals, world.sum([float(value) for value in totals.values()]), strict=True))
+            totals = world.sum(totals)
             metrics = {"stage": "dpo", "step": step + 1, **step_metrics(totals, pair_count, chosen_tokens, args)}
             metrics |= {"grad_norm": grad_norm, "lr": lr}
             training.check_finite(metrics, [pairs[i]["prompt_id"] for i in batch], out)

@@ -68,7 +68,7 @@ def read_folder(name):
 
 
 def evaluate(path, sets, args, world, out, checker, teacher):
-    """Makes the response and distance files of one model that are not there yet.
+    """Makes the response and distance files of one model that are missing.
 
     sets: list of (Benchmark, examples). teacher: () -> the model of --distance, loaded once.
     Returns ({set: its line of the table}, {set: {seed: rows}}), the same on every rank.

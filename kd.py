@@ -241,7 +241,8 @@ def train(args, world, tokenizer, tokens, examples, teacher, student_path, out):
                 i: (prompt, sampled.get((step, i), response), (step, i) not in sampled)
                 for i, prompt, response in zip(batch, columns["ids"], columns["response"])
             }
-            # Counted over all ranks before the first backward: neither ranks nor accumulation change the gradient
+            # Counted over all ranks before the first backward: neither ranks nor accumulation change the gradient.
+            # CE, too, is divided by all response tokens; a token that is no label adds 0 to it
             token_count = sum(len(response) for _, response, _ in sequences.values())
             lengths = {i: len(prompt) + len(response) for i, (prompt, response, _) in sequences.items()}
             totals = {"loss": 0.0, "ce": 0.0, "kd": 0.0, "tokens": 0.0}  # tokens: computed, padding too
@@ -256,7 +257,7 @@ def train(args, world, tokenizer, tokens, examples, teacher, student_path, out):
                     totals[name] = totals[name] + share * value
             lr = training.learning_rate(step, total_steps, args)
             grad_norm = training.optimizer_step(model, optimizer, lr, args.max_grad_norm)
-            totals = dict(zip(totals, world.sum([float(value) for value in totals.values()]), strict=True))
+            totals = world.sum(totals)
             metrics = {"stage": "kd", "step": step + 1}
             metrics |= {name: totals[name] / token_count for name in ("loss", "ce", "kd")}
             metrics |= {"grad_norm": grad_norm, "lr": lr, "response_tokens": token_count}
@@ -307,7 +308,7 @@ def parse_args(argv=None):
     group.add_argument("--teacher-cache", help="folder: store the teacher's log-probs there once, or use those there")
     group.add_argument("--teacher-top-k", type=runs.COUNT, default=64, help="log-probs a token in --teacher-cache")
     training.add_arguments(parser, lr=1e-5)
-    data.add_eval_arguments(parser, "no table, but for the toy's own", 500)
+    data.add_eval_arguments(parser, "no table, except with the toy", 500)
     args = parser.parse_args(argv)
     if args.teacher is None and args.data is None:
         parser.set_defaults(**TOY, **data.toy_paths(args.toy))

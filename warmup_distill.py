@@ -12,7 +12,8 @@ The steps, in the order of this file; q is the student, p the teacher, x a promp
     4. align    DPO on the pairs (dpo.py), reference = the initial student  ->  OUT/student, the warmed-up student
     5. distil   ordinary KD from there: kd.py --student OUT/student
 
-EOS is a token like any other: a student that ends too early, or not where the teacher would, has its mismatch there.
+EOS is a token like any other: a student that ends too early has its mismatch there. A response that is cut at the limit
+has no EOS to check.
 Everything stays in token ids from sampling to loss: decoding to text and tokenizing again would move the splice point.
 Where the paper is silent, the README's ledger names our reading and the flag that changes it. Ours, and exact: the
 teacher's splice continues in the cache of its check (`decode.rewind`); a token's random number depends on its place
@@ -106,8 +107,8 @@ def continue_by_teacher(
 ):
     """Step 3. The teacher writes from each response's token `positions` (B,) on, where that is below `lengths` (B,).
 
-    rows, hidden: from `check_responses`; decoding continues in that cache, nothing is prefilled again. any_rank: of a
-    sharded teacher, `World.any`. Returns B lists of ids and B lists of log-probs, empty for rows that it leaves alone.
+    rows, hidden: from `check_responses`; decoding continues in that cache, which is used up: nothing is prefilled again.
+    any_rank: of a sharded teacher, `World.any`. Returns B lists of ids and B lists of log-probs, empty for rows that it leaves alone.
     """
     chosen = ((positions >= 0) & (positions < lengths)).nonzero()[:, 0]
     if any_rank and len(chosen) == 0:  # its forwards need every rank: row 0 takes part and writes nothing

@@ -105,7 +105,7 @@ def call(script, settings, folder):
 def resumable(folder, work, settings, keep=()):
     """work() -> dict, kept as FOLDER/result.json with its settings. A run that is there, of these, is not run again.
 
-    All else in the folder goes afterwards but for `keep`; a folder without a result is what a killed run left.
+    All else in the folder except `keep` is deleted afterwards; a folder without a result is what a killed run left.
     """
     folder = Path(folder)
     file = folder / "result.json"

@@ -129,7 +129,7 @@ def read_examples(args):
         for number, row in enumerate(rows):
             where = f"in {args.data} row {number}"
             if messages:
-                yield from_messages(row[messages], where)
+                yield conversation_example(row[messages], where)
                 continue
             texts = {column: row[column] for column in (prompt, context, response) if column}
             for column, value in texts.items():
@@ -149,7 +149,7 @@ def is_conversation(value):
     return isinstance(value, list) and len(value) > 0 and all(map(is_turn, value))
 
 
-def from_messages(messages, where):
+def conversation_example(messages, where):
     """A conversation: the prompt is all up to the last assistant turn, which is the gold response."""
     if not is_conversation(messages):
         raise UserError("messages is not a list of turns with text content", where, "repair the row")

@@ -282,12 +282,12 @@ def decode(model, rows, choose, budget, tokens, any_rank=None):
     for step in itertools.count():
         if step % check_every == 0 or (any_rank is None and step == width):
             running = (~finished).nonzero()[:, 0]
-            goes_on = len(running) > 0
-            if not (any_rank(goes_on) if any_rank else goes_on):
+            any_running = len(running) > 0
+            if not (any_rank(any_running) if any_rank else any_running):
                 break
             idle_from_the_start = step == 0 and len(running) < size
             worth_a_copy = len(running) <= 0.75 * len(indices)  # of the cache
-            if goes_on and (idle_from_the_start or worth_a_copy):
+            if any_running and (idle_from_the_start or worth_a_copy):
                 rows, indices, finished = rows.select(running), indices[running], finished[running]
                 token = token[running]
         if step > 0:

@@ -80,7 +80,7 @@ def greedy_accuracy(model, prompts, tokens, tokenizer, max_new_tokens, batch_siz
     correct = 0
     for batch, _, texts in generate(model, prompts, lambda batch: decode.greedy, *settings):
         correct += sum(is_correct(text, prompt["gold"]) for prompt, text in zip(batch, texts))
-    return world.sum([correct])[0] / len(prompts)
+    return world.sum({"correct": correct})["correct"] / len(prompts)
 
 
 @torch.no_grad()
@@ -117,7 +117,7 @@ def distance(
             totals["replaced_tokens"] += (log_q - log_p > eta).sum().item()
             totals["response_tokens"] += len(response)
             totals["samples"] += 1
-    totals = {name: world.sum([total])[0] for name, total in totals.items()}
+    totals = world.sum(totals)
     samples, all_tokens = totals.pop("samples"), totals["response_tokens"]
     per_sample = ("replaced_samples", "response_tokens")
     return {name: total / (samples if name in per_sample else all_tokens) for name, total in totals.items()}

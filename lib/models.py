@@ -131,7 +131,7 @@ def fit_into_context(args):
 
 
 def tokenizer_fingerprint(tokenizer):
-    """16 hex digits that two tokenizers share if and only if (but for chance) their vocabularies are equal."""
+    """16 hex digits that two tokenizers share if and only if, except by chance, their vocabularies are equal."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 

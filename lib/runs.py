@@ -140,13 +140,13 @@ class World:
 
     def any(self, flag):
         """True on every rank if `flag` is true on at least one."""
-        return self.sum([float(bool(flag))])[0] > 0
+        return self.sum({"flag": bool(flag)})["flag"] > 0
 
     def sum(self, values):
-        """Sums a list of floats over all ranks, in float64."""
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        """{name: number} summed over all ranks, in float64."""
+        tensor = torch.tensor([float(value) for value in values.values()], dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
-        return tensor.tolist()
+        return {name: total for name, total in zip(values, tensor.tolist())}
 
     def first(self, function):
         """Calls `function` on rank 0 alone. Its result, or its UserError, reaches every rank."""

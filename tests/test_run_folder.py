@@ -108,7 +108,7 @@ def test_world_of_one(world):
     assert (world.rank, world.size, world.device.type) == (0, 1, "cpu")
     assert runs.start_processes("cpu", 0) == world, "a second start joins the same group"
     assert world.any([7]) and not world.any([]) and not world.any(0.0)
-    assert world.sum([1.5, math.pi]) == [1.5, math.pi], "float64"
+    assert world.sum({"a": 1.5, "b": math.pi}) == {"a": 1.5, "b": math.pi}, "float64"
     assert world.first(lambda: {"x": [1]}) == {"x": [1]} and world.first(lambda: None) is None
     assert error_of(world.first, fail) == "what, where, what to do"
     with pytest.raises(ZeroDivisionError):

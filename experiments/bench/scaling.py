@@ -58,7 +58,7 @@ def generation_stages(args, world, stages):
     total = 0
     for k, batch in batches.items():
         total += sum((k + 1) * token for row in batch["responses"] + batch["written"] for token in row)
-    return int(world.sum([total])[0])
+    return int(world.sum({"total": total})["total"])
 
 
 def kd_step(model, teacher, part, share):
@@ -88,7 +88,7 @@ def training_stage(args, world, stages, name):
         for indices in training.micro_batches(range(args.pairs), [1] * args.pairs, args.micro_batch_size, world):
             total += step(model, part=[pairs[i] for i in indices], share=world.size * len(indices) / args.pairs)
         training.optimizer_step(model, optimizer, LR, 1.0)
-        return world.sum([total])[0] / world.size
+        return world.sum({"total": total})["total"] / world.size
 
     take_step()
     return stages(name, take_step)
