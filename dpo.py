@@ -210,7 +210,7 @@ def train(args, world, tokenizer, pairs, student_path, reference_path, out):
     # log pi_ref never changes: computed once, before the first step and before a checkpoint is loaded
     reference_model = model
     if reference_path != student_path:
-        reference_model, _ = load_policy(reference_path, args, tokenizer, world)
+        reference_model = load_policy(reference_path, args, tokenizer, world)[0]
     reference = reference_logprobs(reference_model, pairs, lengths, pad_id, with_shared, args.micro_batch_size, world)
     del reference_model
     training.release_memory()

@@ -44,38 +44,34 @@ MISMATCHES = [
 ]
 
 
-@pytest.fixture(params=["imported", "copied"])
+# Response [5, 6, 7] spliced: position, continuation, what comes out
+SPLICES = [(0, [8, 9], [8, 9]), (1, [8], [5, 8]), (1, [], [5]), (3, [8], [5, 6, 7, 8])]
+
+
+@pytest.fixture(params=[False, True], ids=["imported", "copied"])
 def functions(request):
-    """(first_mismatch, splice): imported, and made from the source of each alone, with torch."""
-    functions = (warmup_distill.first_mismatch, warmup_distill.splice)
-    if request.param == "imported":
-        return functions
-    namespace = {"torch": torch}
-    for function in functions:
+    """{name: first_mismatch, splice}: imported, or made from the source of each alone, with torch."""
+    functions = {"first_mismatch": warmup_distill.first_mismatch, "splice": warmup_distill.splice}
+    namespace = {"torch": torch, **functions}
+    for function in functions.values() if request.param else []:
         exec(inspect.getsource(function), namespace)  # noqa: S102
-    return namespace["first_mismatch"], namespace["splice"]
+    return namespace
 
 
 def test_first_mismatch(functions):
     """Each row alone; all in one batch, in which they do not touch each other."""
     for rows in [*([row] for row in MISMATCHES), MISMATCHES]:
-        names, student, teacher, mask, expected = zip(*rows)
-        found = functions[0](
-            torch.tensor(student).float(), torch.tensor(teacher).float(), torch.tensor(mask).bool(), 4.0
-        )
+        names, *columns, expected = zip(*rows)
+        student, teacher, mask = (torch.tensor(column, dtype=torch.float32) for column in columns)
+        found = functions["first_mismatch"](student, teacher, mask.bool(), 4.0)
         assert found.tolist() == list(expected) and found.dtype == torch.int64, names
 
 
 def test_splice(functions):
     """The arguments are left alone."""
-    for position, continuation, expected in [
-        (0, [8, 9], [8, 9]),
-        (1, [8], [5, 8]),
-        (1, [], [5]),
-        (3, [8], [5, 6, 7, 8]),
-    ]:
+    for position, continuation, expected in SPLICES:
         response, before = [5, 6, 7], list(continuation)
-        assert functions[1](response, position, continuation) == expected
+        assert functions["splice"](response, position, continuation) == expected
         assert (response, continuation) == ([5, 6, 7], before)
 
 
@@ -201,9 +197,8 @@ def build(tmp_path, pair_of_models, mixed_file):
 
 
 def tokens_of(records):
-    return [
-        [r[k] for k in ("prompt_id", "sample_id", "t_star", "response_ids", "chosen_ids", "status")] for r in records
-    ]
+    names = ("prompt_id", "sample_id", "t_star", "response_ids", "chosen_ids", "status")
+    return [[record[name] for name in names] for record in records]
 
 
 def assert_same_records(records, expected):
@@ -250,37 +245,26 @@ def assert_equals_twin(run):
     for record, (prompt, sample_id) in zip(run.records, places):
         response, q = slow_write(run, student, prompt, [], sample_id, STUDENT_STAGE)
         p = slow_score(teacher, prompt, response)
-        above = [t for t in range(len(response)) if q[t] - p[t] > args.eta]
-        assert (record["prompt_id"], record["sample_id"]) == (prompt["prompt_id"], sample_id)
-        assert record["response_ids"] == response
+        t_star = next((t for t in range(len(response)) if q[t] - p[t] > args.eta), -1)
+        position, written, values = len(response), [], []
+        if t_star >= 0:
+            position, greedy = t_star + (args.replace == "after"), args.teacher_decoding == "greedy"
+        if position < len(response):  # else there is nothing to write
+            written, values = slow_write(run, teacher, prompt, response[:position], sample_id, TEACHER_STAGE, greedy)
+        expected = {"prompt_id": prompt["prompt_id"], "sample_id": sample_id, "t_star": t_star, "prefix_len": position}
+        expected |= {"response_ids": response, "ended": response[-1] in run.tokens.eos_ids}
+        expected |= {"chosen_ids": response[:position] + written}
+        assert {name: record[name] for name in expected} == expected
+        assert (record["status"] == "untouched") == (t_star < 0)
         assert record["student_logprobs"] == pytest.approx(q, abs=1e-4)
         assert record["teacher_logprobs"] == pytest.approx(p, abs=1e-4)
-        assert record["t_star"] == (above[0] if above else -1)
-        assert record["ended"] == (response[-1] in run.tokens.eos_ids)
-        if not above:
-            assert record["status"] == "untouched" and record["chosen_ids"] == response
-            continue
-        position = above[0] + (args.replace == "after")
-        if position == len(response):  # nothing to write after the last token
-            assert record["status"] == "identical" and record["chosen_ids"] == response
-            continue
-        greedy = args.teacher_decoding == "greedy"
-        written, values = slow_write(run, teacher, prompt, response[:position], sample_id, TEACHER_STAGE, greedy)
-        assert record["prefix_len"] == position
-        assert record["chosen_ids"] == response[:position] + written
         assert record["chosen_teacher_logprobs"] == pytest.approx(p[:position] + values, abs=1e-4)
 
 
 TWIN_FLAGS = [
-    "",
-    "--replace after",
-    "--teacher-decoding greedy",
-    "--replace after --teacher-decoding greedy --seed 3",
-    "--temperature 0.7 --top-p 0.9",
-    "--max-new-tokens 1",
+    *("", "--eta 4", "--temperature 0.7 --top-p 0.9", "--max-new-tokens 1", "--max-new-tokens 3 --eta -100"),
+    *("--teacher-decoding greedy", "--replace after", "--replace after --teacher-decoding greedy --seed 3"),
     "--max-new-tokens 2 --replace after --eta -100",
-    "--max-new-tokens 3 --eta -100",
-    "--eta 4",
 ]
 
 
@@ -418,27 +402,24 @@ def test_overlong_prompts_are_skipped_and_others_unchanged(build):
 
 # Log-probs of y+ and y-. Means, -1 and -3; the sum would say otherwise; equal is not above
 MEANS = [([-1, -1], [-3], True), ([-1, -1], [-1.5], True), ([-1], [-1], False), ([-2, -4], [-2, -2], False)]
-ANSWERS = [
-    ("=1076", "=1075", True),
-    ("=1076", "=1076", False),
-    ("=1", "=2", False),
-    ("=1", "=1076", False),
-    ("", "", False),
-]
+ANSWERS = {("=1076", "=1075"): True} | dict.fromkeys(
+    [("=1076", "=1076"), ("=1", "=2"), ("=1", "=1076"), ("", "")], False
+)
 
 
 def test_keep_by_hand(tokenizer):
     """correct: y+ is right and y- is wrong, given the gold response "9+7+0=16;9+7+1=17;1+8+1=10=1076"."""
-    keep = {
-        k: warmup_distill.pair_filter(SimpleNamespace(keep=k), None, tokenizer) for k in ("all", "teacher", "correct")
-    }
+    every, teacher, correct = (
+        warmup_distill.pair_filter(SimpleNamespace(keep=keep), None, tokenizer)
+        for keep in ("all", "teacher", "correct")
+    )
     for chosen, rejected, kept in MEANS:
         sample = {"chosen_teacher_logprobs": chosen, "teacher_logprobs": rejected}
-        assert keep["teacher"](sample, None) is kept and keep["all"](sample, None) is True
+        assert teacher(sample, None) is kept and every(sample, None) is True
     gold = {"gold": toy.solve(199, 877, toy.correct_facts())}
-    for chosen, rejected, kept in ANSWERS:
-        ids = [[*tokenizer(text, add_special_tokens=False).input_ids, EOS] for text in (chosen, rejected)]
-        assert bool(keep["correct"]({"chosen_ids": ids[0], "response_ids": ids[1]}, gold)) is kept
+    for texts, kept in ANSWERS.items():
+        ids = [[*tokenizer(text, add_special_tokens=False).input_ids, EOS] for text in texts]
+        assert bool(correct({"chosen_ids": ids[0], "response_ids": ids[1]}, gold)) is kept
 
 
 def assert_statuses(run, keep):
@@ -449,21 +430,20 @@ def assert_statuses(run, keep):
         for record in run.records:
             if record["prompt_id"] != prompt["prompt_id"]:
                 continue
-            pair = (record["response_ids"], record["chosen_ids"])
+            pair, expected = (record["response_ids"], record["chosen_ids"]), "kept"
             if record["t_star"] < 0:
                 expected = "untouched"
             elif pair[0] == pair[1]:
                 expected = "identical"
             elif pair in had:
                 expected = "duplicate"
-            else:
-                had.append(pair)
-                expected = "kept" if keep(prompt, *pair) else "filtered"
+            elif not keep(prompt, *pair):
+                expected = "filtered"
+            had.append(pair)
             assert record["status"] == expected, record
             counts[expected] += 1
-    dropped = {reason: counts[reason] for reason in ("identical", "duplicate", "filtered")}
-    assert run.mismatch["dropped"] == dropped
-    assert (run.mismatch["untouched"], run.mismatch["pairs"]) == (counts["untouched"], counts["kept"])
+    found = {**run.mismatch["dropped"], "untouched": run.mismatch["untouched"], "kept": run.mismatch["pairs"]}
+    assert found == counts
     assert run.mismatch["replaced"] == run.mismatch["samples"] - counts["untouched"]
     return counts
 
@@ -490,13 +470,13 @@ def test_keep_teacher(build):
 
 
 def test_keep_correct(build, tmp_path, tokenizer):
-    """--keep correct: the gold answer of each prompt is made what the teacher's first splice ends in."""
-    golds, text = [], lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
-    for _, records in itertools.groupby(build("--samples", 6).records, key=lambda r: r["prompt_id"]):
-        numbers = [scoring.final_number(text(r["chosen_ids"])) for r in records if r["t_star"] >= 0]
-        golds.append(f"The answer is {next((int(n) for n in numbers if n is not None), 7)}")
-    gold_file = write_prompts(tmp_path / "gold.jsonl", PROMPTS, golds)
-    run = build("--samples", 6, "--keep", "correct", data_file=gold_file)
+    """--keep correct: the gold answer of each prompt is made what one of the teacher's splices ends in."""
+    golds, text = ["The answer is 7"] * len(PROMPTS), lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+    for pair in build("--samples", 6).pairs:
+        number = scoring.final_number(pair["chosen"])
+        golds[pair["prompt_id"]] = golds[pair["prompt_id"]] if number is None else f"The answer is {int(number)}"
+    file = write_prompts(tmp_path / "gold.jsonl", PROMPTS, golds)
+    run = build("--samples", 6, "--keep", "correct", data_file=file)
     right = lambda prompt, ids: scoring.is_correct(text(ids), golds[prompt["prompt_id"]])
     counts = assert_statuses(run, lambda prompt, y, y_plus: right(prompt, y_plus) and not right(prompt, y))
     assert counts["kept"] > 0 and counts["filtered"] > 0
@@ -545,16 +525,15 @@ def record(prompt_id, sample_id, status, t_star, margins, chosen_ids=(9, 9, 2), 
     return {**place, **end, **ids, **values, "chosen_teacher_logprobs": [-1.0] * len(chosen_ids)}
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda whole: "".join(whole.splitlines(keepends=True)[:2]),
-        lambda whole: whole[:-20],
-        lambda whole: whole.replace('"prompt_id": 2', '"prompt_id": 9'),
-        lambda whole: "",
-    ],
-    ids=["samples are missing", "cut in a line", "another prompt", "empty"],
-)
+DAMAGE = {
+    "samples are missing": lambda whole: "".join(whole.splitlines(keepends=True)[:2]),
+    "cut in a line": lambda whole: whole[:-20],
+    "another prompt": lambda whole: whole.replace('"prompt_id": 2', '"prompt_id": 9'),
+    "empty": lambda whole: "",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_damaged_shard_is_named(build, damage):
     run = build()
     file = run.out / "pairs" / "00001.jsonl"
@@ -587,24 +566,20 @@ def test_warnings(changes, words):
 
 def test_merge_pairs_by_hand(tmp_path, tokenizer):
     """Two shards, two prompts over the limit, six samples, eta 4. A margin of exactly 4 is no mismatch, one of exactly 0.5 is in the bin (0, 0.5]."""
-    shards = {
-        "00000": [
-            {"prompt_id": 0, "status": "too_long"},
-            record(1, 0, "untouched", -1, [0.0, 0.5, 4.0]),
-            record(1, 1, "kept", 1, [0.0, 5.0, 6.0], ended=False, chosen_ended=False),
-            record(1, 2, "duplicate", 1, [0.0, 5.0, 6.0], ended=False),
-        ],
-        "00001": [
-            record(2, 0, "kept", 0, [4.5]),
-            record(2, 1, "identical", 0, [25.0]),
-            record(2, 2, "filtered", 2, [-30.0, -9.75, 9.0]),
-            {"prompt_id": 3, "status": "too_long"},
-        ],
-    }
+    records = [
+        {"prompt_id": 0, "status": "too_long"},
+        record(1, 0, "untouched", -1, [0.0, 0.5, 4.0]),
+        record(1, 1, "kept", 1, [0.0, 5.0, 6.0], ended=False, chosen_ended=False),
+        record(1, 2, "duplicate", 1, [0.0, 5.0, 6.0], ended=False),
+        record(2, 0, "kept", 0, [4.5]),
+        record(2, 1, "identical", 0, [25.0]),
+        record(2, 2, "filtered", 2, [-30.0, -9.75, 9.0]),
+        {"prompt_id": 3, "status": "too_long"},
+    ]
     prompts = [{"ids": ids} for ids in ([5, 5, 5], [5, 1], [5, 2], [5, 5, 5])]
     args = SimpleNamespace(eta=4.0, samples=3, max_prompt_tokens=2, prompts_per_batch=2)
     (tmp_path / "pairs").mkdir()
-    for name, rows in shards.items():
+    for name, rows in (("00000", records[:4]), ("00001", records[4:])):
         runs.write_jsonl(tmp_path / "pairs" / f"{name}.jsonl", rows)
     summary = warmup_distill.merge_pairs(args, tokenizer, prompts, tmp_path)
 
@@ -616,6 +591,7 @@ def test_merge_pairs_by_hand(tmp_path, tokenizer):
     dropped = {"identical": 1, "duplicate": 1, "filtered": 1}
     rest = {"eta": 4.0, "dropped": dropped, "t_star_histogram": {"0": 2, "1": 2, "2": 1}, "warnings": []}
     assert found == counts | rest
+    assert list(rates) == [str(k / 2) for k in range(1, 21)]
     # All margins: 0 0.5 4 | 0 5 6 | 0 5 6 | 4.5 | 25 | -30 -9.75 9
     expected = {"0.5": (8, 6), "3.5": (8, 6), "4.0": (7, 5), "4.5": (6, 4), "5.0": (4, 4), "6.0": (2, 2), "9.0": (1, 1)}
     for eta, (tokens, samples) in expected.items():
@@ -628,31 +604,6 @@ def test_merge_pairs_by_hand(tmp_path, tokenizer):
     merged = runs.read_jsonl(tmp_path / "pairs.jsonl")
     places = [(p["prompt_id"], p["sample_id"], p["prefix_len"], p["margin"]) for p in merged]
     assert places == [(1, 1, 1, 5.0), (2, 0, 0, 4.5)]
-    assert merged[0]["prompt_ids"] == [5, 1] and merged[0]["prompt"] == "1:"
-    assert (merged[0]["chosen"], merged[0]["rejected"]) == ("55", "123")
-
-
-def test_mismatch_json_recounted(build):
-    """Every number of mismatch.json by an obvious loop over OUT/pairs/*.jsonl."""
-    run = build("--samples", 5)
-    found, records = run.mismatch, run.records
-    margins = [[q - p for q, p in zip(r["student_logprobs"], r["teacher_logprobs"])] for r in records]
-    tokens = [m for row in margins for m in row]
-    assert (found["eta"], found["prompts"], found["prompts_over_length"]) == (1.0, len(PROMPTS), 0)
-    assert (found["tokens"], found["samples"]) == (len(tokens), 25)
-    assert found["at_length_limit"] == sum(EOS not in r["response_ids"] for r in records)
-    assert_statuses(run, lambda *pair: True)
-    assert list(found["replacement_rate"]) == [str(k / 2) for k in range(1, 21)]
-    for eta, rate in found["replacement_rate"].items():
-        assert rate["tokens"] == pytest.approx(sum(m > float(eta) for m in tokens) / len(tokens), abs=1e-9)
-        assert rate["samples"] == pytest.approx(sum(max(row) > float(eta) for row in margins) / 25, abs=1e-9)
-    assert found["replacement_rate"]["1.0"]["samples"] == found["replaced"] / 25
-    edges, counts = found["margin_histogram"]["edges"], found["margin_histogram"]["counts"]
-    lows, highs = [-INF, *edges], [*edges, INF]
-    assert counts == [sum(low < m <= high for m in tokens) for low, high in zip(lows, highs)]
-    t_stars = [r["t_star"] for r in records if r["t_star"] >= 0]
-    assert found["t_star_histogram"] == {str(t): t_stars.count(t) for t in sorted(set(t_stars))}
-    assert len(set(t_stars)) > 2 and 0 < found["untouched"] < 25
 
 
 def test_pairs_jsonl_fields(build, tokenizer):
@@ -662,19 +613,13 @@ def test_pairs_jsonl_fields(build, tokenizer):
     for pair, record in zip(run.pairs, kept):
         margins = [q - p for q, p in zip(record["student_logprobs"], record["teacher_logprobs"])]
         prompt = "<bos>" + PROMPTS[record["prompt_id"]]
-        assert pair == {
-            "prompt_id": record["prompt_id"],
-            "sample_id": record["sample_id"],
-            "prompt_ids": tokenizer.encode(prompt, add_special_tokens=False),
-            "prefix_len": record["t_star"],
-            "chosen_ids": record["chosen_ids"],
-            "rejected_ids": record["response_ids"],
-            "margin": pytest.approx(margins[record["t_star"]], abs=1e-6),
-            "prompt": prompt,
-            "chosen": tokenizer.decode(record["chosen_ids"], skip_special_tokens=True),
-            "rejected": tokenizer.decode(record["response_ids"], skip_special_tokens=True),
-            "tokenizer": models.tokenizer_fingerprint(tokenizer),
-        }
+        expected = {name: record[name] for name in ("prompt_id", "sample_id", "chosen_ids")}
+        expected |= {"prompt": prompt, "prompt_ids": tokenizer.encode(prompt, add_special_tokens=False)}
+        expected |= {"rejected_ids": record["response_ids"], "prefix_len": record["t_star"]}
+        expected |= {"margin": pytest.approx(margins[record["t_star"]], abs=1e-6)}
+        expected |= {"chosen": tokenizer.decode(record["chosen_ids"], skip_special_tokens=True)}
+        expected |= {"rejected": tokenizer.decode(record["response_ids"], skip_special_tokens=True)}
+        assert pair == expected | {"tokenizer": models.tokenizer_fingerprint(tokenizer)}
         assert pair["chosen_ids"][: pair["prefix_len"]] == pair["rejected_ids"][: pair["prefix_len"]]
         assert pair["margin"] > run.args.eta and "<eos>" not in pair["chosen"] + pair["rejected"]
 
@@ -710,20 +655,6 @@ def argv(tmp_path, pair_of_models, prompts_file):
              "out": tmp_path / "out", "limit": 4, "samples": 3, "max-new-tokens": 8, "eta": 1, "device": "cpu",
              "threads": 1, "batch-size": 4, "micro-batch-size": 2, "lr": 0.01, "save-every": 1, "eval-limit": 3}  # fmt: skip
     return [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
-
-
-def test_pairs_only(argv, tmp_path, capsys):
-    """It ends after OUT/pairs.jsonl; without the flag the run goes on from there."""
-    out = tmp_path / "out"
-    assert warmup_distill.main([*argv, "--pairs-only"]) is None
-    found = runs.read_json(out / "mismatch.json")
-    others = {"untouched": found["untouched"], **found["dropped"]}
-    words = ", ".join(f"{count} {status}" for status, count in others.items() if count > 0)
-    assert f"{found['pairs']} pairs of 12 samples: {words}\n" in capsys.readouterr().out
-    written = {path.name for path in out.iterdir()}
-    assert written == {"args.json", "prompts.arrow", "pairs", "pairs.jsonl", "mismatch.json", ".lock"}
-    warmup_distill.main(argv)
-    assert (out / "student").is_dir() and "pairs: 1 of 1 batches were there already" in capsys.readouterr().out
 
 
 def test_sharded_teacher_is_left_out_of_the_table(argv, tmp_path, capsys):
@@ -785,19 +716,26 @@ def test_prompts_leave_room_in_the_context(argv, tmp_path, capsys):
 
 
 def test_main_writes_what_it_promises(argv, tmp_path, pair_of_models, tokenizer, capsys):
-    out = tmp_path / "out"
+    """With --pairs-only it ends after OUT/pairs.jsonl; without the flag the run goes on from there."""
+    out, names = tmp_path / "out", {"args.json", "prompts.arrow", "pairs", "pairs.jsonl", "mismatch.json", ".lock"}
+    warmup_distill.main([*argv, "--pairs-only"])
+    assert {path.name for path in out.iterdir()} == names
+    mismatch = runs.read_json(out / "mismatch.json")
+    others = {"untouched": mismatch["untouched"], **mismatch["dropped"]}
+    words = ", ".join(f"{count} {status}" for status, count in others.items() if count > 0)
+    assert f"{mismatch['pairs']} pairs of 12 samples: {words}\n" in capsys.readouterr().out
+
     warmup_distill.main(argv)
     printed = capsys.readouterr().out
-    assert {path.name for path in out.iterdir()} == {
-        "args.json", "prompts.arrow", "pairs", "pairs.jsonl", "pairs.arrow", "mismatch.json", "metrics.jsonl",
-        "checkpoint", "student", "summary.json", ".lock",
-    }  # fmt: skip
-    run, asked = runs.read_json(out / "args.json"), vars(warmup_distill.parse_args(argv))
+    assert "pairs: 1 of 1 batches were there already\n" in printed
+    names |= {"pairs.arrow", "metrics.jsonl", "checkpoint", "student", "summary.json"}
+    assert {path.name for path in out.iterdir()} == names
+    run, asked = runs.read_json(out / "args.json"), vars(warmup_distill.parse_args([*argv, "--pairs-only"]))
     assert run["args"] == asked | {"max_prompt_tokens": 256 - asked["max_new_tokens"]}  # the models' context is 256
     assert run["versions"]["torch"] == torch.__version__
 
     # The closing table says what summary.json says
-    summary, mismatch = (runs.read_json(out / f"{name}.json") for name in ("summary", "mismatch"))
+    summary = runs.read_json(out / "summary.json")
     assert "3 training prompts, eta 1.0" in printed
     titles = {"accuracy": "accuracy", "replaced_samples": "samples > eta", "replaced_tokens": "tokens > eta"}
     titles |= {"kl_teacher_student": "KL(p,q)", "kl_student_teacher": "KL(q,p)", "response_tokens": "tokens"}
@@ -806,16 +744,13 @@ def test_main_writes_what_it_promises(argv, tmp_path, pair_of_models, tokenizer,
         cells = [f"{summary[name][c]:.4f}" if c in summary[name] else "-" for c in titles]
         assert re.search(rf"^{name}\s+" + r"\s+".join(map(re.escape, cells)) + "$", printed, re.MULTILINE), name
     assert summary["teacher"].keys() == {"accuracy"} and summary["student after"].keys() == titles.keys()
-    assert mismatch["samples"] == 12
-    assert re.fullmatch(
-        rf"\d+ seconds; the warmed-up student is {out / 'student'}\n.*python -m tools.report {out}",
-        "\n".join(printed.splitlines()[-2:]),
-    )
+    end = rf"\d+ seconds; the warmed-up student is {out / 'student'}\n.*python -m tools.report {out}"
+    assert re.fullmatch(end, "\n".join(printed.splitlines()[-2:]))
 
     # OUT/student loads as it is, has moved, and brings the tokenizer; every step is logged
-    student = AutoModelForCausalLM.from_pretrained(pair_of_models["student"]).state_dict()
-    trained = AutoModelForCausalLM.from_pretrained(out / "student").state_dict()
-    assert student.keys() == trained.keys() and not any(torch.equal(student[key], trained[key]) for key in student)
+    AutoModelForCausalLM.from_pretrained(out / "student")
+    before, after = load_file(f"{pair_of_models['student']}/model.safetensors"), weights(out)
+    assert before.keys() == after.keys() and not any(torch.equal(before[key], after[key]) for key in before)
     assert AutoTokenizer.from_pretrained(out / "student").get_vocab() == tokenizer.get_vocab()
     steps = [row["step"] for row in runs.read_jsonl(out / "metrics.jsonl")]
     assert steps == list(range(1, math.ceil(mismatch["pairs"] / 4) + 1)) and len(steps) >= 2
@@ -863,16 +798,12 @@ def test_main_with_held_out_prompts_and_teacher_as_reference(argv, tmp_path, mix
 def test_no_pair_leaves_the_student_as_it_was(argv, tmp_path, pair_of_models, capsys):
     """A huge eta: nothing is replaced, a warning says so, and the run still ends well, also one taken up. No table."""
     argv, out = [*argv, "--eta", "1e6", "--eval-limit", "0"], tmp_path / "out"
+    warning = "warning: no pair came out, so there is nothing to learn: OUT/student is the student unchanged\n"
+    before = load_file(f"{pair_of_models['student']}/model.safetensors")
     for _ in range(2):
         warmup_distill.main(argv)
-        printed = capsys.readouterr().out
-        assert (
-            "warning: no pair came out, so there is nothing to learn: OUT/student is the student unchanged" in printed
-        )
-        assert "0 pairs of 12 samples: 12 untouched\n" in printed and "KL(p,q)" not in printed
-        before, after = (
-            load_file(f"{path}/model.safetensors") for path in (pair_of_models["student"], out / "student")
-        )
+        printed, after = capsys.readouterr().out, weights(out)
+        assert warning in printed and "0 pairs of 12 samples: 12 untouched\n" in printed and "KL(p,q)" not in printed
         assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
         assert not (out / "summary.json").exists()
         shutil.rmtree(out / "student")
