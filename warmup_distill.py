@@ -233,20 +233,12 @@ def build_pairs(args, world, tokenizer, tokens, prompts, out):
     settings = (tokens, sampling, args.eta, args.replace, args.teacher_decoding == "greedy", any_rank)
     for k, is_ours in runs.progress(shards, desc="pairs", world=world, unit="batch"):
         batch = [prompts[i] for i in range(k * size, min((k + 1) * size, len(prompts)))]
-        fitting = {p["prompt_id"]: p for p in batch if len(p["ids"]) <= args.max_prompt_tokens}
-        long = [prompt for prompt in batch if prompt["prompt_id"] not in fitting]
-        # A sharded teacher's forwards need every rank: without a prompt that fits, the start of one takes part
-        ids = [prompt["ids"] for prompt in fitting.values()] or [batch[0]["ids"][: args.max_prompt_tokens]]
-        samples = []
-        if fitting or args.shard_teacher:
-            samples = build_samples(student, teacher, ids, list(fitting) or [batch[0]["prompt_id"]], *settings)
-        records = [{"status": "too_long", "prompt_id": p["prompt_id"], "prompt": p["text"]} for p in long]
-        seen = set()
-        for sample in samples if fitting else []:
-            prompt = fitting[sample["prompt_id"]]
+        ids, prompt_ids = [prompt["ids"] for prompt in batch], [prompt["prompt_id"] for prompt in batch]
+        records, seen = [], set()
+        for i, sample in enumerate(build_samples(student, teacher, ids, prompt_ids, *settings)):
+            prompt = batch[i // args.samples]
             status = pair_status(sample, seen, keep, prompt)
             records.append({"status": status, "prompt": prompt["text"], "prompt_ids": prompt["ids"], **sample})
-        records.sort(key=lambda record: record["prompt_id"])  # stable: a prompt's samples stay in order
         if is_ours:
             runs.write_jsonl(out / "pairs" / f"{k:05d}.jsonl", records)
 
@@ -258,24 +250,21 @@ def merge_pairs(args, tokenizer, prompts, out):
     """
     fingerprint = models.tokenizer_fingerprint(tokenizer)
     text = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
-    counts, t_stars, longest = Counter(), Counter(), args.max_prompt_tokens
+    counts, t_stars = Counter(), Counter()
     etas, bins = torch.tensor(ETA_GRID), torch.tensor(MARGIN_BINS)
     tokens_above, samples_above = torch.zeros(2, len(etas), dtype=torch.long)
     margin_counts = torch.zeros(len(bins) + 1, dtype=torch.long)
     with runs.atomic_path(out / "pairs.jsonl") as partial, open(partial, "w", encoding="utf-8") as file:
         for start in range(0, len(prompts), args.prompts_per_batch):
-            prompt_ids = range(start, min(start + args.prompts_per_batch, len(prompts)))
             shard = out / "pairs" / f"{start // args.prompts_per_batch:05d}.jsonl"
-            records = runs.read_jsonl(shard)
-            expected = [i for i in prompt_ids for _ in range(args.samples if len(prompts[i]["ids"]) <= longest else 1)]
+            records, prompt_ids = runs.read_jsonl(shard), prompts[start : start + args.prompts_per_batch]["prompt_id"]
+            expected = [prompt_id for prompt_id in prompt_ids for _ in range(args.samples)]
             if [record["prompt_id"] for record in records] != expected:
-                what = "the file is cut, or of other --samples, --prompts-per-batch or --max-prompt-tokens"
+                what = "the file is cut, or of other prompts or --samples"
                 raise UserError(what, f"in {shard}", "delete it and run again: it is made again")
             counts["prompts_with_pairs"] += len({r["prompt_id"] for r in records if r["status"] == "kept"})
             for record in records:
                 counts[record["status"]] += 1
-                if record["status"] == "too_long":
-                    continue
                 margins = torch.tensor(record["student_logprobs"]) - torch.tensor(record["teacher_logprobs"])  # (T,)
                 above = margins[:, None] > etas  # (T, E)
                 tokens_above, samples_above = tokens_above + above.sum(0), samples_above + above.any(0)
@@ -297,7 +286,7 @@ def merge_pairs(args, tokenizer, prompts, out):
     rates, tokens = zip(ETA_GRID, samples_above.tolist(), tokens_above.tolist()), counts["tokens"]
     summary = {"eta": args.eta, "samples": samples, "pairs": counts["kept"], "untouched": counts["untouched"]}
     summary |= {"dropped": {reason: counts[reason] for reason in ("identical", "duplicate", "filtered")}}
-    summary |= {"replaced": samples - counts["untouched"], "prompts_over_length": counts["too_long"]}
+    summary |= {"replaced": samples - counts["untouched"]}
     names = ("prompts", "prompts_with_pairs", "tokens", "at_length_limit", "chosen_at_length_limit")
     summary |= {name: counts[name] for name in names}
     summary["replacement_rate"] = {str(e): {"samples": s / samples, "tokens": t / tokens} for e, s, t in rates}

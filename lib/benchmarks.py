@@ -17,7 +17,7 @@ import datasets
 import huggingface_hub
 
 from lib import data
-from lib.runs import UserError, one_line, read_json, read_jsonl
+from lib.runs import UserError, one_line, parse_json, read_jsonl
 from lib.scoring import answer_of
 
 REFERENCE_COLUMNS = ("references", *data.RESPONSE_COLUMNS)
@@ -89,7 +89,7 @@ def read_rows(benchmark):
         if path.endswith(".jsonl"):
             rows = read_jsonl(path)
         elif path:
-            rows = read_json(path)
+            rows = parse_json(Path(path).read_bytes())
         elif benchmark.file:
             rows = read_jsonl(huggingface_hub.hf_hub_download(benchmark.repo, benchmark.file, repo_type="dataset"))
         else:
@@ -163,4 +163,5 @@ def encode(examples, tokenizer, template, max_tokens):
     chat = template == "chat" or (template == "auto" and tokenizer.chat_template)
     if all(e["templated"] and (not chat or "### Instruction:" in e["instruction"]) for e in examples):
         examples, template = [{**e, "instruction": e["templated"]} for e in examples], "none"
-    return data.encode_prompts(examples, tokenizer, template, max_tokens)
+    skipped = []
+    return list(data.encode_prompts(examples, "in --data", tokenizer, template, max_tokens, skipped)), len(skipped)

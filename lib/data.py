@@ -8,7 +8,6 @@ what is made of them are Arrow files in OUT, mapped into memory: a million of th
 
 import itertools
 import json
-import math
 from argparse import Namespace
 from pathlib import Path
 
@@ -96,7 +95,7 @@ def check_json(path):
     with open(path, "rb") as file:
         beginning = file.read(1 << 16).lstrip()[:1]
     whole = path.suffix == ".json" and beginning == b"["  # one list, which `datasets` reads whole, too
-    rows = enumerate(runs.read_json(path), 1) if whole else runs.iterate_jsonl(path, blank_lines=True)
+    rows = enumerate(runs.parse_json(path.read_bytes()), 1) if whole else runs.iterate_jsonl(path, blank_lines=True)
     for number, row in rows:
         if not isinstance(row, dict):
             what = f"{type(row).__name__} instead of an object with columns"
@@ -206,24 +205,22 @@ def encode_prompt(example, prompt_id, tokenizer, template):
     return {**prompt, "gold": example["response"]}
 
 
-def encode_prompts(examples, tokenizer, template, max_tokens, most=math.inf):
-    """Returns (prompts, skipped): the first `most` prompts as `encode_prompt` makes them; `skipped` were too long.
+def encode_prompts(examples, where, tokenizer, template, max_tokens, skipped):
+    """Yields the prompts of up to `max_tokens`, as `encode_prompt` makes them; adds the others' ids to the list `skipped`.
 
     prompt_id is the row's number in the data, so skipping one prompt changes no other's noise.
     """
-    prompts, skipped = [], 0
+    kept = 0
     for prompt_id, example in enumerate(examples):
         prompt = encode_prompt(example, prompt_id, tokenizer, template)
         if len(prompt["ids"]) > max_tokens:
-            skipped += 1
+            skipped.append(prompt_id)
         else:
-            prompts.append(prompt)
-            if len(prompts) >= most:
-                break
-    if not prompts:
-        what = f"all {skipped} prompts are over --max-prompt-tokens {max_tokens}"
-        raise UserError(what, "in --data", "raise the limit or give other data")
-    return prompts, skipped
+            kept += 1
+            yield prompt
+    if kept == 0:
+        what = f"all prompts are over --max-prompt-tokens {max_tokens}"
+        raise UserError(what, where, "raise the limit or give other data")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -249,23 +246,17 @@ def open_arrow(path):
 def write_prompts(args, tokenizer, out, world):
     """--data as OUT/prompts.arrow, written by rank 0: a `Dataset` of prompt_id, text, ids, gold, messages (JSON).
 
-    Every row of the data is in it, also a prompt over --max-prompt-tokens. Raises UserError where no prompt fits.
+    Prompts over --max-prompt-tokens are skipped and counted. Raises UserError where none fits.
     """
-
-    def rows():
-        longest = math.inf
-        examples = runs.progress(read_examples(args), desc="prompts", unit="row", world=world, leave=False)
-        for prompt_id, example in enumerate(examples):
-            prompt = encode_prompt(example, prompt_id, tokenizer, args.template)
-            longest = min(longest, len(prompt["ids"]))
-            yield prompt | {"messages": json.dumps(prompt["messages"])}
-        if longest > args.max_prompt_tokens:
-            what = f"all prompts are over --max-prompt-tokens {args.max_prompt_tokens}"
-            raise UserError(what, f"in {args.data}", "raise the limit or give other data")
-
-    file = out / "prompts.arrow"
+    file, skipped = out / "prompts.arrow", []
+    examples = runs.progress(read_examples(args), desc="prompts", unit="row", world=world, leave=False)
+    limits = (args.template, args.max_prompt_tokens, skipped)
+    prompts = encode_prompts(examples, f"in {args.data}", tokenizer, *limits)
+    rows = (prompt | {"messages": json.dumps(prompt["messages"])} for prompt in prompts)
     columns = {"prompt_id": "int64", "text": "string", "ids": ["int32"], "gold": "string", "messages": "string"}
-    world.first(lambda: write_arrow(file, rows(), **columns))
+    world.first(lambda: write_arrow(file, rows, **columns))
+    if skipped:
+        print(f"skipped: {len(skipped)} prompts over --max-prompt-tokens {args.max_prompt_tokens}")
     return open_arrow(file)
 
 
@@ -276,10 +267,9 @@ def load_eval_prompts(args, tokenizer, prompts=()):
     """
     if not args.eval_limit:
         return []
-    if args.eval_data is None:
-        fitting = (prompt for prompt in prompts if len(prompt["ids"]) <= args.max_prompt_tokens)
-        return list(itertools.islice(fitting, args.eval_limit))
-    config = args.eval_config or (args.data_config if args.eval_data == args.data else None)
-    changes = {"data": args.eval_data, "data_config": config, "limit": 0, "split": args.eval_split}
-    examples = read_examples(Namespace(**{**vars(args), **changes}))
-    return encode_prompts(examples, tokenizer, args.template, args.max_prompt_tokens, args.eval_limit)[0]
+    if args.eval_data is not None:
+        config = args.eval_config or (args.data_config if args.eval_data == args.data else None)
+        changes = {"data": args.eval_data, "data_config": config, "limit": 0, "split": args.eval_split}
+        examples, where = read_examples(Namespace(**{**vars(args), **changes})), f"in {args.eval_data}"
+        prompts = encode_prompts(examples, where, tokenizer, args.template, args.max_prompt_tokens, [])
+    return list(itertools.islice(prompts, args.eval_limit))

@@ -60,23 +60,21 @@ def lengths_of(rows, column):
 def write_examples(args, world, tokenizer, tokens, prompts, out):
     """The examples to train on, as --mode says: a `Dataset` of prompt_id, ids, response, written to OUT/examples.arrow.
 
-    prompts: from `data.write_prompts`; those over --max-prompt-tokens are left out, and counted. response: ids, with
-    eos if it ended; null where the student writes all responses. Raises UserError where a response is missing.
+    prompts: from `data.write_prompts`. response: ids, with eos if it ended; null where the student writes all responses.
+    Raises UserError where a response is missing.
     """
-    fitting = prompts.select((lengths_of(prompts, "ids") <= args.max_prompt_tokens).nonzero()[:, 0].numpy())
     if args.mode == "teacher":
-        rows = teacher_responses(args, world, tokenizer, tokens, fitting, out / "responses")
+        rows = teacher_responses(args, world, tokenizer, tokens, prompts, out / "responses")
         training.release_memory()
     elif args.mode == "gold" or args.on_policy < 1:
-        rows = gold_responses(fitting, tokenizer, args)
+        rows = gold_responses(prompts, tokenizer, args)
     else:
-        rows = (prompt | {"response": None} for prompt in fitting)
+        rows = (prompt | {"response": None} for prompt in prompts)
     file = out / "examples.arrow"
     world.first(lambda: data.write_arrow(file, rows, prompt_id="int64", ids=["int32"], response=["int32"]))
     examples = data.open_arrow(file)
     if world.rank == 0 and len(examples) < len(prompts):
-        responses = f"{len(fitting) - len(examples)} responses over --max-new-tokens"
-        print(f"left out: {len(prompts) - len(fitting)} prompts over --max-prompt-tokens, {responses}")
+        print(f"skipped: {len(prompts) - len(examples)} responses over --max-new-tokens {args.max_new_tokens}")
     return examples
 
 

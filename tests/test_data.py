@@ -55,7 +55,8 @@ def example(instruction, input="", response=None, messages=None):
 
 
 def encode(examples, tokenizer, template="auto", max_tokens=1000):
-    return data.encode_prompts(examples, tokenizer, template, max_tokens)
+    skipped = []
+    return list(data.encode_prompts(examples, "in --data", tokenizer, template, max_tokens, skipped)), len(skipped)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -283,13 +284,14 @@ def prompts_of(tmp_path, *rows, flags=("--template", "none")):
 
 @pytest.mark.parametrize("template", ["none", "alpaca", "chat"])
 def test_write_prompts(tmp_path, template):
-    """Every row in order, one that is too long as well; each what `encode_prompt` makes of it, its messages as JSON."""
+    """The rows that fit, in order, under their numbers; each what `encode_prompt` makes of it, its messages as JSON."""
     rows = [{"prompt": "é 1", "response": "A"}, {"prompt": "12345" * 100, "response": None}, {"prompt": "3"}]
     args, tokenizer = parse(write(tmp_path, *rows), "--template", template), byte_tokenizer(chat_template=CHAT)
     found = list(data.write_prompts(args, tokenizer, tmp_path, WORLD))
     expected = [data.encode_prompt(row, k, tokenizer, template) for k, row in enumerate(data.read_examples(args))]
+    assert len(expected.pop(1)["ids"]) > args.max_prompt_tokens
     assert [row | {"messages": json.loads(row["messages"])} for row in found] == expected
-    assert [row["gold"] for row in found] == ["A", None, None] and len(found[1]["ids"]) > args.max_prompt_tokens
+    assert [(row["prompt_id"], row["gold"]) for row in found] == [(0, "A"), (2, None)]
 
 
 def test_write_prompts_keeps_a_conversation(tmp_path):

@@ -311,14 +311,13 @@ def test_sharded_teacher(jobs, n):
                 assert a[key] == (pytest.approx(b[key], abs=1.1e-4) if "logprobs" in key else b[key])
 
 
-def test_sharded_teacher_and_a_batch_of_long_prompts(jobs):
-    """A rank whose prompts are all over the limit takes part in the others' forwards: no hang, the same tokens."""
+def test_sharded_teacher_and_long_prompts(jobs):
+    """Prompts over the limit are in no batch; a rank without a batch takes part in the others' forwards."""
     ours, usual = (
         [[(r["status"], r.get("response_ids"), r.get("chosen_ids")) for r in batch] for batch in pair_shards(out)]
         for out in (jobs.out(2, "long-sharded"), jobs.out(2, "long"))
     )
-    assert [[status == "too_long" for status, *_ in batch] for batch in ours] == [[k in (1, 3, 4)] for k in range(5)]
-    assert ours == usual
+    assert len(ours) == 2 and ours == usual
 
 
 def test_no_pair_at_all(jobs, pair_of_models):

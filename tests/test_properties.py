@@ -106,7 +106,7 @@ def data_args(path):
 def read_data(path):
     """As warmup_distill.py reads it: rows, then prompts."""
     examples = data.read_examples(data_args(path))
-    return data.encode_prompts(examples, TOKENIZER, "auto", 64)[0]
+    return list(data.encode_prompts(examples, "in --data", TOKENIZER, "auto", 64, []))
 
 
 @pytest.fixture(scope="module")
@@ -149,8 +149,7 @@ def test_args_json(tmp_path, value):
     """OUT/args.json of another tool, or damaged."""
     (tmp_path / "args.json").write_text(json.dumps(value))
     (tmp_path / "pairs.jsonl").write_text("")
-    record = {"settings": {"seed": 1}, "inputs": {}, "code": {}}
-    rows_or_error(runs.claim, tmp_path, record, False)
+    rows_or_error(runs.claim, tmp_path, {"seed": 1}, [])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

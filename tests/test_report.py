@@ -41,7 +41,7 @@ def sample(prompt_id=0, sample_id=0, status="kept", t=2, **more):
 
 
 RATES = {"10.0": {"samples": 0.0, "tokens": 0.0}, "4.0": {"samples": 0.75, "tokens": 0.15}}
-MISMATCH = {"eta": 4.0, "prompts": 3, "prompts_over_length": 1, "tokens": 20, "samples": 4, "untouched": 1}
+MISMATCH = {"eta": 4.0, "prompts": 3, "tokens": 20, "samples": 4, "untouched": 1}
 MISMATCH |= {"replaced": 3, "pairs": 2, "dropped": {"identical": 1, "duplicate": 0, "filtered": 0}}
 MISMATCH |= {"at_length_limit": 0, "chosen_at_length_limit": 0, "replacement_rate": RATES}
 MISMATCH |= {"margin_histogram": {"edges": [-1.0, 0.0, 1.0], "counts": [0, 7, 10, 3]}}
@@ -120,22 +120,20 @@ def unpacked(samples, i):
 
 def test_samples_are_the_records(make_run, tokenizer):
     records = [sample(0, 0), sample(0, 1, "untouched", -1), sample(4, 0, "duplicate", ended=False)]
-    records.append({"prompt_id": 5, "status": "too_long", "prompt": "long"})
     samples = columns(page_of(make_run(records=records)))
-    assert [samples["statuses"][k] for k in samples["status"]] == ["kept", "untouched", "duplicate", "too_long"]
-    assert samples["prompts"] == [[0, "prompt 0"], [4, "prompt 4"], [5, "long"]]
-    assert [samples["prompts"][k][0] for k in samples["prompt"]] == [0, 0, 4, 5]
-    assert samples["sample"] == [0, 1, 0, -1]
-    assert samples["t"] == [2, -1, 2, -1] and samples["ends"] == [3, 3, 2, 0]
-    assert samples["margin"] == [57000, None, 57000, None]  # (-0.3 + 6.0) nats
-    assert samples["top"] == [57000, 57000, 57000, None]
+    assert [samples["statuses"][k] for k in samples["status"]] == ["kept", "untouched", "duplicate"]
+    assert samples["prompts"] == [[0, "prompt 0"], [4, "prompt 4"]]
+    assert [samples["prompts"][k][0] for k in samples["prompt"]] == [0, 0, 4]
+    assert samples["sample"] == [0, 1, 0]
+    assert samples["t"] == [2, -1, 2] and samples["ends"] == [3, 3, 2]
+    assert samples["margin"] == [57000, None, 57000]  # (-0.3 + 6.0) nats
+    assert samples["top"] == [57000, 57000, 57000]
     response, student, teacher, chosen, chosen_logprobs = unpacked(samples, 0)
     ids = samples["ids"]
     assert [ids[k] for k in response] == records[0]["response_ids"]
     assert student == [-1000, -2000, -3000, -4000, 0] and teacher == [-1500, -1000, -60000, -5000, -1]
     assert [ids[k] for k in chosen] == [9, 2] and chosen_logprobs == [-2500, -100]  # after the shared prefix
     assert samples["vocabulary"] == [tokenizer.decode([token]) for token in ids]
-    assert unpacked(samples, 3) == [[], [], [], [], []]
 
 
 def test_curves_mismatch_and_results(make_run):

@@ -7,6 +7,7 @@ import re
 import shutil
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 from conftest import assert_identical, logged, make_model, weights
@@ -173,10 +174,8 @@ class Run:
 
     def start(self):
         warmup_distill.main(self.argv)
-        prompts = data.open_arrow(self.out / "prompts.arrow")
-        self.prompts = [prompt for prompt in prompts if len(prompt["ids"]) <= self.args.max_prompt_tokens]
-        records = [record for file in sorted(self.out.glob("pairs/*")) for record in runs.read_jsonl(file)]
-        self.records = [record for record in records if record["status"] != "too_long"]
+        self.prompts = list(data.open_arrow(self.out / "prompts.arrow"))
+        self.records = [record for file in sorted(self.out.glob("pairs/*")) for record in runs.read_jsonl(file)]
         self.pairs = runs.read_jsonl(self.out / "pairs.jsonl")
         self.mismatch = runs.read_json(self.out / "mismatch.json")
 
@@ -386,12 +385,14 @@ def test_student_rows_beyond_the_tokenizer(build, pair_of_models):
     assert len(run.tokenizer) == VOCAB and len(logits) == 32 and logits.log_softmax(-1)[:VOCAB].logsumexp(-1) < -0.05
 
 
-def test_overlong_prompts_are_skipped_and_others_unchanged(build):
+def test_overlong_prompts_are_skipped_and_others_unchanged(build, capsys):
     """prompt_id is the row's number, so the other prompts' noise is as if the long ones were there."""
     everything, short = build(), build("--max-prompt-tokens", 7)  # <bos> and up to 6 characters
     left = [i for i, prompt in enumerate(PROMPTS) if len(prompt) <= 6]
     assert [p["prompt_id"] for p in short.prompts] == left == [0, 2, 4]
-    assert short.mismatch["prompts_over_length"] == 2 and short.mismatch["prompts"] == 3
+    assert (
+        "skipped: 2 prompts over --max-prompt-tokens 7\n" in capsys.readouterr().out and short.mismatch["prompts"] == 3
+    )
     assert_same_records(short.records, [r for r in everything.records if r["prompt_id"] in left])
 
 
@@ -565,28 +566,26 @@ def test_warnings(changes, words):
 
 
 def test_merge_pairs_by_hand(tmp_path, tokenizer):
-    """Two shards, two prompts over the limit, six samples, eta 4. A margin of exactly 4 is no mismatch, one of exactly 0.5 is in the bin (0, 0.5]."""
+    """Two shards, six samples, eta 4. A margin of exactly 4 is no mismatch, one of exactly 0.5 is in the bin (0, 0.5]."""
     records = [
-        {"prompt_id": 0, "status": "too_long"},
         record(1, 0, "untouched", -1, [0.0, 0.5, 4.0]),
         record(1, 1, "kept", 1, [0.0, 5.0, 6.0], ended=False, chosen_ended=False),
         record(1, 2, "duplicate", 1, [0.0, 5.0, 6.0], ended=False),
         record(2, 0, "kept", 0, [4.5]),
         record(2, 1, "identical", 0, [25.0]),
         record(2, 2, "filtered", 2, [-30.0, -9.75, 9.0]),
-        {"prompt_id": 3, "status": "too_long"},
     ]
-    prompts = [{"ids": ids} for ids in ([5, 5, 5], [5, 1], [5, 2], [5, 5, 5])]
-    args = SimpleNamespace(eta=4.0, samples=3, max_prompt_tokens=2, prompts_per_batch=2)
+    prompts = datasets.Dataset.from_dict({"prompt_id": [1, 2]})
+    args = SimpleNamespace(eta=4.0, samples=3, prompts_per_batch=1)
     (tmp_path / "pairs").mkdir()
-    for name, rows in (("00000", records[:4]), ("00001", records[4:])):
+    for name, rows in (("00000", records[:3]), ("00001", records[3:])):
         runs.write_jsonl(tmp_path / "pairs" / f"{name}.jsonl", rows)
     summary = warmup_distill.merge_pairs(args, tokenizer, prompts, tmp_path)
 
     found = runs.read_json(tmp_path / "mismatch.json")
     assert found == summary
     rates, histogram = found.pop("replacement_rate"), found.pop("margin_histogram")
-    counts = {"prompts": 2, "prompts_over_length": 2, "prompts_with_pairs": 2, "tokens": 14, "samples": 6}
+    counts = {"prompts": 2, "prompts_with_pairs": 2, "tokens": 14, "samples": 6}
     counts |= {"untouched": 1, "replaced": 5, "pairs": 2, "at_length_limit": 2, "chosen_at_length_limit": 1}
     dropped = {"identical": 1, "duplicate": 1, "filtered": 1}
     rest = {"eta": 4.0, "dropped": dropped, "t_star_histogram": {"0": 2, "1": 2, "2": 1}, "warnings": []}

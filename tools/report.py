@@ -29,7 +29,7 @@ from lib.runs import UserError
 TEMPLATE = Path(__file__).with_name("report_template.html")
 MAX_SAMPLES, MAX_STEPS = 10_000, 2_000  # embedded at most: samples of a run, points of a curve
 UNIT = 10_000  # log-probs are embedded as whole numbers of 1e-4 nats, which is what the files hold
-STATUSES = ("kept", "untouched", "identical", "duplicate", "filtered", "too_long")
+STATUSES = ("kept", "untouched", "identical", "duplicate", "filtered")
 CURVES = "loss dpo_loss nll margin wins chosen_reward rejected_reward chosen_logp rejected_logp ce kd grad_norm lr"
 BAD_SHAPE = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError, OSError)
 BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]  # in byte-level BPE these bytes stand for themselves
@@ -93,13 +93,11 @@ def read_samples(out, max_samples, tokenizer=None):
 
 
 def pack_record(record, vocabulary):
-    """One line of OUT/pairs/NNNNN.jsonl -> its columns. A prompt that was too long has no response.
+    """One line of OUT/pairs/NNNNN.jsonl -> its columns.
 
     vocabulary: {token id: number}; new ids are added to it. `ends`: 1 if y- ends by EOS, plus 2 if y+ does.
     Raises one of BAD_SHAPE if the record is not a sample.
     """
-    if "response_ids" not in record:
-        return {"sample": -1, "t": -1, "prefix": 0, "margin": None, "top": None, "ends": 0, "tokens": ";;;;"}
     response, t, prefix = record["response_ids"], record["t_star"], record["prefix_len"]
     chosen, chosen_logprobs = record["chosen_ids"], whole(record["chosen_teacher_logprobs"])
     student, teacher = whole(record["student_logprobs"]), whole(record["teacher_logprobs"])
