@@ -23,7 +23,8 @@ PROMPT_COLUMNS = ("instruction", "question", "problem", "prompt")
 INPUT_COLUMNS = ("input", "context")
 RESPONSE_COLUMNS = ("output", "response", "answer", "completion", "solution")
 # What `datasets` lets through when its readers meet what they did not expect
-DATA_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, StopIteration, DatasetsError)
+DATA_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, StopIteration)
+DATA_ERRORS += (OverflowError, DatasetsError)
 TEMPLATES = ["auto", "chat", "alpaca", "none"]
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 

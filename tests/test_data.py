@@ -303,6 +303,7 @@ def test_write_prompts_keeps_a_conversation(tmp_path):
 OBJECTS = {"prompt": {"\u0000": {}}}  # pyarrow cannot make Python objects of it
 BAD_PROMPTS = {
     "all too long": ([{"prompt": "1234"}, {"prompt": "12345"}], "all prompts are over --max-prompt-tokens 4, in .+"),
+    "huge": ([{"prompt": [None, 1 << 63]}], ".+, in .+data.jsonl.*, .+"),
     "objects": ([OBJECTS], ".+, in .+data.jsonl.*, .+"),
     "blank": ([{"prompt": "1"}, {"prompt": " "}], "column prompt is empty, in .+ row 1, repair .+"),
 }

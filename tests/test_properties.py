@@ -256,10 +256,10 @@ def test_kd_losses(name, columns, rng):
     value = loss(student, teacher)
     (gradient,) = torch.autograd.grad(value, student)
     assert -1e-9 <= value.item() < 100 and gradient.isfinite().all() and gradient.sum().abs() < 1e-6
-    assert loss(student + 3, teacher - 5).item() == pytest.approx(value.item(), rel=1e-6, abs=1e-9)
     ascending = teacher.softmax(-1).sort()[0]
     clear = (ascending.diff() > 1e-9).all() and ((ascending.cumsum(-1) - 0.5).abs() > 1e-9).all()
-    if name != "adaptive_kl" or clear:  # where p has ties, its tail is a choice
+    if name != "adaptive_kl" or clear:  # where p has ties, which of them are its tail is rounding's choice
+        assert loss(student + 3, teacher - 5).item() == pytest.approx(value.item(), rel=1e-6, abs=1e-9)
         order = rng.sample(range(len(columns)), len(columns))
         assert loss(student[order], teacher[order]).item() == pytest.approx(value.item(), rel=1e-6, abs=1e-9)
     same = teacher.clone().requires_grad_()
