@@ -201,7 +201,6 @@ def train(args, world, tokenizer, pairs, student_path, reference_path, out):
         if world.rank == 0:
             print(f"dpo: {out / 'student'} was there already")
         return None
-    accumulation = training.accumulation_steps(args, world)
     with_shared, pad_id = needs_shared(args), tokenizer.pad_token_id
     lengths = pairs["tokens"][:]
     response_lengths = [pairs["chosen_tokens"][:], pairs["rejected_tokens"][:]]
@@ -217,11 +216,10 @@ def train(args, world, tokenizer, pairs, student_path, reference_path, out):
     optimizer = training.make_optimizer(model, args)
     first_step = training.load_checkpoint(out / "checkpoint", model, optimizer, world)
     total_steps = (args.max_steps or args.epochs * math.ceil(len(pairs) / args.batch_size)) if len(pairs) else 0
-    metrics_file = training.open_metrics(out / "metrics.jsonl", first_step, world)
+    world.first(lambda: training.cut_metrics(out / "metrics.jsonl", first_step))
     metrics, warned = None, False
     if world.rank == 0:
-        shares = f"{world.size} processes x {accumulation} micro-batches"
-        print(f"dpo: {len(pairs)} pairs, {total_steps} steps of {args.batch_size} pairs = {shares}")
+        print(f"dpo: {len(pairs)} pairs, {total_steps} steps of {args.batch_size}")
     steps = range(first_step, total_steps)
     bar = runs.progress(steps, desc="dpo", world=world, total=total_steps, initial=first_step, unit="step")
     with training.stop_signals() as stop:
@@ -241,17 +239,13 @@ def train(args, world, tokenizer, pairs, student_path, reference_path, out):
                 (weight * world.size * loss).backward()
                 for name, value in {**sums, "tokens": rows["token_ids"].numel()}.items():
                     totals[name] = totals.get(name, 0) + weight * value
-            lr = training.learning_rate(step, total_steps, args)
-            grad_norm = training.optimizer_step(model, optimizer, lr, args.max_grad_norm)
+            updated = training.optimizer_step(model, optimizer, step, total_steps, args)
             totals = world.sum(totals)
             metrics = {"stage": "dpo", "step": step + 1, **step_metrics(totals, pair_count, chosen_tokens, args)}
-            metrics |= {"grad_norm": grad_norm, "lr": lr}
-            training.check_finite(metrics, [pairs[i]["prompt_id"] for i in batch], out)
+            metrics |= updated
+            training.log_step(out, metrics, pairs[batch]["prompt_id"], totals["tokens"], started, world)
             if not warned and reference_path == student_path:
                 warned = warn_if_chosen_falls(metrics, args, chosen_tokens / pair_count, world)
-            metrics |= training.speed(totals["tokens"], time.perf_counter() - started, world)
-            if world.rank == 0:
-                runs.append_jsonl(metrics_file, metrics)
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", wins=f"{metrics['wins']:.2f}")
             stopped = world.any(stop)
             if stopped or (step + 1) % args.save_every == 0 or step + 1 == total_steps:
@@ -286,16 +280,19 @@ def warn_if_chosen_falls(metrics, args, mean_length, world):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def write_pairs(path, tokenizer, out, world):
-    """A preference file as OUT/pairs.arrow, written by rank 0: a `Dataset` of prompt_id, ids and numbers of tokens."""
+def write_pairs(path, tokenizer, out, world, context=math.inf):
+    """A preference file as OUT/pairs.arrow, written by rank 0: a `Dataset` of prompt_id, ids and numbers of tokens.
+
+    context: the most tokens that prompt and response may have together.
+    """
     ids = {name: ["int32"] for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
     counts = {name: "int64" for name in ("prompt_id", "tokens", "chosen_tokens", "rejected_tokens")}
     file = out / "pairs.arrow"
-    world.first(lambda: data.write_arrow(file, read_pairs(path, tokenizer), **ids, **counts))
+    world.first(lambda: data.write_arrow(file, read_pairs(path, tokenizer, context), **ids, **counts))
     return data.open_arrow(file)
 
 
-def read_pairs(path, tokenizer):
+def read_pairs(path, tokenizer, context=math.inf):
     """Yields the preference pairs of a JSONL file, as ids. Raises UserError that names the first bad line.
 
     Rows are either this project's (prompt_ids, chosen_ids, rejected_ids) or TRL's: prompt, chosen, rejected as text, or
@@ -322,6 +319,9 @@ def read_pairs(path, tokenizer):
         if pair["chosen_ids"] == pair["rejected_ids"]:
             raise UserError("chosen equals rejected", where, "repair or delete the line")
         prompt, chosen, rejected = (len(pair[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids"))
+        if prompt + max(chosen, rejected) > context:
+            what = f"the pair has {prompt + max(chosen, rejected)} tokens, the model's context {context}"
+            raise UserError(what, where, "shorten or delete the line")
         counts = {"tokens": prompt + chosen + rejected, "chosen_tokens": chosen, "rejected_tokens": rejected}
         prompt_id = pair["prompt_id"] if type(pair.get("prompt_id")) is int else number - 1
         yield {**pair, **counts, "prompt_id": prompt_id}
@@ -386,11 +386,11 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     world = runs.start_processes(args.device, args.threads)
-    training.accumulation_steps(args, world)  # its error belongs before the work
     tokenizer, _ = models.shared_tokenizer(args.model, args.reference, args.trust_remote_code)
     inputs = [path for path in (args.model, args.reference, args.pairs) if path]
     out = runs.start_run(args.out, args, world, inputs)
-    pairs = write_pairs(args.pairs, tokenizer, out, world)
+    context = min(models.context_length(path, args.trust_remote_code) for path in inputs[:-1])
+    pairs = write_pairs(args.pairs, tokenizer, out, world, context)
     if not len(pairs):
         raise UserError("no pairs", f"in {args.pairs}", "lower --eta or use more prompts")
     reference_path = args.model if args.reference is None else args.reference

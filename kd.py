@@ -213,7 +213,6 @@ def train(args, world, tokenizer, tokens, examples, teacher, student_path, out):
 
     examples: from `responses.write_examples`. teacher: LiveTeacher or CachedTeacher, None where --kd-rate is 0.
     """
-    accumulation = training.accumulation_steps(args, world)
     lm = training.load_trainable(student_path, args, tokenizer)
     model = KDModel(lm, tokens.vocab_size, divergence_of(args), args.kd_rate, args.temperature)
     model = training.shard(model, lm, models.compute_dtype(args.dtype, world.device), world)
@@ -221,11 +220,10 @@ def train(args, world, tokenizer, tokens, examples, teacher, student_path, out):
     optimizer = training.make_optimizer(model, args)
     first_step = training.load_checkpoint(out / "checkpoint", model, optimizer, world)
     total_steps = args.max_steps or args.epochs * math.ceil(len(examples) / args.batch_size)
-    metrics_file = training.open_metrics(out / "metrics.jsonl", first_step, world)
+    world.first(lambda: training.cut_metrics(out / "metrics.jsonl", first_step))
     metrics, sampled, warned = None, {}, False
     if world.rank == 0:
-        print(f"kd: {len(examples)} examples, {total_steps} steps of {args.batch_size}", end=" ")
-        print(f"= {world.size} processes x {accumulation} micro-batches")
+        print(f"kd: {len(examples)} examples, {total_steps} steps of {args.batch_size}")
     steps = range(first_step, total_steps)
     bar = runs.progress(steps, desc="kd", world=world, total=total_steps, initial=first_step, unit="step")
     with training.stop_signals() as stop:
@@ -255,16 +253,12 @@ def train(args, world, tokenizer, tokens, examples, teacher, student_path, out):
                 (share * world.size / token_count * loss).backward()  # FSDP averages gradients over ranks
                 for name, value in {**sums, "tokens": inputs["token_ids"].numel()}.items():
                     totals[name] = totals[name] + share * value
-            lr = training.learning_rate(step, total_steps, args)
-            grad_norm = training.optimizer_step(model, optimizer, lr, args.max_grad_norm)
+            updated = training.optimizer_step(model, optimizer, step, total_steps, args)
             totals = world.sum(totals)
             metrics = {"stage": "kd", "step": step + 1}
             metrics |= {name: totals[name] / token_count for name in ("loss", "ce", "kd")}
-            metrics |= {"grad_norm": grad_norm, "lr": lr, "response_tokens": token_count}
-            training.check_finite(metrics, columns["prompt_id"], out)
-            metrics |= training.speed(totals["tokens"], time.perf_counter() - started, world)
-            if world.rank == 0:
-                runs.append_jsonl(metrics_file, metrics)
+            metrics |= {**updated, "response_tokens": token_count}
+            training.log_step(out, metrics, columns["prompt_id"], totals["tokens"], started, world)
             bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("loss", "ce", "kd")})
             # On-policy samples are in no checkpoint, so it must be one where new samples are drawn
             stopped = (args.mode != "student" or (step + 1) % args.refresh_every == 0) and world.any(stop)
@@ -309,10 +303,7 @@ def parse_args(argv=None):
     group.add_argument("--teacher-top-k", type=runs.COUNT, default=64, help="log-probs a token in --teacher-cache")
     training.add_arguments(parser, lr=1e-5)
     data.add_eval_arguments(parser, "no table, except with the toy", 500)
-    args = parser.parse_args(argv)
-    if args.teacher is None and args.data is None:
-        parser.set_defaults(**TOY, **data.toy_paths(args.toy))
-        args = parser.parse_args(argv)
+    args = data.parse_args(parser, argv, TOY, ["teacher"])
     where = "on the command line"
     needed = ["student", "data", "teacher"] if args.kd_rate > 0 or args.mode == "teacher" else ["student", "data"]
     for name in needed:
@@ -333,14 +324,12 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     world = runs.start_processes(args.device, args.threads)
-    training.accumulation_steps(args, world)  # its error belongs before the work
     tokenizer, tokens = models.shared_tokenizer(args.student, args.teacher, args.trust_remote_code)
-    note = models.fit_into_context(args)
+    limits = (args.max_prompt_tokens, args.max_new_tokens, args.trust_remote_code)
+    args.max_prompt_tokens = models.prompt_limit(filter(None, [args.student, args.teacher]), *limits)
     eval_prompts = world.first(lambda: data.load_eval_prompts(args, tokenizer))
     inputs = [path for path in (args.student, args.teacher, args.data) if path]
     out = runs.start_run(args.out, args, world, inputs)  # after all that can be wrong with the arguments
-    if world.rank == 0:
-        print(note, end="")
     teacher = None
     if not world.first(lambda: (out / "student").exists()):
         prompts = data.write_prompts(args, tokenizer, out, world)

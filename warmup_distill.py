@@ -345,10 +345,7 @@ def parse_args(argv=None):
     dpo.add_arguments(parser)
     training.add_arguments(parser, lr=5e-7)
     data.add_eval_arguments(parser, "the training prompts, and the table says so", 64)
-    args = parser.parse_args(argv)
-    if args.teacher is None and args.student is None and args.data is None:
-        parser.set_defaults(**TOY, **data.toy_paths(args.toy))
-        args = parser.parse_args(argv)
+    args = data.parse_args(parser, argv, TOY, ["teacher", "student"])
     for flag in ("teacher", "student", "data"):
         if not getattr(args, flag):
             raise UserError(f"--{flag} is missing", "on the command line", "give all three, or none for the toy")
@@ -365,18 +362,16 @@ def keep_name(word):
 def main(argv=None):
     args = parse_args(argv)
     world = runs.start_processes(args.device, args.threads)
-    training.accumulation_steps(args, world)  # its error belongs before the work
     tokenizer, tokens = models.shared_tokenizer(args.student, args.teacher, args.trust_remote_code)
-    note = models.fit_into_context(args)
+    limits = (args.max_prompt_tokens, args.max_new_tokens, args.trust_remote_code)
+    args.max_prompt_tokens = models.prompt_limit([args.student, args.teacher], *limits)
     out = runs.start_run(args.out, args, world, [args.student, args.teacher, args.data])
     prompts = data.write_prompts(args, tokenizer, out, world)
     eval_prompts = world.first(lambda: data.load_eval_prompts(args, tokenizer, prompts))
     if args.keep == "correct" and prompts.data["gold"].null_count:
         raise UserError("--keep correct needs gold responses", f"in {args.data}", "name them with --response-column")
-    if world.rank == 0:
-        print(note, end="")
-        if args.nll_weight > 0:
-            print(f"not in the paper: --nll-weight {args.nll_weight:g} adds the chosen responses' NLL to the DPO loss")
+    if world.rank == 0 and args.nll_weight > 0:
+        print(f"not in the paper: --nll-weight {args.nll_weight:g} adds the chosen responses' NLL to the DPO loss")
 
     # Steps 1 to 3
     build_pairs(args, world, tokenizer, tokens, prompts, out)

@@ -4,20 +4,17 @@ Instruction following: the five sets of MiniLLM (Gu et al., arXiv 2306.08543), w
 files that MiniLLM's authors put on the hub. One JSON object a line: "prompt" (instruction and input in the Alpaca
 template, a line break may be written <n>), "output" (a reference, or a list of them), mostly "instruction" and "input"
 too. Math: GSM8K and MATH as their hub data sets have them. Any of them may be a local file: `--data name=FILE`.
-
-JSON files are read line by line, not through `datasets`: inferring one type for a column that holds strings here and
-lists there is how a list of references turns into one string, which Rouge-L then scores without a warning.
 """
 
+import itertools
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import datasets
 import huggingface_hub
 
-from lib import data
-from lib.runs import UserError, one_line, parse_json, read_jsonl
+from lib import data, runs
+from lib.runs import UserError
 from lib.scoring import answer_of
 
 REFERENCE_COLUMNS = ("references", *data.RESPONSE_COLUMNS)
@@ -34,10 +31,6 @@ class Benchmark:
     configs: tuple = ()
     first: int = 0  # only the first rows count; 0: all
     path: str = ""  # a local file instead of the hub
-
-    @property
-    def where(self):
-        return f"in {self.path or self.repo}"
 
     @property
     def max_new_tokens(self):
@@ -82,56 +75,29 @@ def find(spec, metric):
     return Benchmark(name, metric, path=path)
 
 
-def read_rows(benchmark):
-    """The rows of a set as a list of dicts. Raises UserError if there is no file, no network, or nothing in it."""
-    path = benchmark.path
-    try:
-        if path.endswith(".jsonl"):
-            rows = read_jsonl(path)
-        elif path:
-            rows = parse_json(Path(path).read_bytes())
-        elif benchmark.file:
-            rows = read_jsonl(huggingface_hub.hf_hub_download(benchmark.repo, benchmark.file, repo_type="dataset"))
-        else:
-            parts = [datasets.load_dataset(benchmark.repo, config, split="test") for config in benchmark.configs]
-            rows = [row for part in parts for row in part]
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        todo = "check the file" if path else f"fetch it elsewhere and give --data {benchmark.name}=FILE"
-        what = f"{path or benchmark.repo} cannot be read ({one_line(error)})"
-        raise UserError(what, f"in --data {benchmark.name}", todo)
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError("the rows are not objects with named columns", benchmark.where, "give one JSON object a line")
-    if not rows:
-        raise UserError("no rows", benchmark.where, "give data with at least one row")
-    return rows[: benchmark.first or None]
-
-
 def load(benchmark, limit=0):
     """Examples of a set, as `data.encode_prompts` takes them: "response" holds the list of references.
 
     "templated" is the prompt as MiniLLM's files have it, ready for the model, or None. limit: first rows only; 0: all.
+    Raises UserError if there is no file, no network, or nothing in it.
     """
-    rows, where = read_rows(benchmark)[: limit or None], benchmark.where
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    found = []
-    for wanted in (data.PROMPT_COLUMNS, data.INPUT_COLUMNS, REFERENCE_COLUMNS):
-        found.append(next((column for column in wanted if column in names), None))
-        if found[-1] is None and wanted is not data.INPUT_COLUMNS:
-            what = f"no column {' or '.join(wanted)}"
-            raise UserError(what, f"{where} with columns {', '.join(names)}", "rename one")
-    text, context, target = found
-    examples = []
-    for number, row in enumerate(rows):
-        place, instruction = f"{where} row {number}", row.get(text)
-        extra = "" if row.get(context) is None else row[context]
-        for column, field in ((text, instruction), (context, extra)):
-            if not isinstance(field, str):
-                raise UserError(f"column {column} is {type(field).__name__}, not text", place, "repair the row")
-        if not instruction.strip():
-            raise UserError(f"column {text} is empty", place, "repair or delete the row")
-        gold, ready = references(row.get(target), target, benchmark.metric, place), templated(row.get("prompt"), place)
-        example = {"instruction": instruction, "input": extra, "response": gold, "messages": None, "templated": ready}
-        examples.append(example)
+    where = f"in --data {benchmark.name}"
+    todo = "check the file" if benchmark.path else f"fetch it elsewhere and give --data {benchmark.name}=FILE"
+    with runs.reading(f"{benchmark.path or benchmark.repo} cannot be read", where, todo):
+        if benchmark.path:
+            parts = [data.open_rows(benchmark.path)]
+        elif benchmark.file:
+            file = huggingface_hub.hf_hub_download(benchmark.repo, benchmark.file, repo_type="dataset")
+            parts = [data.open_rows(file)]
+        else:
+            parts = [data.open_rows(benchmark.repo, config, "test") for config in benchmark.configs]
+        rows = itertools.chain(*(read() for read, _ in parts))
+        rows = list(itertools.islice(rows, limit or benchmark.first or None))
+        examples = list(data.examples_of(rows, parts[0][1], where, response_columns=REFERENCE_COLUMNS))
+    for number, (row, example) in enumerate(zip(rows, examples)):
+        place = f"{where} row {number}"
+        example["response"] = references(example["response"], benchmark.metric, place)
+        example["templated"] = templated(row.get("prompt"), place)
     return examples
 
 
@@ -144,13 +110,14 @@ def templated(prompt, where):
     return prompt.replace("<n>", "\n")
 
 
-def references(value, column, metric, where):
+def references(value, metric, where):
     """One reference or a list of them -> a list of strings; at least one has content, or for math states an answer."""
     found = [value] if isinstance(value, str) else value
     if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
-        raise UserError(f"column {column} is neither text nor a list of texts", where, "repair the row")
+        what = "the reference is neither text nor a list of texts"
+        raise UserError(what, where, f"give a column {' or '.join(REFERENCE_COLUMNS)}")
     if not any(answer_of(text).strip("$ ") if metric == "math" else text.strip() for text in found):
-        raise UserError(f"references missing: column {column} is empty", where, "repair or delete the row")
+        raise UserError("references missing: they are empty", where, "repair or delete the row")
     return found
 
 

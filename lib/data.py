@@ -1,32 +1,29 @@
 """Prompts: read from any data set, put into the tokenizer's template, turned into ids once, kept on the disk.
 
-A data set is a hub id or a local JSON, JSONL, CSV or Parquet file, read through `datasets`. The usual columns are found
+A data set is a hub id, read through `datasets`, or a local JSON, JSONL, CSV or Parquet file. The usual columns are found
 by name: question/answer, instruction/input|context/output|response, prompt/response|completion, problem/solution,
 messages; others are named by flag. From here on a prompt is ids: nothing is ever tokenized a second time. Prompts and
 what is made of them are Arrow files in OUT, mapped into memory: a million of them cost no rank more than a thousand.
 """
 
+import codecs
+import csv
 import itertools
 import json
 from argparse import Namespace
 from pathlib import Path
 
 import datasets
-import jinja2
+import pyarrow.parquet
 from datasets.arrow_writer import ArrowWriter
-from datasets.exceptions import DatasetsError
 
 from lib import runs
-from lib.runs import UserError, one_line
+from lib.runs import UserError
 
 PROMPT_COLUMNS = ("instruction", "question", "problem", "prompt")
 INPUT_COLUMNS = ("input", "context")
 RESPONSE_COLUMNS = ("output", "response", "answer", "completion", "solution")
-# What `datasets` lets through when its readers meet what they did not expect
-DATA_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, StopIteration)
-DATA_ERRORS += (OverflowError, DatasetsError)
 TEMPLATES = ["auto", "chat", "alpaca", "none"]
-FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 # The Alpaca template (Taori et al., 2023), which MiniLLM, DistiLLM and DSKD use for base models
 ALPACA_INPUT = (
@@ -56,10 +53,14 @@ def add_arguments(parser):
     group.add_argument("--max-prompt-tokens", type=runs.COUNT, default=256, help=limit_help)
 
 
-def toy_paths(folder):
-    """{flag: path} of a folder made by toy/make.py."""
-    names = {"teacher": "teacher", "student": "student", "data": "train.jsonl", "eval_data": "dev.jsonl"}
-    return {flag: str(Path(folder) / name) for flag, name in names.items()}
+def parse_args(parser, argv, toy, models):
+    """The arguments, with the defaults `toy` and the files of --toy where none of --data and the flags `models` is given."""
+    args = parser.parse_args(argv)
+    if args.data is None and all(getattr(args, name) is None for name in models):
+        names = {"teacher": "teacher", "student": "student", "data": "train.jsonl", "eval_data": "dev.jsonl"}
+        parser.set_defaults(**toy, **{flag: str(Path(args.toy) / name) for flag, name in names.items()})
+        args = parser.parse_args(argv)
+    return args
 
 
 def add_eval_arguments(parser, default, limit):
@@ -71,36 +72,45 @@ def add_eval_arguments(parser, default, limit):
     group.add_argument("--eval-limit", type=runs.LIMIT, default=limit, help="prompts in the table; 0: no table")
 
 
-def load_rows(source, config, split):
-    """A `datasets.Dataset` from a local file or the hub."""
-    datasets.disable_progress_bars()
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would ask the hub, for a local file, too
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its complaints are in the exception, too
+def file_rows(path):
+    """Yields the rows of a local file, a dict each, in order. Strict: that file alone, and text as it is written there."""
+    if path.suffix == ".csv":
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            lines = csv.reader(file, strict=True)
+            header = next(lines, [])
+            if len(set(header)) < len(header):
+                raise ValueError("a column is there twice")
+            for line in filter(None, lines):
+                if len(line) != len(header):
+                    raise ValueError(f"line {lines.line_num} has {len(line)} fields, the header has {len(header)}")
+                yield {name: text or None for name, text in zip(header, line)}
+    elif path.suffix == ".parquet":
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+    elif path.suffix in (".json", ".jsonl"):
+        with open(path, "rb") as file:
+            whole = path.suffix == ".json" and file.read(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+        rows = runs.parse_json(path.read_bytes()) if whole else runs.iterate_jsonl(path, blank_lines=True)
+        for number, row in enumerate(rows, 1) if whole else rows:
+            if not isinstance(row, dict):
+                where = f"in {path} {'item' if whole else 'line'} {number}"
+                raise UserError(f"{type(row).__name__} instead of an object with columns", where, "repair or delete it")
+            yield row
+    else:
+        raise ValueError(f"{path.suffix!r} is none of .json, .jsonl, .csv, .parquet")
+
+
+def open_rows(source, config=None, split=None):
+    """A local file or a data set of the hub: a function that returns an iterator over its rows, and their columns."""
     path = Path(source)
-    try:
-        if path.is_file():
-            if path.suffix not in FILE_FORMATS:
-                what = f"unknown file type {path.suffix!r}"
-                raise UserError(what, f"in {source}", f"use one of {', '.join(FILE_FORMATS)}")
-            if FILE_FORMATS[path.suffix] == "json":
-                check_json(path)
-            return datasets.load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split="train")
-        return datasets.load_dataset(source, config, split=split)
-    except DATA_ERRORS as error:
-        what = f"the data cannot be read ({one_line(error.__cause__ or error)})"
-        raise UserError(what, f"in {source}", "check the file, hub id and --split")
-
-
-def check_json(path):
-    """Raises UserError that names the first row of a JSON file that is no object; on some of them pyarrow crashes."""
-    with open(path, "rb") as file:
-        beginning = file.read(1 << 16).lstrip()[:1]
-    whole = path.suffix == ".json" and beginning == b"["  # one list, which `datasets` reads whole, too
-    rows = enumerate(runs.parse_json(path.read_bytes()), 1) if whole else runs.iterate_jsonl(path, blank_lines=True)
-    for number, row in rows:
-        if not isinstance(row, dict):
-            what = f"{type(row).__name__} instead of an object with columns"
-            raise UserError(what, f"in {path} {'item' if whole else 'line'} {number}", "repair or delete it")
+    if path.is_file():
+        return lambda: file_rows(path), list(dict.fromkeys(name for row in file_rows(path) for name in row))
+    if path.exists():
+        raise UserError("it is no file", f"in {source}", "name the file itself")
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its complaints are in the exception, too
+    rows = datasets.load_dataset(source, config, split=split)
+    return lambda: iter(rows), rows.column_names
 
 
 def read_examples(args):
@@ -108,39 +118,43 @@ def read_examples(args):
 
     Raises UserError where columns are not found or a row cannot be used.
     """
-    rows = load_rows(args.data, args.data_config, args.split)
-    if not len(rows):
-        raise UserError("no rows", f"in {args.data}", "give data with at least one row")
-    if args.limit:
-        rows = rows.select(range(min(args.limit, len(rows))))
-    names = rows.column_names
-    messages = "messages" if "messages" in names and not args.prompt_column else None
-    prompt = args.prompt_column or next((c for c in PROMPT_COLUMNS if c in names), None)
-    response = args.response_column or next((c for c in RESPONSE_COLUMNS if c in names and c != prompt), None)
+    where = f"in {args.data}"
+    with runs.reading("the data cannot be read", where, "check the file, hub id and --split"):
+        rows, names = open_rows(args.data, args.data_config, args.split)
+        rows = itertools.islice(rows(), args.limit or None)
+        for number, example in enumerate(examples_of(rows, names, where, args.prompt_column, args.response_column)):
+            if not isinstance(example["response"], str | None):
+                what = f"the response is {type(example['response']).__name__}, not text"
+                raise UserError(what, f"{where} row {number}", "repair the row or name a column: --response-column")
+            yield example
+
+
+def examples_of(rows, names, where, prompt_column=None, response_column=None, response_columns=RESPONSE_COLUMNS):
+    """Rows with the columns `names` -> examples, as `read_examples` yields them; the responses are not checked."""
+    if not names:
+        raise UserError("no rows", where, "give data with at least one row")
+    messages = "messages" if "messages" in names and not prompt_column else None
+    prompt = prompt_column or next((c for c in PROMPT_COLUMNS if c in names), None)
+    response = response_column or next((c for c in response_columns if c in names and c != prompt), None)
     context = next((c for c in INPUT_COLUMNS if c in names and c not in (prompt, response)), None)
-    wanted = {"prompt": messages or prompt}
-    if args.response_column:
-        wanted["response"] = response
-    for name, column in wanted.items():
-        if column not in names:
-            what = f"no {name} column" if column is None else f"no column {column}"
-            raise UserError(what, f"in {args.data} with columns {', '.join(names)}", f"name it with --{name}-column")
-    try:
-        for number, row in enumerate(rows):
-            where = f"in {args.data} row {number}"
-            if messages:
-                yield conversation_example(row[messages], where)
-                continue
-            texts = {column: row[column] for column in (prompt, context, response) if column}
-            for column, value in texts.items():
-                if not isinstance(value, str | None):
-                    raise UserError(f"column {column} is {type(value).__name__}, not text", where, "repair the row")
-            if not (texts[prompt] or "").strip():
-                raise UserError(f"column {prompt} is empty", where, "repair or delete the row")
-            example = {"instruction": texts[prompt], "input": texts.get(context) or ""}
-            yield {**example, "response": texts.get(response), "messages": None}
-    except DATA_ERRORS as error:
-        raise UserError(f"the data cannot be read ({one_line(error)})", f"in {args.data}", "check its columns")
+    for kind, column in {"prompt": messages or prompt, "response": response_column or "response"}.items():
+        if column not in names and (kind == "prompt" or response_column):
+            what = f"no {kind} column" if column is None else f"no column {column}"
+            todo = f"rename one to {kind} (in training, or give --{kind}-column)"
+            raise UserError(what, f"{where} with columns {', '.join(names)}", todo)
+    for number, row in enumerate(rows):
+        place = f"{where} row {number}"
+        if messages:
+            yield conversation_example(row.get(messages), place)
+            continue
+        for column in (prompt, context):
+            if not isinstance(row.get(column), str | None):
+                what = f"column {column} is {type(row[column]).__name__}, not text"
+                raise UserError(what, place, "repair the row")
+        if not (row.get(prompt) or "").strip():
+            raise UserError(f"column {prompt} is empty", place, "repair or delete the row")
+        example = {"instruction": row[prompt], "input": row.get(context) or "", "response": row.get(response)}
+        yield {**example, "messages": None}
 
 
 def is_conversation(value):
@@ -184,12 +198,10 @@ def render_chat(tokenizer, messages, add_generation_prompt=False):
     """Messages as text through the chat template. Llama-3's writes today's date unless it is given one: a run that
     continues tomorrow would see other prompts.
     """
-    try:
-        options = {"add_generation_prompt": add_generation_prompt, "date_string": "26 Jul 2024"}
+    options = {"add_generation_prompt": add_generation_prompt, "date_string": "26 Jul 2024"}
+    where = f"of roles {', '.join(message['role'] for message in messages)}"
+    with runs.reading("the chat template refuses a conversation", where, "repair the data or --template alpaca"):
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except jinja2.TemplateError as error:
-        what, roles = f"the chat template refuses a conversation ({one_line(error)})", [m["role"] for m in messages]
-        raise UserError(what, f"of roles {', '.join(roles)}", "repair the data or --template alpaca")
 
 
 def with_bos(tokenizer, text):
@@ -214,6 +226,8 @@ def encode_prompts(examples, where, tokenizer, template, max_tokens, skipped):
     kept = 0
     for prompt_id, example in enumerate(examples):
         prompt = encode_prompt(example, prompt_id, tokenizer, template)
+        if not prompt["ids"]:
+            raise UserError("the prompt is empty", f"{where} row {prompt_id}", "repair the row or the chat template")
         if len(prompt["ids"]) > max_tokens:
             skipped.append(prompt_id)
         else:

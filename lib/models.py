@@ -1,19 +1,17 @@
 """Models and tokenizers: loading them, refusing what would be computed wrongly, checking that two have the same tokens."""
 
+import contextlib
 import hashlib
 import json
 import math
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
+from lib import runs
 from lib.decode import Tokens
-from lib.runs import DTYPES, UserError, one_line
-
-LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError)
+from lib.runs import DTYPES, UserError
 
 
 def compute_dtype(name, device):
@@ -29,17 +27,21 @@ def compute_dtype(name, device):
 
 def load_tokenizer(path, trust_remote_code=False):
     """The tokenizer of a model folder or hub id. Without a pad token, eos stands in: padding is always masked."""
-    try:
+    with runs.reading("no tokenizer can be loaded", f"in {path}", "check the path or hub id"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except LOAD_ERRORS as error:
-        raise UserError(f"no tokenizer can be loaded ({one_line(error)})", f"in {path}", "check the path or hub id")
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a Qwen2 folder without one
-        raise UserError("no tokenizer can be loaded (no vocabulary)", f"in {path}", "check the path or hub id")
+        if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a Qwen2 folder without one
+            raise ValueError("no vocabulary")
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no eos token", f"in {path}", "set eos_token in its tokenizer_config.json")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_config(path, trust_remote_code=False):
+    """The configuration of a model folder or hub id."""
+    with runs.reading("no model can be loaded", f"in {path}", "check the path or hub id"):
+        return transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
 def load_safetensors(auto_class, path, dtype, trust_remote_code, **options):
@@ -53,12 +55,9 @@ def load_safetensors(auto_class, path, dtype, trust_remote_code, **options):
 
 def load_model(path, dtype, device, trust_remote_code=False):
     """A causal language model in `dtype` on `device`, attention through sdpa. Raises UserError for what it cannot be."""
-    try:
+    with runs.reading("no model can be loaded", f"in {path}", "a folder or hub id with safetensors is needed"):
         auto_class = transformers.AutoModelForCausalLM
         model = load_safetensors(auto_class, path, dtype, trust_remote_code, attn_implementation="sdpa")
-    except LOAD_ERRORS as error:
-        what = f"no model can be loaded ({one_line(error)})"
-        raise UserError(what, f"in {path}", "a folder or hub id with safetensors is needed")
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(model.config, name, None) not in (None, 1, 1.0):
             what = f"the model changes its logits after lm_head ({name})"
@@ -81,12 +80,10 @@ def load_reward_model(path, args, world):
     """(model, tokenizer) of a sequence-classification reward model with one label."""
     tokenizer = load_tokenizer(path, args.trust_remote_code)
     dtype, auto_class = compute_dtype(args.dtype, world.device), transformers.AutoModelForSequenceClassification
-    try:
+    with runs.reading("no reward model can be loaded", f"in {path}", "check --keep"):
         model = load_safetensors(auto_class, path, dtype, args.trust_remote_code)
         if model.config.num_labels != 1:
             raise ValueError(f"it has {model.config.num_labels} labels, not one")
-    except LOAD_ERRORS as error:
-        raise UserError(f"no reward model can be loaded ({one_line(error)})", f"in {path}", "check --keep")
     return model.to(world.device).eval(), tokenizer
 
 
@@ -94,40 +91,32 @@ def model_eos_ids(paths, tokenizer, trust_remote_code=False):
     """Sorted ids that end a response: the tokenizer's eos and those of each model's generation config, or its config."""
     ids = {tokenizer.eos_token_id}
     for path in paths:
-        try:
+        eos = load_config(path, trust_remote_code).eos_token_id
+        with contextlib.suppress(OSError):  # there may be no generation_config.json
             eos = transformers.GenerationConfig.from_pretrained(path).eos_token_id
-        except OSError:  # no generation_config.json
-            try:
-                eos = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).eos_token_id
-            except LOAD_ERRORS as error:
-                raise UserError(f"no model can be loaded ({one_line(error)})", f"in {path}", "check the path or hub id")
-        ids.update([eos] if isinstance(eos, int) else eos or [])
-    return sorted(ids)
+        eos = eos if isinstance(eos, list) else [eos]
+        if not all(isinstance(i, int | None) for i in eos):
+            raise UserError(
+                f"eos_token_id is {eos}, no id or list of ids", f"in {path}", "repair its generation config"
+            )
+        ids.update(eos)
+    return sorted(ids - {None})
+
+
+def context_length(path, trust_remote_code=False):
+    """The most tokens that a model can read, as its configuration says; infinite where that says nothing."""
+    return getattr(load_config(path, trust_remote_code), "max_position_embeddings", None) or math.inf
 
 
 def prompt_limit(paths, most, new_tokens, trust_remote_code=False):
     """The longest prompt, `most` or less, that leaves `new_tokens` room in each model's context; UserError if none."""
     for path in paths:
-        try:
-            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        except LOAD_ERRORS:
-            continue  # `load_model` says what is wrong with it
-        context = getattr(config, "max_position_embeddings", math.inf)
+        context = context_length(path, trust_remote_code)
         most = min(most, context - new_tokens)
         if most < 1:
             what = f"{new_tokens} new tokens leave no room for a prompt in a context of {context}"
             raise UserError(what, f"in {path}", "lower --max-new-tokens")
     return most
-
-
-def fit_into_context(args):
-    """Lowers --max-prompt-tokens where a model has no room for it beside --max-new-tokens. Returns a note, or ""."""
-    paths = [path for path in (args.student, args.teacher) if path]
-    limit = prompt_limit(paths, args.max_prompt_tokens, args.max_new_tokens, args.trust_remote_code)
-    asked, args.max_prompt_tokens = args.max_prompt_tokens, limit
-    if limit == asked:
-        return ""
-    return f"prompts may have {limit} tokens: the context has room for no more beside {args.max_new_tokens} new ones\n"
 
 
 def tokenizer_fingerprint(tokenizer):

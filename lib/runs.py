@@ -32,7 +32,7 @@ ROOT = Path(__file__).parent.parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Arguments that may differ when a run continues: they change no pair and no weight by more than rounding
 FREE_ARGS = {"out", "toy", "device", "threads", "pairs_only", "save_every", "micro_batch_size"}
-FREE_ARGS |= {"activation_checkpointing", "accept_changes"}
+FREE_ARGS |= {"activation_checkpointing", "accept_changes", "traceback"}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Errors: one line, exit status 2
@@ -91,6 +91,8 @@ def run(main):
         status, line = 128 + signal.SIGTERM, str(stop)
     except UserError as error:
         status, line = 2, f"error: {error}"
+        if "--traceback" in sys.argv:
+            traceback.print_exc()
     except torch.OutOfMemoryError as error:
         status, todo = 1, "lower --micro-batch-size, --prompts-per-batch or add --activation-checkpointing"
         line = f"error: out of GPU memory ({one_line(error)[:160]}), in this process, {todo}"
@@ -115,6 +117,18 @@ def say_from_one_rank(line):
     tqdm.write(line, file=sys.stderr)
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         write_json(os.environ["TORCHELASTIC_ERROR_FILE"], {"message": line, "timestamp": int(time.time())})
+
+
+@contextlib.contextmanager
+def reading(what, where, what_to_do):
+    """Inside, a user's files are read: any error, but one of memory, becomes a UserError. --traceback shows it whole."""
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:  # torch and tokenizers have errors that are no Exception
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        raise UserError(f"{what} ({kind}{one_line(error)})", where, what_to_do) from error
 
 
 def one_line(error):
@@ -243,6 +257,7 @@ def add_arguments(parser):
     group.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help=dtype_help)
     group.add_argument("--threads", type=LIMIT, default=0, help="CPU threads of each process; 0: torch's choice")
     group.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with a model")
+    group.add_argument("--traceback", action="store_true", help="show where an error in a file or argument was found")
     accept_help = "continue in an OUT of other arguments, inputs or code; what is there is kept as it is"
     group.add_argument("--accept-changes", action="store_true", help=accept_help)
 
@@ -278,24 +293,20 @@ def claim(out, args, inputs):
     if (out.exists() and not out.is_dir()) or (made and not file.exists()):
         what = f"OUT holds {made[0].name}, which no run made" if made else "OUT is not a folder"
         raise UserError(what, f"at {out}", "give another --out")
-    try:
+    with reading("OUT cannot be used", f"at {out}", "give another --out"):
         out.mkdir(parents=True, exist_ok=True)
         lock(out / ".lock")
         for partial in [*out.glob(".*.partial"), *out.glob("*/.*.partial")]:  # of a killed run
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+    with reading("args.json is not of a run of this project", f"in {out}", "give another --out"):
         there = read_json(file) if file.exists() else record
         record["accepted"] = list(there["accepted"])
-        theirs = {key: dict(there[key]) for key in ("settings", "inputs", "code")}
-        for key, values in theirs.items():
-            if made and record[key] != values:
+        for key in ("settings", "inputs", "code"):
+            if made and record[key] != there[key]:
                 accept = args.get("accept_changes", False)
-                record["accepted"].append(refuse_differences(out, record[key], values, accept))
-        if not made or record["accepted"] != there["accepted"]:
-            write_json(file, record, indent=1)
-    except OSError as error:
-        raise UserError(f"OUT cannot be written ({one_line(error)})", f"at {out}", "give another --out")
-    except (ValueError, KeyError, TypeError):
-        raise UserError("args.json is not of a run of this project", f"in {out}", "give another --out")
+                record["accepted"].append(refuse_differences(out, record[key], dict(there[key]), accept))
+    if not made or record["accepted"] != there["accepted"]:
+        write_json(file, record, indent=1)
 
 
 def refuse_differences(folder, ours, theirs, accept):
@@ -416,10 +427,19 @@ def write_jsonl(path, rows):
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def unique_keys(pairs):
+    """A JSON object's pairs as a dict."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError("an object has a key twice")
+    return value
+
+
 def parse_json(line):
-    """The value of some JSON. Raises ValueError for what is no JSON, not UTF-8, or holds a lone surrogate."""
-    value = json.loads(line)
-    if b"\\u" in line:
+    """The value of some JSON. Raises ValueError for what is no JSON or not UTF-8, for a lone surrogate, a key given twice."""
+    text = line.decode("utf-8-sig")
+    value = json.loads(text, object_pairs_hook=unique_keys)
+    if "\\u" in text:
         json.dumps(value, ensure_ascii=False).encode()  # no tokenizer takes a lone surrogate
     return value
 
@@ -435,11 +455,8 @@ def iterate_jsonl(path, blank_lines=False):
         for number, line in enumerate(file, 1):
             if blank_lines and not line.strip():
                 continue
-            try:
+            with reading("not JSON", f"in {path} line {number}", "repair or delete the line"):
                 value = parse_json(line)
-            except (ValueError, RecursionError) as error:  # RecursionError: brackets without end
-                where = f"in {path} line {number}"
-                raise UserError(f"not JSON ({one_line(error)})", where, "repair or delete the line")
             yield number, value
 
 

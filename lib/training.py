@@ -9,19 +9,19 @@ import os
 import resource
 import shutil
 import signal
+import time
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint import state_dict as dcp_state
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from lib import decode, models, runs
-from lib.runs import DTYPES, UserError, one_line
+from lib.runs import DTYPES, UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
 # FSDP2 and the optimizer
@@ -117,34 +117,35 @@ def make_optimizer(model, args):
     return torch.optim.AdamW(model.parameters(), lr=args.lr, betas=betas, weight_decay=args.weight_decay)
 
 
-def optimizer_step(model, optimizer, lr, max_grad_norm):
-    """Clips, steps, clears the gradients. Returns the gradient's norm before clipping, over all ranks."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+def optimizer_step(model, optimizer, step, total_steps, args):
+    """Clips, steps, clears the gradients. Returns "grad_norm", before clipping, over all ranks, and "lr"."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-    if not math.isfinite(norm):
-        return norm  # the caller stops the run; nothing has been changed
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
+    lr = learning_rate(step, total_steps, args)
+    if math.isfinite(norm):  # otherwise `log_step` stops the run, and nothing has been changed
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return {"grad_norm": norm, "lr": lr}
 
 
-def check_finite(metrics, prompt_ids, out):
-    """Raises UserError if the step's loss or gradient norm is not a number; the weights have not been touched by it."""
+def log_step(out, metrics, prompt_ids, tokens, started, world):
+    """Adds a step's metrics, with its speed and this rank's peak memory so far, to OUT/metrics.jsonl.
+
+    tokens: computed by all ranks, since `started`. Raises UserError if the loss or the gradient norm is not finite.
+    """
     if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
         what = f"loss {metrics['loss']} and gradient norm {metrics['grad_norm']} at step {metrics['step']}"
         todo = "lower --lr or use --dtype float32; the last checkpoint is kept"
         raise UserError(f"{what}, prompts {prompt_ids}", f"in {out}", todo)
-
-
-def speed(tokens, seconds, world):
-    """Logged with every step: tokens a second over all ranks, and this rank's peak memory so far in GB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
     if world.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 1e9
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts in KiB
-    return {"seconds": seconds, "tokens": int(tokens), "tokens_per_second": tokens / seconds, "peak_memory_gb": peak}
+        peak = torch.cuda.max_memory_allocated()
+    seconds = time.perf_counter() - started
+    metrics |= {"seconds": seconds, "tokens": int(tokens), "tokens_per_second": tokens / seconds}
+    if world.rank == 0:
+        runs.append_jsonl(out / "metrics.jsonl", metrics | {"peak_memory_gb": peak / 1e9})
 
 
 def release_memory():
@@ -193,16 +194,6 @@ def add_arguments(parser, lr):
     group.add_argument("--save-every", type=runs.COUNT, default=100, help="steps from one checkpoint to the next")
     dtype_help = "of OUT/student; bfloat16 halves it and rounds most of a small learning rate's updates away"
     group.add_argument("--save-dtype", choices=list(DTYPES), default="float32", help=dtype_help)
-
-
-def accumulation_steps(args, world):
-    """How many micro-batches make each rank's share of the global batch. Raises UserError if that is no whole number."""
-    share, rest = divmod(args.batch_size, world.size)
-    if rest or share % min(args.micro_batch_size, share):
-        what = f"--batch-size {args.batch_size} does not divide over {world.size} processes"
-        what += f" with micro-batches of {args.micro_batch_size}"
-        raise UserError(what, "on the command line", "give a multiple of processes x --micro-batch-size")
-    return share // min(args.micro_batch_size, share)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -256,14 +247,12 @@ def load_checkpoint(folder, model, optimizer, world):
     newest = world.first(lambda: max(folder.glob("step-*"), default=None))
     if newest is None:
         return 0
-    try:
+    todo = "delete it, and training starts again from the initial student"
+    with runs.reading("the checkpoint is damaged", f"in {newest}", todo):
         for name, size in runs.read_json(newest / "files.json").items():
             if (newest / name).stat().st_size != size:
                 raise ValueError(f"{name} is cut")
         dcp.load(training_state(model, optimizer), storage_reader=HuggingFaceStorageReader(str(newest)))  # in place
-    except (OSError, ValueError, AttributeError, CheckpointException) as error:
-        todo = "delete it, and training starts again from the initial student"
-        raise UserError(f"the checkpoint is damaged ({one_line(error)})", f"in {newest}", todo)
     step = int(newest.name.removeprefix("step-"))
     if world.rank == 0:
         print(f"checkpoint: continues after step {step}")
@@ -290,14 +279,10 @@ def save_model(folder, root, lm, tokenizer, dtype, world):
     world.barrier()
 
 
-def open_metrics(path, step, world):
-    """Cuts metrics.jsonl back to `step`: a killed run may have logged steps after its last checkpoint. Returns path."""
-    if world.rank == 0 and path.exists():
+def cut_metrics(path, step):
+    """Cuts metrics.jsonl back to `step`: a killed run may have logged steps after its last checkpoint."""
+    if path.exists():
         whole = path.read_bytes().rpartition(b"\n")[0]  # a line that a kill has cut is dropped, too
-        try:
+        with runs.reading("the file is damaged", f"in {path}", "delete it: training continues without it"):
             rows = [row for row in map(json.loads, whole.splitlines()) if row["step"] <= step]
-        except (ValueError, KeyError, TypeError) as error:
-            what = "repair or delete it: it is a record for readers, training continues without it"
-            raise UserError(f"the file is damaged ({one_line(error)})", f"in {path}", what)
         runs.write_jsonl(path, rows)
-    return path

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from types import SimpleNamespace
 
 import datasets
@@ -146,6 +147,76 @@ def test_file_formats(tmp_path, name, put):
     """The same rows from every format, in order, quotes, newlines and accents untouched."""
     put(tmp_path / name)
     assert read(tmp_path / name) == [example(row["question"], response=row["answer"]) for row in ROWS]
+
+
+AS_WRITTEN = {
+    "words that pandas takes for nothing": ("a.csv", "prompt,response\nNA,null\n", [example("NA", response="null")]),
+    "an empty field is none": ("a.csv", "prompt,input,response\n1,,\n", [example("1")]),
+    "numbers and dates are text": ("a.csv", "prompt,response\n007,1.50\n", [example("007", response="1.50")]),
+    "dates": (
+        "a.jsonl",
+        '{"prompt": "2024-01-01"}\n{"prompt": "2024-01-02"}\n',
+        [example("2024-01-01"), example("2024-01-02")],
+    ),
+    "a byte order mark": ("a.jsonl", '\ufeff{"prompt": "1"}\n', [example("1")]),
+    "a byte order mark before a list": ("a.json", '\ufeff [{"prompt": "1"}]', [example("1")]),
+    "a byte order mark in CSV": ("a.csv", "\ufeffprompt\n1\n", [example("1")]),
+    "lines in a .json": ("a.json", '{"prompt": "1"}\n{"prompt": "2"}\n', [example("1"), example("2")]),
+    "a column that only later rows have": (
+        "a.jsonl",
+        '{"prompt": "1"}\n{"prompt": "2", "input": "I"}\n',
+        [example("1"), example("2", "I")],
+    ),
+    "a name that is a pattern": ("a[1]*.jsonl", '{"prompt": "1"}\n', [example("1")]),
+}
+
+
+@pytest.mark.parametrize("name, content, expected", AS_WRITTEN.values(), ids=AS_WRITTEN)
+def test_a_file_is_read_as_it_is_written(tmp_path, name, content, expected):
+    (tmp_path / "a1.jsonl").write_text('{"prompt": "a neighbour, which the pattern means"}\n')
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    assert read(tmp_path / name) == expected
+
+
+def test_a_file_is_read_again_although_its_time_and_size_are_the_same(tmp_path):
+    """`datasets` has a cache, whose key does not see this."""
+    path = write(tmp_path, {"prompt": "1"})
+    assert read(path) == [example("1")]
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    write(tmp_path, {"prompt": "2"})
+    os.utime(path, ns=times)
+    assert read(path) == [example("2")]
+
+
+REFUSED = {
+    "a.csv": ("prompt,response\n1,2\n3,4,5\n", r"line 3 has 3 fields, the header has 2"),
+    "b.csv": ("prompt,response\n1\n", r"line 2 has 1 fields, the header has 2"),
+    "c.csv": ('prompt\n"1\n', "unexpected end of data"),
+    "d.csv": ("prompt,prompt\n1,2\n", "a column is there twice"),
+    "folder": (None, "it is no file, in .*, name the file itself"),
+    "*.jsonl": (None, "it is no file|the data cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_read_strictly_is_refused(tmp_path, name):
+    content, message = REFUSED[name]
+    write(tmp_path, {"prompt": "a file that the pattern means"})
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    elif name == "folder":
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, {"prompt": "1"})
+    with pytest.raises(runs.UserError, match=message):
+        read(tmp_path / name)
+
+
+def test_an_empty_prompt_is_refused(tmp_path):
+    """A chat template may write nothing."""
+    with pytest.raises(
+        runs.UserError, match="the prompt is empty, in --data row 0, repair the row or the chat template"
+    ):
+        encode([example("Q")], byte_tokenizer(add_bos=False, chat_template="{{ '' }}"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

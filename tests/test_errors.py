@@ -195,15 +195,6 @@ def test_help_is_no_error(scripts, capsys, script):
     assert stopped.value.code == 0 and "--accept-changes" in printed and "(default: 0)" in printed
 
 
-@pytest.mark.parametrize("script", ["warmup_distill", "dpo", "kd"])
-def test_batch_that_does_not_divide(scripts, tmp_path, script):
-    main, argv = scripts[script]
-    what = "--batch-size 6 does not divide over 1 processes with micro-batches of 4"
-    expected = f"{what}, {COMMAND_LINE}, give a multiple of processes x --micro-batch-size"
-    assert_error(main, argv(batch_size=6, micro_batch_size=4), expected)
-    assert not (tmp_path / "out").exists()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
 # ---------------------------------------------------------------------------------------------------------------------
@@ -221,12 +212,11 @@ UNREADABLE = "the data cannot be read (…), in …{}, check the file, hub id an
 NOT_JSON = "not JSON (…), in {} line %d, repair or delete the line"
 NO_ROWS = "…, in …{}, …"  # each library says it in another way
 NO_OBJECT = "%s instead of an object with columns, in {} %s, repair or delete it"
-NO_COLUMN = "no %s, in {} with columns %s, name it with --%s-column"
+NO_COLUMN = "no %s, in {} with columns %s, rename one to %s …"
 EMPTY = "column %s is empty, in {} row 1, repair or delete the row"
 NO_TEXT = "column %s is %s, not text, in {} row 0, repair the row"
 NO_TURNS = "messages is not a list of turns with text content, in {} row 0, repair the row"
 NO_PROMPT = "messages has no turn before the assistant's, in {} row 0, repair the row"
-SUFFIXES = "use one of .json, .jsonl, .csv, .parquet"
 PART, QUESTION = {"type": "text", "text": "1"}, jsonl({"prompt": "1+2+3:"}, {"prompt": "12345"})
 
 LONG = "all prompts are over --max-prompt-tokens 3, in {}, raise the limit or give other data"
@@ -241,15 +231,15 @@ BAD_DATA = {  # name of the file: its content, the error ({} is the file's path)
     "deep.jsonl": ('{"prompt": ' + "[" * 100_000 + "\n", NOT_JSON % 1),
     "null_row.jsonl": ('{"prompt": "1"}\nnull\n', NO_OBJECT % ("NoneType", "line 2")),
     "items.json": ('[{"prompt": "1"}, 2]', NO_OBJECT % ("int", "item 2")),
-    "twice.jsonl": ('{"prompt": "1", "prompt": "2"}\n', UNREADABLE),
+    "twice.jsonl": ('{"prompt": "1", "prompt": "2"}\n', NOT_JSON % 1),
     "cut.json": ('[{"prompt": "1"', UNREADABLE),
     "deep.json": ("[" * 100_000, UNREADABLE),
     "binary.jsonl": (b"\xff\xfe\x00abc", NOT_JSON % 1),
     "binary.csv": (b"prompt\n\xff\xfe\x00abc\n", UNREADABLE),
     "no.parquet": ("text", UNREADABLE),
     "missing.jsonl": (None, UNREADABLE),
-    "notes.txt": ("1+2", f"unknown file type '.txt', in …{{}}, {SUFFIXES}"),
-    "noext": ("1+2", f"unknown file type '', in …{{}}, {SUFFIXES}"),
+    "notes.txt": ("1+2", UNREADABLE),
+    "noext": ("1+2", UNREADABLE),
     "text.jsonl": (jsonl({"text": "1", "n": 2}), NO_COLUMN % ("prompt column", "text, n", "prompt")),
     "control.jsonl": (jsonl({"\n\x1b[31m": "1"}), NO_COLUMN % ("prompt column", "\\n\\x1b[31m", "prompt")),
     "null.jsonl": (jsonl({"prompt": "1"}, {"prompt": None}), EMPTY % "prompt"),
@@ -257,7 +247,7 @@ BAD_DATA = {  # name of the file: its content, the error ({} is the file's path)
     "empty_cell.csv": ("question,answer\na,b\n,b\n", EMPTY % "question"),
     "number.jsonl": (jsonl({"prompt": 12}), NO_TEXT % ("prompt", "int")),
     "input.jsonl": (jsonl({"prompt": "1", "input": 5}), NO_TEXT % ("input", "int")),
-    "gold.jsonl": (jsonl({"prompt": "1", "answer": 5}), NO_TEXT % ("answer", "int")),
+    "gold.jsonl": (jsonl({"prompt": "1", "answer": 5}), "the response is int, not text, in {} row 0, repair the row …"),
     "m0.jsonl": (messages(), NO_TURNS),
     "m1.jsonl": (jsonl({"messages": None}), NO_TURNS),
     "m4.jsonl": (messages({"content": "hello"}), NO_TURNS),
@@ -303,7 +293,9 @@ def test_templates_that_cannot_be_used(warmup, tmp_path, pair_of_models):
     templates = [folder / "chat_template.jinja" for folder in folders.values()]
     for template in templates:
         template.write_text("{{ raise_exception('no system turn') }}")
-    expected = "the chat template refuses a conversation (no system turn), of roles user, repair the data or …"
+    expected = (
+        "the chat template refuses a conversation (TemplateError: no system turn), of roles user, repair the data or …"
+    )
     assert_error(warmup_distill.main, warmup(**folders), expected)
     for template in templates:
         template.unlink()
@@ -366,7 +358,7 @@ def test_out_that_cannot_be_made(scripts, tmp_path, script):
     (tmp_path / "file").write_text("mine")
     out = tmp_path / "file" / "out"
     place = out / "eval" if script == "eval" else out
-    assert_error(main, argv(out=out), f"OUT cannot be written (…), at {place}, give another --out")
+    assert_error(main, argv(out=out), f"OUT cannot be used (…), at {place}, give another --out")
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -431,7 +423,7 @@ KD_ERRORS = {  # the flags that are wrong, the error; {file} is a file of someth
     "refresh": ({"mode": "student", "refresh_every": 3, "save_every": 4}, NO_DIVISOR),
     "cache": ({"mode": "student", "teacher_cache": "c"}, f"{NO_CACHE}, {COMMAND_LINE}, leave it out"),
     "long": ({"max_new_tokens": 1}, "all responses are over --max-new-tokens, in {data}, raise the limit"),
-    "column": ({"response_column": "a"}, "no column a, in {data} with columns …, name it with --response-column"),
+    "column": ({"response_column": "a"}, "no column a, in {data} with columns …, rename one to response …"),
     "cache is a file": ({"teacher_cache": "{file}"}, CACHE.format("{file}")),
 }
 KNOWN = "use dolly, selfinst, vicuna, sni, unni, gsm8k, math, NAME=FILE or FILE"
@@ -443,8 +435,11 @@ EVAL_ERRORS = {
     "unknown set": ({"data": "dolli"}, f"unknown data set 'dolli', in --data, {KNOWN}"),
     "no metric": ({"metric": None}, NO_METRIC),
     "name": ({"data": "a/b={data}"}, BAD_NAME),
-    "empty file": ({"data": "x={empty}"}, "no rows, in {empty}, give data with at least one row"),
-    "null row": ({"data": "x={null}"}, "the rows are not objects …, in {null}, give one JSON object a line"),
+    "empty file": ({"data": "x={empty}"}, "no rows, in --data x, give data with at least one row"),
+    "null row": (
+        {"data": "x={null}"},
+        "NoneType instead of an object with columns, in {null} line 1, repair or delete it",
+    ),
     "broken JSON": ({"data": "x={cut}"}, NOT_JSON.format("{cut}") % 2),
     "model missing": ({"model": "{file}-no"}, NO_TOKENIZER.format("{file}-no")),
     "other teacher": ({"distance": "{file}-no"}, NO_TOKENIZER.format("{file}-no")),
@@ -578,7 +573,7 @@ def test_one_process_prints_one_line(warmup, align, tmp_path, script):
 
 
 TOGETHER = {  # who meets the error: script, its flags that are wrong, the one line
-    "rank 0": ("warmup_distill", {"prompt_column": "q"}, "no column q, in .+, name it with --prompt-column"),
+    "rank 0": ("warmup_distill", {"prompt_column": "q"}, "no column q, in .+, rename one to prompt .+"),
     "all ranks": ("eval", {"data": "x=no.jsonl"}, "no such file, in --data x=no.jsonl, give NAME=FILE or FILE"),
     "rank 1": (None, {}, r"rank 1 met something, in its own data, repair it \(rank 1\)"),
 }

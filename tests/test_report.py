@@ -331,14 +331,14 @@ def test_cut_and_foreign_files(make_run, name, content):
 
 
 BAD_RECORDS = [
-    ('{"prompt_id": 0, "sample', "not a sample of this project (JSONDecodeError"),
+    ('{"prompt_id": 0, "sample', "not a sample of this project ("),
     ("[]", "not a sample of this project (TypeError"),
     ("{}", "not a sample of this project (KeyError"),
     (json.dumps(sample(student_logprobs=[0.0])), "ids and log-probs are not equally many"),
     (json.dumps(sample(t_star=5)), "t_star or prefix_len does not fit"),
     (json.dumps(sample(chosen_ids=[9, 9, 9, 2])), "t_star or prefix_len does not fit"),
-    (json.dumps(sample(response_ids="abcde")), "not a sample of this project (ValueError"),
-    (json.dumps(sample(student_logprobs=[float("nan")] * 5)), "not a sample of this project (ValueError"),
+    (json.dumps(sample(response_ids="abcde")), "not a sample of this project ("),
+    (json.dumps(sample(student_logprobs=[float("nan")] * 5)), "not a sample of this project ("),
 ]
 
 

@@ -181,8 +181,9 @@ def test_foreign_args_json(start, tmp_path, content):
     (tmp_path / "out").mkdir()
     made(tmp_path / "out")
     (tmp_path / "out" / "args.json").write_bytes(content.encode(errors="surrogatepass"))
-    expected = f"args.json is not of a run of this project, in {tmp_path / 'out'}, give another --out"
-    assert error_of(start) == expected
+    text = error_of(start)
+    assert text.startswith("args.json is not of a run of this project (")
+    assert text.endswith(f"in {tmp_path / 'out'}, give another --out")
 
 
 def test_foreign_folders(start, tmp_path):

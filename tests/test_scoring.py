@@ -242,8 +242,8 @@ def test_the_table_of_sets(tmp_path):
 
 GOOD = minillm_row("Say hi", "hi")
 BAD = [
-    ([{"text": "Say hi", "output": "hi"}], "no column instruction"),
-    ([{"instruction": "Say hi"}], "no column references or output"),
+    ([{"text": "Say hi", "output": "hi"}], "no prompt column"),
+    ([{"instruction": "Say hi"}], "neither text nor a list .* give a column references or output"),
     ([GOOD, {**GOOD, "output": None}], "neither text nor a list of texts, in .* row 1"),
     ([GOOD, {**GOOD, "output": []}], "references missing.* row 1"),
     ([GOOD, {**GOOD, "instruction": " "}], "column instruction is empty.* row 1"),

@@ -74,20 +74,6 @@ def test_micro_batches_by_hand():
     assert training.micro_batches([0, 1, 2, 3, 4], lengths, 2, world_of(1, 2)) == [[3, 4], []]
 
 
-@pytest.mark.parametrize(
-    "batch_size, micro_batch_size, size, expected",
-    [(64, 4, 8, 2), (64, 4, 1, 16), (8, 4, 8, 1), (6, 4, 3, 1), (64, 4, 3, None), (12, 4, 2, None), (4, 1, 8, None)],
-)
-def test_accumulation_steps(batch_size, micro_batch_size, size, expected):
-    """Micro-batches of a rank's share; a share below the micro-batch size is one. No whole number: refused."""
-    args = SimpleNamespace(batch_size=batch_size, micro_batch_size=micro_batch_size)
-    if expected:
-        assert training.accumulation_steps(args, world_of(0, size)) == expected
-    else:
-        with pytest.raises(runs.UserError, match=f"--batch-size {batch_size} does not divide over {size} processes"):
-            training.accumulation_steps(args, world_of(0, size))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # A step
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,15 +110,17 @@ def test_learning_rate_rises_then_falls():
 
 @pytest.mark.parametrize("gradient, norm", [([3.0, 4.0], 5.0), ([math.nan, 1.0], math.nan)])
 def test_optimizer_step(gradient, norm):
-    """Clips to the norm, steps, clears. A gradient that is not a number changes nothing: the caller stops the run."""
+    """Clips to the norm, steps, clears. A gradient that is not a number changes nothing, and `log_step` stops the run."""
     model = torch.nn.Linear(2, 1, bias=False)
     optimizer, before = torch.optim.SGD(model.parameters(), lr=9.0), model.weight.detach().clone()
     model.weight.grad = torch.tensor([gradient])
-    assert training.optimizer_step(model, optimizer, 0.5, 1.0) == pytest.approx(norm, nan_ok=True)
+    args = SimpleNamespace(lr=0.5, lr_warmup_ratio=0, lr_final_ratio=0.1, max_grad_norm=1.0)
+    updated = training.optimizer_step(model, optimizer, 0, 10, args)
+    assert updated == {"grad_norm": pytest.approx(norm, nan_ok=True), "lr": 0.5}
     if math.isnan(norm):
         assert torch.equal(model.weight, before)
         with pytest.raises(runs.UserError, match=r"gradient norm nan at step 3, prompts \[8\], in OUT, lower --lr"):
-            training.check_finite({"loss": 1.0, "grad_norm": norm, "step": 3}, [8], "OUT")
+            training.log_step("OUT", {"loss": 1.0, "step": 3, **updated}, [8], 1, 0.0, world_of(0, 1))
     else:
         torch.testing.assert_close(model.weight.detach(), before - 0.5 * torch.tensor([[0.6, 0.8]]))
         assert model.weight.grad is None
@@ -166,5 +154,5 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
     """Steps after the last checkpoint go, and so does a line that a kill cut short."""
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
-    training.open_metrics(path, 2, world_of(0, 1))
+    training.cut_metrics(path, 2)
     assert runs.read_jsonl(path) == [{"step": 1}, {"step": 2}]

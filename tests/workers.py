@@ -62,13 +62,13 @@ def record_gradients(out):
     """Replaces the optimizer step by one that writes the whole gradients, and leaves the weights alone."""
     steps = []
 
-    def record(model, optimizer, lr, max_grad_norm):
+    def record(model, optimizer, *schedule):
         full = {name: p.grad.full_tensor().clone() for name, p in model.named_parameters()}
         steps.append(full)
         optimizer.zero_grad(set_to_none=True)
         if RANK == 0:
             torch.save(steps, Path(out) / "gradients.pt")
-        return torch.stack([g.norm() for g in full.values()]).norm().item()
+        return {"grad_norm": torch.stack([g.norm() for g in full.values()]).norm().item(), "lr": 0.0}
 
     training.optimizer_step = record
 

@@ -12,12 +12,12 @@ If a run has more than --max-samples samples, an even choice is embedded, and th
 """
 
 import base64
-import contextlib
 import hashlib
 import html
 import json
 import math
 import re
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -31,19 +31,13 @@ MAX_SAMPLES, MAX_STEPS = 10_000, 2_000  # embedded at most: samples of a run, po
 UNIT = 10_000  # log-probs are embedded as whole numbers of 1e-4 nats, which is what the files hold
 STATUSES = ("kept", "untouched", "identical", "duplicate", "filtered")
 CURVES = "loss dpo_loss nll margin wins chosen_reward rejected_reward chosen_logp rejected_logp ce kd grad_norm lr"
-BAD_SHAPE = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError, OSError)
 BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]  # in byte-level BPE these bytes stand for themselves
 BYTE_OF = {chr(b): b for b in BYTES} | {chr(256 + k): b for k, b in enumerate(sorted(set(range(256)) - set(BYTES)))}
 
 
-@contextlib.contextmanager
 def reading(what, where):
     """Raises UserError if what the block reads is not in the form that this project writes."""
-    try:
-        yield
-    except BAD_SHAPE as error:
-        cause = f"{type(error).__name__}: {runs.one_line(error)}"
-        raise UserError(f"not {what} of this project ({cause})", where, "restore or delete the file")
+    return runs.reading(f"not {what} of this project", where, "restore or delete the file")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -130,23 +124,20 @@ def load_tokenizer(out):
         with reading("a pair", where):
             fingerprint = json.loads(line)["tokenizer"]
     for name in (str(out / "student"), str(read_args(out)["args"].get("student"))):
-        try:
+        with suppress(Exception):  # the next folder may have it
             tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
             known = len(tokenizer) > len(tokenizer.all_special_ids)
             if known and fingerprint in (None, models.tokenizer_fingerprint(tokenizer)):
                 return tokenizer
-        except models.LOAD_ERRORS:
-            continue
     return None
 
 
 def token_text(tokenizer, token):
     """What one token id stands for, readable on its own: its text, or its bytes if it is a part of a character."""
-    try:
-        piece = tokenizer.convert_ids_to_tokens(token)
+    piece = None
+    with suppress(Exception):  # tokenizers differ in what they raise for an id that is none of theirs
         text = tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    except (*models.LOAD_ERRORS, TypeError, OverflowError, IndexError):
-        piece = None
+        piece = tokenizer.convert_ids_to_tokens(token)
     if piece is None:  # no such id
         return f"⟨{token}⟩"
     if "▁" in piece:  # sentencepiece: decoding one id alone loses the space before it
