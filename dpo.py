@@ -93,8 +93,9 @@ def collate_pairs(pairs, pad_id, with_shared, device):
             row_of += [i] * len(ids)
             part += [number] * len(ids)
     length = max(map(len, rows))
-    pad = lambda lists, value: torch.tensor([x + [value] * (length - len(x)) for x in lists], device=device)
-    index = lambda values: torch.tensor(values, dtype=torch.long, device=device)
+    pinned = torch.device(device).type == "cuda"  # a copy that the host need not wait for
+    index = lambda x: torch.tensor(x, dtype=torch.long, pin_memory=pinned).to(device, non_blocking=True)
+    pad = lambda lists, value: index([x + [value] * (length - len(x)) for x in lists])
     region = pad(regions, 3)  # (B, L): 0 prefix, 1 chosen, 2 rejected, 3 padding
     columns = torch.arange(length, device=device)
     causal = columns[:, None] >= columns
@@ -187,9 +188,9 @@ def needs_shared(args):
 
 def load_policy(path, args, tokenizer, world):
     """A model to train: float32 parameters, sharded. Returns (PairModel, the language model in it)."""
-    lm = training.load_trainable(path, args, tokenizer)
+    lm = training.load_trainable(path, args, tokenizer, world)
     dtype = models.compute_dtype(args.dtype, world.device)
-    return training.shard(PairModel(lm, len(tokenizer)), lm, dtype, world), lm
+    return training.shard(PairModel(lm, len(tokenizer)), lm, dtype, world, args.shard_size), lm
 
 
 def train(args, world, tokenizer, pairs, student_path, reference_path, out):

@@ -41,17 +41,15 @@ def model_name(path):
     return re.sub(r"[^\w.-]+", "--", str(path).strip("/"))
 
 
-def read_responses(file, path, metric, prompts):
-    """The rows of a response file, None without one. Raises UserError if they are of other prompts or an older model."""
+def read_responses(file, content, metric, prompts):
+    """The rows of a response file, None without one. Raises UserError if they are of other prompts or another `content`."""
     if not file.exists():
         return None
-    rows, todo = runs.read_jsonl(file), "delete it or give another --out"
+    rows, todo = runs.read_jsonl(file, content), "delete it or give another --out"
     keys = ("prompt_id", "prompt", "references", "metric")
     wanted = [(p["prompt_id"], p["text"], p["gold"], metric) for p in prompts]
     if [tuple(row.get(key) for key in keys) if isinstance(row, dict) else None for row in rows] != wanted:
         raise UserError("the responses are to other prompts or scored otherwise", f"in {file}", todo)
-    if any(weights.stat().st_mtime > file.stat().st_mtime for weights in Path(path).glob("*.safetensors")):
-        raise UserError("the responses are older than the model", f"in {file}", todo)
     return rows
 
 
@@ -79,6 +77,7 @@ def evaluate(path, sets, args, world, out, checker, teacher):
         models.check_same_tokenizer(tokenizer, theirs, path, args.distance)
     model = functools.cache(lambda: models.load_frozen(path, args, world, tokenizer))
     folder, table, results, done = out / model_name(path), {}, {}, 0
+    content = runs.fingerprint(path)  # of the model as it is trained now
     if world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
     for benchmark, examples in sets:
@@ -90,18 +89,18 @@ def evaluate(path, sets, args, world, out, checker, teacher):
         # A greedy response has no randomness: one seed is enough
         for seed in args.seeds if benchmark.metric == "rouge" else args.seeds[:1]:
             file = folder / f"{name}-seed{seed}.jsonl"
-            rows = world.first(functools.partial(read_responses, file, path, benchmark.metric, prompts))
+            rows = world.first(functools.partial(read_responses, file, content, benchmark.metric, prompts))
             done += rows is not None
             if rows is None:
                 rows = respond(model(), *settings, benchmark.metric, seed, args, world, checker, file.stem)
                 if world.rank == 0:
-                    runs.write_jsonl(file, rows)
+                    runs.write_jsonl(file, rows, content)
             results[name][seed] = rows
         table[name] = {"metric": benchmark.metric, "skipped": skipped, "max_prompt_tokens": limit}
         table[name] |= scoring.summarise(results[name])
         if args.distance is not None:
             question = {"teacher": args.distance, "eta": args.eta, "seed": args.seeds[0], "prompts": len(prompts)}
-            question["content"] = [runs.fingerprint(p) for p in (path, args.distance)]  # as they are trained now
+            question["content"] = [content, runs.fingerprint(args.distance)]
             file = folder / f"{name}-distance-{model_name(args.distance)}.json"
             there = world.first(file.exists)
             found = runs.read_json(file) if there else {}
@@ -185,7 +184,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("decoding; math is greedy")
     group.add_argument("--preset", choices=PRESETS, default="none", help="minillm: their decoding and template")
     group.add_argument("--seeds", type=runs.SEED, nargs="+", default=[10, 20, 30, 40, 50], help="a response for each")
-    group.add_argument("--temperature", type=runs.ABOVE_0, default=1.0, help="of sampling")
+    group.add_argument("--temperature", type=runs.TEMPERATURE, default=1.0, help="of sampling")
     group.add_argument("--top-p", type=runs.TOP_P, default=1.0, help="of sampling")
     group.add_argument("--max-new-tokens", type=runs.LIMIT, default=0, help="0: 256, and 1024 for math")
     ngram = runs.ranged(int, lambda x: x == 0 or x >= 2, "0, or 2 or more")

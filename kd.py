@@ -213,9 +213,9 @@ def train(args, world, tokenizer, tokens, examples, teacher, student_path, out):
 
     examples: from `responses.write_examples`. teacher: LiveTeacher or CachedTeacher, None where --kd-rate is 0.
     """
-    lm = training.load_trainable(student_path, args, tokenizer)
+    lm = training.load_trainable(student_path, args, tokenizer, world)
     model = KDModel(lm, tokens.vocab_size, divergence_of(args), args.kd_rate, args.temperature)
-    model = training.shard(model, lm, models.compute_dtype(args.dtype, world.device), world)
+    model = training.shard(model, lm, models.compute_dtype(args.dtype, world.device), world, args.shard_size)
     replica = models.load_frozen(student_path, args, world, tokenizer) if args.mode == "student" else None
     optimizer = training.make_optimizer(model, args)
     first_step = training.load_checkpoint(out / "checkpoint", model, optimizer, world)
@@ -286,7 +286,9 @@ def parse_args(argv=None):
     group = parser.add_argument_group("loss")
     group.add_argument("--loss", choices=list(LOSSES), default="forward_kl", help="divergence of teacher and student")
     group.add_argument("--kd-rate", type=runs.SHARE, default=0.5, help="r in (1-r) CE + r KD; 0: SFT, no teacher")
-    group.add_argument("--temperature", type=runs.ABOVE_0, default=1.0, help="of both models' logits; no factor T^2")
+    group.add_argument(
+        "--temperature", type=runs.TEMPERATURE, default=1.0, help="of both models' logits; no factor T^2"
+    )
     group.add_argument("--jsd-beta", type=runs.OPEN_SHARE, default=0.5, help="beta of jsd")
     group.add_argument("--skew-alpha", type=runs.OPEN_SHARE, default=0.1, help="alpha of the two skewed losses")
     group.add_argument("--tail-mass", type=runs.SHARE, default=0.5, help="share of p that is adaptive_kl's tail")

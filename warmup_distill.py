@@ -123,6 +123,7 @@ def continue_by_teacher(
     budget = torch.where(positions < lengths, sampling.max_new_tokens - positions, 0)
     rewound = decode.rewind(rows.select(chosen), positions[chosen], hidden[chosen])
     written, values = decode.decode(teacher, rewound, choose, budget[chosen], tokens, any_rank)
+    measure.check_finite(values, [prompt_ids[row // sampling.samples] for row in chosen.tolist()])
     for row, ids, log_p in zip(chosen.tolist(), written, values.tolist()):
         continuations[row], logprobs[row] = ids, log_p[: len(ids)]
     return continuations, logprobs
@@ -199,7 +200,9 @@ def pair_filter(args, world, tokenizer):
         else:
             whole = data.with_bos(reward_tokenizer, prompt["text"] + response)
         ids = reward_tokenizer(whole, add_special_tokens=False, return_tensors="pt").input_ids
-        return reward_model(ids.to(world.device)).logits[0, 0].item()
+        logits = reward_model(ids.to(world.device)).logits  # (1, 1)
+        measure.check_finite(logits, [prompt["prompt_id"]])
+        return logits.item()
 
     def reward_prefers(sample, prompt):
         """The reward of y+ is above that of y-."""
@@ -228,6 +231,7 @@ def build_pairs(args, world, tokenizer, tokens, prompts, out):
     student = models.load_frozen(args.student, args, world, tokenizer)
     teacher = training.load_teacher(args, world, tokenizer)
     keep = pair_filter(args, world, tokenizer)
+    key = runs.run_key(out)
     sampling = Sampling(args.samples, args.max_new_tokens, args.temperature, args.top_p, args.seed)
     any_rank = world.any if args.shard_teacher else None
     settings = (tokens, sampling, args.eta, args.replace, args.teacher_decoding == "greedy", any_rank)
@@ -240,7 +244,7 @@ def build_pairs(args, world, tokenizer, tokens, prompts, out):
             status = pair_status(sample, seen, keep, prompt)
             records.append({"status": status, "prompt": prompt["text"], "prompt_ids": prompt["ids"], **sample})
         if is_ours:
-            runs.write_jsonl(out / "pairs" / f"{k:05d}.jsonl", records)
+            runs.write_jsonl(out / "pairs" / f"{k:05d}.jsonl", records, key)
 
 
 def merge_pairs(args, tokenizer, prompts, out):
@@ -257,7 +261,8 @@ def merge_pairs(args, tokenizer, prompts, out):
     with runs.atomic_path(out / "pairs.jsonl") as partial, open(partial, "w", encoding="utf-8") as file:
         for start in range(0, len(prompts), args.prompts_per_batch):
             shard = out / "pairs" / f"{start // args.prompts_per_batch:05d}.jsonl"
-            records, prompt_ids = runs.read_jsonl(shard), prompts[start : start + args.prompts_per_batch]["prompt_id"]
+            records = runs.read_jsonl(shard, runs.run_key(out))
+            prompt_ids = prompts[start : start + args.prompts_per_batch]["prompt_id"]
             expected = [prompt_id for prompt_id in prompt_ids for _ in range(args.samples)]
             if [record["prompt_id"] for record in records] != expected:
                 what = "the file is cut, or of other prompts or --samples"
@@ -332,14 +337,16 @@ def parse_args(argv=None):
     group = parser.add_argument_group("sample, check, splice")
     group.add_argument("--samples", type=runs.COUNT, default=8, help="N, responses a prompt; 8 in the paper")
     group.add_argument("--eta", type=runs.NATS, default=4.0, help="threshold of log q - log p, nats; 4 in the paper")
-    group.add_argument("--temperature", type=runs.ABOVE_0, default=1.0, help="of both models' sampling")
+    group.add_argument("--temperature", type=runs.TEMPERATURE, default=1.0, help="of both models' sampling")
     group.add_argument("--top-p", type=runs.TOP_P, default=1.0, help="of both; margins use the full distribution")
     group.add_argument("--max-new-tokens", type=runs.COUNT, default=256, help="longest response, also after the splice")
     replace_help = "the teacher writes from t* on, or from the token after it"
     group.add_argument("--replace", choices=["at", "after"], default="at", help=replace_help)
     group.add_argument("--teacher-decoding", choices=["sample", "greedy"], default="sample", help="in the splice")
     group.add_argument("--keep", type=keep_name, default="all", help="which pairs: all, teacher, correct, reward:MODEL")
-    group.add_argument("--prompts-per-batch", type=runs.COUNT, default=8, help="prompts in one micro-batch of sampling")
+    group.add_argument(
+        "--prompts-per-batch", type=runs.COUNT, default=32, help="prompts in one micro-batch of sampling"
+    )
     group.add_argument("--shard-teacher", action="store_true", help="for a teacher that does not fit; slow to decode")
     group.add_argument("--reference", choices=["student", "teacher"], default="student", help="pi_ref of DPO")
     dpo.add_arguments(parser)
@@ -365,7 +372,10 @@ def main(argv=None):
     tokenizer, tokens = models.shared_tokenizer(args.student, args.teacher, args.trust_remote_code)
     limits = (args.max_prompt_tokens, args.max_new_tokens, args.trust_remote_code)
     args.max_prompt_tokens = models.prompt_limit([args.student, args.teacher], *limits)
-    out = runs.start_run(args.out, args, world, [args.student, args.teacher, args.data])
+    inputs = [args.student, args.teacher, args.data]
+    if args.keep.startswith("reward:"):
+        inputs.append(args.keep.removeprefix("reward:"))
+    out = runs.start_run(args.out, args, world, inputs)
     prompts = data.write_prompts(args, tokenizer, out, world)
     eval_prompts = world.first(lambda: data.load_eval_prompts(args, tokenizer, prompts))
     if args.keep == "correct" and prompts.data["gold"].null_count:

@@ -62,11 +62,11 @@ def generate(model, prompts, chooser, tokens, tokenizer, max_new_tokens, batch_s
         yield batch, responses, tokenizer.batch_decode(responses, skip_special_tokens=True)
 
 
-def check_finite(logprobs, prompt_ids):
-    """Raises UserError with the id of the first of B prompts whose row of log-probs (B, T) has a NaN or an infinity."""
-    for prompt_id, finite in zip(prompt_ids, logprobs.isfinite().all(-1).tolist()):
+def check_finite(values, prompt_ids):
+    """Raises UserError with the id of the first of B prompts whose row of `values` (B, T) has a NaN or an infinity."""
+    for prompt_id, finite in zip(prompt_ids, values.isfinite().all(-1).tolist()):
         if not finite:
-            raise UserError("log-probs are NaN or infinite", f"for prompt {prompt_id}", "use --dtype float32")
+            raise UserError("a model's output is NaN or infinite", f"for prompt {prompt_id}", "use --dtype float32")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

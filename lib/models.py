@@ -9,9 +9,12 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
-from lib import runs
+from lib import decode, runs
 from lib.decode import Tokens
 from lib.runs import DTYPES, UserError
+
+# Nats that the order of sums may change; what is wrong differs by whole nats
+MAX_DECODING_ERROR = {torch.float32: 0.01, torch.bfloat16: 1.0}
 
 
 def compute_dtype(name, device):
@@ -68,11 +71,22 @@ def load_model(path, dtype, device, trust_remote_code=False):
     return model.to(device).eval()
 
 
+def empty_model(path, dtype, trust_remote_code=False):
+    """The model of `load_model` on the CPU without its values: memory that nothing touches takes no place."""
+    config = load_config(path, trust_remote_code)
+    options = {"dtype": dtype, "attn_implementation": "sdpa", "trust_remote_code": trust_remote_code}
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, **options)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    return model.eval()
+
+
 def load_frozen(path, args, world, tokenizer, device=None):
     """A model that is not trained: in --dtype, on this rank's device or on `device`, a row for every token."""
     dtype = compute_dtype(args.dtype, world.device)
     model = load_model(path, dtype, world.device if device is None else device, args.trust_remote_code)
-    check_vocabulary(model, tokenizer, path)
+    check_model(model, tokenizer, path)
     return model.requires_grad_(False)
 
 
@@ -139,12 +153,49 @@ def check_same_tokenizer(student, teacher, student_path, teacher_path):
         raise UserError(what, where, todo)
 
 
-def check_vocabulary(model, tokenizer, path):
-    """Raises UserError unless the model has a row for every token. More rows are padding, which is never used."""
+def check_model(model, tokenizer, path):
+    """Raises UserError unless the model has a row for every token (more are padding, never used) and decodes exactly."""
     rows = model.get_output_embeddings().weight.shape[0]
     if rows < len(tokenizer):
         what = f"the model has {rows} vocabulary rows for {len(tokenizer)} tokens"
         raise UserError(what, f"in {path}", "resize its embeddings or use its own tokenizer")
+    todo = "use a decoder with full attention, plain logits and a standard cache, such as Llama or Qwen"
+    with runs.reading("the model does not decode as lib/decode.py does", f"in {path}", todo):
+        error = decoding_error(model, len(tokenizer))
+    if not error < MAX_DECODING_ERROR[model.dtype]:
+        what = f"the model's log-probs with a cache and masks differ from a plain forward's by {error:.2g} nats"
+        raise UserError(what, f"in {path}", todo)
+
+
+@torch.no_grad()
+def decoding_error(model, vocab_size):
+    """The largest difference of log-probs (nats) between lib/decode.py and plain forwards of the whole model, on two rows.
+
+    The rows have unequal lengths and are prefilled, scored, rewound and continued by a token. A plain forward has one
+    row, the model's own attention and logits, and no cache; with one token less it must not change: it sees no future.
+    """
+    device, generator = decode.device_of(model), torch.Generator().manual_seed(0)
+    draw = lambda count: torch.randint(vocab_size, (count,), generator=generator).tolist()
+    prompts, responses, keep, token = [draw(3), draw(6)], [draw(5), draw(4)], [2, 3], draw(2)
+    tokens = Tokens(pad_id=0, eos_ids=[], vocab_size=vocab_size)
+    rows, hidden, logprobs = decode.score(model, decode.prefill(model, prompts, tokens), responses, tokens)
+    rows = decode.rewind(rows, torch.tensor(keep, device=device), hidden)
+    rows = decode.advance(model, rows, torch.tensor(token, device=device), torch.ones_like(rows.next_position))
+    continued = decode.next_logits(model, rows.hidden, vocab_size).log_softmax(-1)  # (2, V)
+
+    def plain(ids):
+        logits = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits
+        return logits[0, :, :vocab_size].float().log_softmax(-1)  # (len(ids), V)
+
+    errors = []
+    for i, (prompt, response) in enumerate(zip(prompts, responses)):
+        whole = plain(prompt + response)
+        targets = torch.tensor(response, device=device)[:, None]
+        expected = whole[len(prompt) - 1 : -1].gather(-1, targets)[:, 0]
+        errors += [logprobs[i, : len(response)] - expected]
+        errors += [whole[:-1] - plain(prompt + response[:-1])]
+        errors += [continued[i] - plain(prompt + response[: keep[i]] + token[i : i + 1])[-1]]
+    return max(error.abs().max().item() for error in errors)
 
 
 def shared_tokenizer(student, teacher, trust_remote_code=False):

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from lib import data, decode, models, runs, training
+from lib import data, decode, measure, models, runs, training
 from lib.runs import UserError
 
 
@@ -44,7 +44,9 @@ def collate(sequences, pad_id, device):
         source.extend(range(first, first + len(response)))
         target.extend(response if labelled else [-100] * len(response))
     tensors = {"token_ids": token_ids, "source": torch.tensor(source), "target": torch.tensor(target)}
-    return {name: tensor.to(device) for name, tensor in tensors.items()}
+    if device.type == "cuda":  # copies that the host need not wait for
+        tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
 
 def lengths_of(rows, column):
@@ -102,7 +104,9 @@ def write_responses(model, prompts, sample_ids, stage, args, tokens, greedy=Fals
     prompt_ids, sample_ids = (torch.tensor(ids, device=device) for ids in (prompts["prompt_id"], sample_ids))
     start = torch.zeros_like(prompt_ids)
     choose = decode.greedy if greedy else decode.sampler(args.seed, stage, prompt_ids, sample_ids, start)
-    return decode.decode(model, rows, choose, start + args.max_new_tokens, tokens, any_rank)[0]
+    responses, logprobs = decode.decode(model, rows, choose, start + args.max_new_tokens, tokens, any_rank)
+    measure.check_finite(logprobs, prompts["prompt_id"])
+    return responses
 
 
 def teacher_responses(args, world, tokenizer, tokens, prompts, folder):
@@ -111,7 +115,7 @@ def teacher_responses(args, world, tokenizer, tokens, prompts, folder):
     Returns a generator of the prompts with "response". Raises UserError if a file is of other prompts.
     """
     size, greedy = args.prompts_per_batch, args.teacher_decoding == "greedy"
-    count = math.ceil(len(prompts) / size)
+    count, key = math.ceil(len(prompts) / size), runs.run_key(folder.parent)
     shards = runs.shards_to_do(folder, count, "jsonl", world)
     teacher = training.load_teacher(args, world, tokenizer) if shards else None
     any_rank = world.any if args.shard_teacher else None
@@ -125,13 +129,13 @@ def teacher_responses(args, world, tokenizer, tokens, prompts, folder):
                 {"prompt_id": prompt_id, "prompt": prompt, "response_ids": ids, "response": text}
                 for prompt_id, prompt, ids, text in zip(batch["prompt_id"], batch["text"], responses, texts)
             ]
-            runs.write_jsonl(folder / f"{k:05d}.jsonl", rows)
+            runs.write_jsonl(folder / f"{k:05d}.jsonl", rows, key)
     world.barrier()
 
     def read():
         for k in range(count):
             file, batch = folder / f"{k:05d}.jsonl", prompts.select(range(k * size, min((k + 1) * size, len(prompts))))
-            rows = runs.read_jsonl(file)
+            rows = runs.read_jsonl(file, key)
             if [row["prompt_id"] for row in rows] != batch["prompt_id"][:]:
                 raise UserError("the responses are to other prompts", f"in {file}", "delete it: it is then made again")
             yield from (prompt | {"response": row["response_ids"]} for prompt, row in zip(batch, rows))
@@ -211,7 +215,7 @@ class CachedTeacher:
         self.folder, self.size, self.device = Path(args.teacher_cache), args.prompts_per_batch, world.device
         self.vocab_size, self.k = tokens.vocab_size, min(args.teacher_top_k, tokens.vocab_size)
         self.offsets = F.pad(lengths_of(examples, "response").cumsum(0), (1, 0))  # response tokens before an example
-        world.first(lambda: self.check_source(args, examples))
+        self.source = world.first(lambda: self.check_source(args, examples))
         shards = runs.shards_to_do(self.folder, math.ceil(len(examples) / self.size), "safetensors", world)
         teacher = LiveTeacher(training.load_teacher(args, world, tokenizer), tokens.vocab_size) if shards else None
         for k, is_ours in runs.progress(shards, desc="teacher cache", world=world, unit="batch"):
@@ -221,28 +225,28 @@ class CachedTeacher:
             logits, chunk = teacher(inputs, None), decode.head_chunk(self.vocab_size)
             starts = range(0, len(inputs["source"]), chunk)
             parts = [top_k_logprobs(logits(slice(start, start + chunk)), self.k) for start in starts]
+            tensors = {name: torch.cat(part).cpu() for name, part in zip(self.FIELDS, zip(*parts))}
+            token_owners = [i for i, response in zip(batch["prompt_id"], batch["response"]) for _ in response]
+            measure.check_finite(tensors["logprobs"], token_owners)
             if is_ours:
-                tensors = {name: torch.cat(part).cpu() for name, part in zip(self.FIELDS, zip(*parts))}
                 with runs.atomic_path(self.folder / f"{k:05d}.safetensors") as partial:
-                    safetensors.torch.save_file(tensors, partial)
+                    safetensors.torch.save_file(tensors, partial, {"source": f"{self.source} {k}"})
         world.barrier()
 
     def check_source(self, args, examples):
-        """Raises UserError if the cache was made of something else; a new one gets its cache.json."""
+        """Raises UserError if the cache was made of something else; a new one gets its cache.json. Returns its key."""
         ours = {"teacher": args.teacher, "teacher_content": runs.fingerprint(args.teacher), "teacher_top_k": self.k}
         ours |= {"dtype": str(models.compute_dtype(args.dtype, self.device)), "prompts_per_batch": self.size}
         ours |= {"vocabulary": self.vocab_size, "examples": runs.fingerprint(examples.cache_files[0]["filename"])}
         file, theirs = self.folder / "cache.json", {}
-        try:
+        with runs.reading("the teacher cache cannot be used", f"at {self.folder}", "give another --teacher-cache"):
             self.folder.mkdir(parents=True, exist_ok=True)
             if not file.exists() and not any(self.folder.glob("*.safetensors")):
                 runs.write_json(file, ours)
             if file.exists():
                 theirs = dict(runs.read_json(file))
-        except (OSError, ValueError, TypeError) as error:
-            what = f"the teacher cache cannot be used ({runs.one_line(error)})"
-            raise UserError(what, f"at {self.folder}", "give another --teacher-cache")
         runs.refuse_differences(self.folder, ours, theirs, args.accept_changes)
+        return runs.seal(theirs, "cache")
 
     def __call__(self, inputs, indices):
         """indices: of the micro-batch's examples, in order. Returns a function slice of M -> log-probs (m, V)."""
@@ -250,7 +254,10 @@ class CachedTeacher:
         for i in indices:
             file_start = self.offsets[i - i % self.size]
             start, end = (self.offsets[i : i + 2] - file_start).tolist()
-            with safetensors.safe_open(self.folder / f"{i // self.size:05d}.safetensors", "pt") as stored:
+            file, todo = self.folder / f"{i // self.size:05d}.safetensors", "delete the file: it is then made again"
+            with runs.reading("the file is damaged", f"in {file}", todo), safetensors.safe_open(file, "pt") as stored:
+                if stored.metadata()["source"] != f"{self.source} {i // self.size}":
+                    raise ValueError("it is of another cache or batch")
                 pieces.append([stored.get_slice(name)[start:end] for name in self.FIELDS])
         tensors = [torch.cat(parts).to(self.device) for parts in zip(*pieces)]  # (M, k), (M, k), (M,)
         return lambda part: expand_top_k(*(tensor[part] for tensor in tensors), self.vocab_size)

@@ -12,9 +12,7 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,15 +21,17 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
+MEETING_TIME = timedelta(minutes=10)  # for the processes of a job to find each other
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Arguments that may differ when a run continues: they change no pair and no weight by more than rounding
-FREE_ARGS = {"out", "toy", "device", "threads", "pairs_only", "save_every", "micro_batch_size"}
+FREE_ARGS = {"out", "toy", "device", "threads", "pairs_only", "save_every", "micro_batch_size", "shard_size"}
 FREE_ARGS |= {"activation_checkpointing", "accept_changes", "traceback"}
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,14 +195,16 @@ def start_processes(device, threads):
         torch.backends.cuda.enable_cudnn_sdp(False)  # with a mask its gradients can be NaN (pytorch#196678)
         device = f"cuda:{local_rank}"
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-    # Ranks wait while rank 0 reads the data or merges files: an hour is for a lost peer only
-    options = {"backend": backend, "timeout": timedelta(hours=1)}
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # of a torchrun that is gone: torch would wait an hour
-        socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=60).close()
-    if "RANK" not in os.environ:
-        options.update(store=dist.HashStore(), rank=0, world_size=1)
     if not dist.is_initialized():
-        dist.init_process_group(**options)
+        store, rank, size = dist.HashStore(), 0, 1
+        if "RANK" in os.environ:
+            with reading(
+                "the other processes do not come", "in the environment's RANK and MASTER_ADDR", "use torchrun"
+            ):
+                store, rank, size = next(dist.rendezvous("env://", timeout=MEETING_TIME))
+        # Ranks wait while rank 0 reads the data or merges files: an hour is for a lost peer only
+        options = {"store": store, "rank": rank, "world_size": size, "timeout": timedelta(hours=1)}
+        dist.init_process_group(backend, **options)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     return World(dist.get_rank(), dist.get_world_size(), torch.device(device))
@@ -245,7 +247,8 @@ ABOVE_0 = ranged(float, lambda x: 0 < x < math.inf, "above 0")
 NOT_NEGATIVE = ranged(float, lambda x: 0 <= x < math.inf, "0 or more")
 SHARE = ranged(float, lambda x: 0 <= x <= 1, "from 0 to 1")
 OPEN_SHARE = ranged(float, lambda x: 0 < x < 1, "between 0 and 1")
-TOP_P = ranged(float, lambda x: 0 < x <= 1, "above 0 and at most 1")
+TOP_P = ranged(float, lambda x: 1e-6 <= x <= 1, "from 1e-6 to 1")  # float32 knows no smaller share
+TEMPERATURE = ranged(float, lambda x: 1e-6 <= x <= 1e6, "from 1e-6 to 1e6")  # logits beyond would be infinite, or all 0
 
 
 def add_arguments(parser):
@@ -279,12 +282,19 @@ def start_run(out, args, world, inputs=()):
     return out
 
 
+def run_key(out):
+    """Names the run that OUT is of, by its first settings and inputs: what it makes carries this. "" without args.json."""
+    file = out / "args.json"
+    return read_json(file)["key"] if file.exists() else ""
+
+
 def claim(out, args, inputs):
     """What `start_run` does, on rank 0."""
     settings = {key: value for key, value in args.items() if key not in FREE_ARGS and key[:5] != "eval_"}
     versions = {"python": sys.version, "torch": torch.__version__, "transformers": transformers.__version__}
     record = {"args": args | {"out": str(out)}, "settings": settings, "versions": versions, "code": code_fingerprints()}
     record |= {"inputs": {str(path): fingerprint(path) for path in inputs}, "commit": git_commit(), "accepted": []}
+    record["key"] = seal(settings, record["inputs"])
     file = out / "args.json"
     # A run that has made nothing yet, since its model was not found, say, claims nothing
     begun = {"args.json", "eval", "compare.json"}
@@ -296,11 +306,12 @@ def claim(out, args, inputs):
     with reading("OUT cannot be used", f"at {out}", "give another --out"):
         out.mkdir(parents=True, exist_ok=True)
         lock(out / ".lock")
-        for partial in [*out.glob(".*.partial"), *out.glob("*/.*.partial")]:  # of a killed run
-            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        for partial in out.glob(".*.*[0-9].partial"):  # of a killed run's `atomic_path`
+            partial.unlink()
     with reading("args.json is not of a run of this project", f"in {out}", "give another --out"):
         there = read_json(file) if file.exists() else record
-        record["accepted"] = list(there["accepted"])
+        if made:
+            record |= {"accepted": list(there["accepted"]), "key": there["key"]}
         for key in ("settings", "inputs", "code"):
             if made and record[key] != there[key]:
                 accept = args.get("accept_changes", False)
@@ -338,12 +349,16 @@ def lock(path):
 
 
 def fingerprint(path):
-    """16 hex digits of the content of a file or model folder; None for a hub id, which names its content itself.
+    """16 hex digits of the content of a file or model folder. Of a model on the hub: its commit, None before it is here.
 
     Of weights: name, size, and 65 blocks of 64 KiB spread over the file, since training changes every weight.
     """
     path, content = Path(path), hashlib.sha256()
-    for file in [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("*.json")]):
+    if not path.exists():
+        cached = huggingface_hub.try_to_load_from_cache(str(path), "config.json")
+        return Path(cached).parent.name if isinstance(cached, str) else None
+    endings = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")
+    for file in [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in endings):
         size = file.stat().st_size
         content.update(f"{file.name} {size} ".encode())
         with open(file, "rb") as stream:
@@ -353,7 +368,7 @@ def fingerprint(path):
             for k in range(65):
                 stream.seek(k * max(1 << 16, (size - (1 << 16)) // 64))
                 content.update(stream.read(1 << 16))
-    return content.hexdigest()[:16] if path.exists() else None
+    return content.hexdigest()[:16]
 
 
 def code_fingerprints():
@@ -422,9 +437,16 @@ def write_json(path, value, indent=None):
     write_atomic(path, json.dumps(value, indent=indent) + "\n")
 
 
-def write_jsonl(path, rows):
-    """Writes one JSON object a line, atomically."""
+def write_jsonl(path, rows, key=None):
+    """Writes one JSON object a line, atomically; with a key, each has the seal that `read_jsonl` asks for."""
+    if key is not None:
+        rows = (row | {"seal": seal(row, key)} for row in rows)
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def seal(row, key):
+    """16 hex digits of a JSON object and of what made it, `key`."""
+    return hashlib.sha256(f"{key} {json.dumps(row)}".encode()).hexdigest()[:16]
 
 
 def unique_keys(pairs):
@@ -460,9 +482,18 @@ def iterate_jsonl(path, blank_lines=False):
             yield number, value
 
 
-def read_jsonl(path):
-    """A list of the JSON values in `path`, one a line. Raises UserError that names the first bad line."""
-    return [value for _, value in iterate_jsonl(path)]
+def read_jsonl(path, key=None):
+    """A list of the JSON values in `path`, one a line. Raises UserError that names the first bad line.
+
+    With a key, a line that was changed or made under another key is a bad one.
+    """
+    values = []
+    for number, value in iterate_jsonl(path):
+        if key is not None and (not isinstance(value, dict) or value.pop("seal", None) != seal(value, key)):
+            what = "the line was changed, or is of another run or model"
+            raise UserError(what, f"in {path} line {number}", "delete the file: it is then made again")
+        values.append(value)
+    return values
 
 
 def append_jsonl(path, row):

@@ -169,12 +169,13 @@ def interval(difference, means):
 
 
 def example_scores(results):
-    """{seed: rows} of one set -> {prompt_id: (references, the mean score over the seeds)}."""
+    """{seed: rows} of one set -> {prompt_id: (metric and references, the mean score over the seeds)}."""
     by_prompt = {}
     for rows in results.values():
         for row in rows:
             by_prompt.setdefault(row["prompt_id"], []).append(row)
-    return {i: (rows[0]["references"], statistics.fmean(r["score"] for r in rows)) for i, rows in by_prompt.items()}
+    question = lambda row: (row["metric"], row["references"])
+    return {i: (question(rows[0]), statistics.fmean(r["score"] for r in rows)) for i, rows in by_prompt.items()}
 
 
 def compare(a, b, resamples, seed):
@@ -183,12 +184,13 @@ def compare(a, b, resamples, seed):
     An example's score is its mean over seeds. "all" is the mean over sets of the sets' means; it is resampled within
     each set (stratified), so that no resample has more of one set than another.
     """
-    results, strata, todo = {}, [], "evaluate both on one set"
+    results, strata, todo = {}, [], "evaluate both on one set, with the same seeds"
     for k, name in enumerate(sorted(a.keys() & b.keys())):
         scores_a, scores_b = example_scores(a[name]), example_scores(b[name])
         both = sorted(scores_a.keys() & scores_b.keys())  # a prompt too long for one model's tokenizer is in neither
-        if not both or any(scores_a[i][0] != scores_b[i][0] for i in both):
-            raise UserError(f"the two results of {name} are on different data", "in --compare", todo)
+        same = a[name].keys() == b[name].keys() and all(scores_a[i][0] == scores_b[i][0] for i in both)
+        if not both or not same:
+            raise UserError(f"the two results of {name} are of different data, metrics or seeds", "in --compare", todo)
         differences = torch.tensor([scores_b[i][1] - scores_a[i][1] for i in both], dtype=torch.float64)
         means = paired_bootstrap(differences, resamples, seed + k)  # another seed: strata are independent
         results[name] = {"examples": len(both), **interval(differences.mean().item(), means)}

@@ -12,12 +12,13 @@ import signal
 import time
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from lib import decode, models, runs
@@ -34,29 +35,46 @@ def decoder_blocks(lm):
     return next(m for m in lists if len(m) == lm.config.num_hidden_layers)
 
 
-def load_trainable(path, args, tokenizer):
-    """A language model to train: float32 parameters, no dropout, activations checkpointed if so asked."""
-    # On the CPU: fully_shard moves each shard to its GPU
-    lm = models.load_model(path, torch.float32, "cpu", args.trust_remote_code)
-    models.check_vocabulary(lm, tokenizer, path)
+def load_trainable(path, args, tokenizer, world):
+    """A language model to train, on the CPU: float32 parameters, no dropout, activations checkpointed if so asked.
+
+    Rank 0 alone reads the weights, which `shard` hands out: host memory holds one float32 copy, and not one a rank.
+    """
+    if world.rank == 0:
+        lm = models.load_model(path, torch.float32, "cpu", args.trust_remote_code)
+        models.check_model(lm, tokenizer, path)
+    else:
+        lm = models.empty_model(path, torch.float32, args.trust_remote_code)
     if args.activation_checkpointing:
         for block in decoder_blocks(lm):  # by torch: transformers has renamed its own switch
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     return lm
 
 
-def shard(root, lm, dtype, world):
+@torch.no_grad()
+def shard(root, lm, dtype, world, shard_size=0):
     """FSDP2: shards each block of `lm`, then `root`, the module whose forward calls all of `lm`, lm_head included.
 
+    shard_size: processes that share one copy of the weights, such as those of a node; 0: all. All get rank 0's weights.
     Parameters stay float32 (an update of 5e-7 would be lost in bfloat16); blocks compute in `dtype`, gradients are
     reduced in float32. FSDP averages gradients over ranks: a loss that is already normalised by the whole step's counts
     has to be multiplied by `World.size` before its backward.
     """
-    mesh = init_device_mesh(world.device.type, (world.size,))
+    size = shard_size or world.size
+    mesh = init_device_mesh(world.device.type, (world.size // size, size), mesh_dim_names=("replicate", "shard"))
+    mesh = mesh["shard"] if size == world.size else mesh
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    whole = dict(lm.named_parameters())
     for block in decoder_blocks(lm):
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    return fully_shard(root, mesh=mesh, mp_policy=policy)
+    fully_shard(root, mesh=mesh, mp_policy=policy)
+    if world.size > 1:
+        for name, parameter in lm.named_parameters():  # tied ones once
+            values = distribute_tensor(whole.pop(name).to(world.device), mesh, parameter.placements)
+            parameter.to_local().copy_(values.to_local())
+        for buffer in lm.buffers():
+            dist.broadcast(buffer, src=0)
+    return root
 
 
 def shard_blocks(lm, world):
@@ -64,9 +82,12 @@ def shard_blocks(lm, world):
 
     All ranks must then take equally many forwards; `decode.decode` does, given `World.any`.
     """
-    mesh = init_device_mesh(world.device.type, (world.size,))
-    for block in decoder_blocks(lm):
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)  # by default a block that is a root stays gathered
+    mesh, blocks = init_device_mesh(world.device.type, (world.size,)), decoder_blocks(lm)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    # One root for all of them, which has no parameters of its own: blocks that are roots have a CUDA stream each
+    inside = set(blocks.parameters())
+    fully_shard(lm.base_model, mesh=mesh, ignored_params={p for p in lm.parameters() if p not in inside})
     return lm.to(world.device)
 
 
@@ -190,6 +211,12 @@ def add_arguments(parser, lr):
     group.add_argument("--max-steps", type=runs.LIMIT, default=0, help="optimizer steps; 0: as --epochs says")
     group.add_argument("--batch-size", type=runs.COUNT, default=64, help="examples a step, over all ranks")
     group.add_argument("--micro-batch-size", type=runs.COUNT, default=4, help="examples in one forward")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    divisor = runs.ranged(
+        int, lambda x: x >= 0 and not (x and processes % x), f"0 or a divisor of {processes} processes"
+    )
+    shard_help = "processes that share a copy of the trained weights, such as the GPUs of a node; 0: all"
+    group.add_argument("--shard-size", type=divisor, default=0, help=shard_help)
     group.add_argument("--activation-checkpointing", action="store_true", help="less memory, a third more time")
     group.add_argument("--save-every", type=runs.COUNT, default=100, help="steps from one checkpoint to the next")
     dtype_help = "of OUT/student; bfloat16 halves it and rounds most of a small learning rate's updates away"
@@ -216,11 +243,12 @@ def save_checkpoint(folder, model, optimizer, step, world):
     """Writes folder/step-000123, whole or not at all; older ones are then deleted.
 
     Each rank writes its shards as safetensors (torch.distributed.checkpoint): nothing in it is a pickle. files.json,
-    written last, has every file's size, since a missing shard would otherwise go unnoticed.
+    written last, says of which run and step it is, and each file's fingerprint: a missing shard would go unnoticed.
     """
     final, partial = folder / f"step-{step:06d}", folder / f".step-{step:06d}.partial"
     if world.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)  # of an attempt that failed
+        for failed in folder.glob(".step-*.partial"):
+            shutil.rmtree(failed)
         partial.mkdir(parents=True)
     world.barrier()
     tensors = training_state(model, optimizer)
@@ -230,8 +258,8 @@ def save_checkpoint(folder, model, optimizer, step, world):
     dcp.save(tensors, storage_writer=writer)
     world.barrier()
     if world.rank == 0:
-        sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-        runs.write_json(partial / "files.json", sizes)
+        files = {file.name: runs.fingerprint(file) for file in sorted(partial.iterdir())}
+        runs.write_json(partial / "files.json", {"key": runs.run_key(folder.parent), "step": step, "files": files})
         os.rename(partial, final)
         for old in folder.glob("step-*"):
             if old != final:
@@ -242,18 +270,20 @@ def save_checkpoint(folder, model, optimizer, step, world):
 def load_checkpoint(folder, model, optimizer, world):
     """Loads the newest checkpoint in `folder`, of any number of processes. Returns its step, 0 without one.
 
-    Raises UserError if a file of it is missing or cut.
+    Raises UserError if it is of another run, or a file of it is missing or changed.
     """
     newest = world.first(lambda: max(folder.glob("step-*"), default=None))
     if newest is None:
         return 0
-    todo = "delete it, and training starts again from the initial student"
+    step, todo = int(newest.name[5:]), "delete it, and training starts again from the initial student"
     with runs.reading("the checkpoint is damaged", f"in {newest}", todo):
-        for name, size in runs.read_json(newest / "files.json").items():
-            if (newest / name).stat().st_size != size:
-                raise ValueError(f"{name} is cut")
+        made = runs.read_json(newest / "files.json")
+        if (made["key"], made["step"]) != (runs.run_key(folder.parent), step):
+            raise ValueError("it is of another run or step")
+        for name, content in made["files"].items():
+            if runs.fingerprint(newest / name) != content:
+                raise ValueError(f"{name} is missing, cut or changed")
         dcp.load(training_state(model, optimizer), storage_reader=HuggingFaceStorageReader(str(newest)))  # in place
-    step = int(newest.name.removeprefix("step-"))
     if world.rank == 0:
         print(f"checkpoint: continues after step {step}")
     return step

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import make_model
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     CohereConfig,
     Gemma3TextConfig,
@@ -319,3 +320,66 @@ def test_causal_model_as_reward_model(broken):
     """Its config may well say one label; the score head would be made up, and the pairs chosen at random."""
     folder = broken(edit_config(id2label={"0": "x"}, label2id={"x": 0}))
     assert_error(NO_REWARD.format(folder), models.load_reward_model, folder, ARGS, WORLD)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding against plain forwards: what a name or a flag of a configuration does not tell
+# ---------------------------------------------------------------------------------------------------------------------
+
+ZOO = {"vocab_size": 22, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+ZOO |= {"max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+GQA, HEADS = {"num_key_value_heads": 2}, {"num_key_value_heads": 2, "head_dim": 8}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, **GQA}
+DECODER = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64, "encoder_layers": 1}
+OLD = {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8}
+EXACT = {"llama": {}, "qwen2": GQA, "qwen3": HEADS, "qwen3_moe": EXPERTS, "mistral": {"sliding_window": None, **GQA}}
+EXACT |= {"mixtral": {"num_local_experts": 4, **GQA}, "phi": {}, "phi3": GQA, "olmo": {}, "olmo2": {}, "gemma": HEADS}
+EXACT |= {"gpt2": {}, "gpt_neox": {}, "gptj": OLD, "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32}, "falcon": {}}
+EXACT |= {"stablelm": GQA, "smollm3": GQA, "glm4": HEADS, "biogpt": {}, "persimmon": {}, "nemotron": GQA}
+NOT_CAUSAL = {"bert": {}, "roberta": {}, "camembert": {}, "electra": {"embedding_size": 32}}
+OTHER_LOGITS = {"cohere": {"logit_scale": 0.1, **GQA}, "granite": {"logits_scaling": 8.0, **GQA}}
+OTHER_CACHE = {
+    "jamba": GQA,
+    "recurrent_gemma": {"num_key_value_heads": 1},
+    "llama4_text": {"num_local_experts": 2, **HEADS},
+}
+OTHER_CACHE |= {"lfm2": {"layer_types": ["conv", "full_attention"], **GQA}, "qwen3_next": {**EXPERTS, "head_dim": 8}}
+WRONG = NOT_CAUSAL | OTHER_LOGITS | OTHER_CACHE | {"mistral": {"sliding_window": 4, **GQA}, "llama eager": {}}
+WRONG |= dict.fromkeys(("bart", "mbart", "marian", "pegasus", "plbart", "blenderbot"), DECODER)
+
+
+def make_any(name, extra):
+    """A tiny random model of an architecture; its weights are large, since near uniform predictions hide errors."""
+    torch.manual_seed(0)
+    architecture, _, attention = name.partition(" ")
+    config = AutoConfig.for_model(architecture, **{**ZOO, **extra})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention or "sdpa").float().eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.mul_(8)
+    return model
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_decoding_is_exact(tokenizer, name):
+    model = make_any(name, EXACT[name])
+    models.check_model(model, tokenizer, "PATH")
+    assert models.decoding_error(model, len(tokenizer)) < 1e-5
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_model_that_would_be_decoded_wrongly_is_refused(tokenizer, name):
+    """Attention that sees the future or too little, logits that are more than a product, caches of another kind."""
+    message = r"the model('s log-probs .* differ .* by \d.* nats| does not decode as .*), in PATH, use a decoder"
+    with pytest.raises(runs.UserError, match=message):
+        models.check_model(make_any(name, WRONG[name]), tokenizer, "PATH")
+
+
+def test_eager_attention_in_the_config_is_refused(broken, pair_of_models):
+    """It wins over the sdpa that we ask for, and adds a boolean mask as 0 and 1."""
+    folder = broken(edit_config(_attn_implementation="eager"), "teacher")
+    with pytest.raises(
+        runs.UserError, match="log-probs with a cache and masks differ .* nats, in .*broken, use a decoder"
+    ):
+        load(pair_of_models["student"], folder)

@@ -37,8 +37,8 @@ def meet_in_store(name):
         return
     init = dist.init_process_group
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    dist.init_process_group = lambda **kwargs: init(
-        **kwargs, store=dist.PrefixStore(name, store), rank=RANK, world_size=SIZE
+    dist.init_process_group = lambda backend, **kwargs: init(
+        backend, **{**kwargs, "store": dist.PrefixStore(name, store)}
     )
 
 

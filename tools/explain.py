@@ -227,13 +227,13 @@ def explain_row(record):
 
 
 @torch.no_grad()
-def pair_logps(path, record, average, tokenizer, device, trust_remote_code=False):
+def pair_logps(path, record, average, tokenizer, device):
     """log pi(y+ | x), log pi(y- | x) under the model in `path`: {"plain": (2,), "exact": (2,)}, float64.
 
     plain: the model's own logits over [prompt + y], each response alone. exact: the row of `dpo.train`, whose sums
     leave the shared prefix out, unless `average` (--logprobs mean) needs it.
     """
-    lm = models.load_model(path, torch.float32, device, trust_remote_code)
+    lm = models.load_model(path, torch.float32, device)
     vocab_size, plain = len(tokenizer), []
     responses = (record["chosen_ids"], record["response_ids"])
     for response in responses:
@@ -259,13 +259,13 @@ def dpo_terms(policy, reference, beta, label_smoothing):
     return {symbol: value.item() for symbol, value in terms.items()}
 
 
-def explain_dpo(record, args, out, tokenizer, device, trust_remote_code=False):
+def explain_dpo(record, args, out, tokenizer, device):
     """The DPO terms of the pair, plain and exact, with numbers in the equation."""
     trained, average = (out / "student").exists(), args.logprobs == "mean"
     policy_path = str(out / "student") if trained else args.student
     reference_path = args.teacher if args.reference == "teacher" else args.student
     paths = (policy_path, reference_path)
-    policy, reference = (pair_logps(path, record, average, tokenizer, device, trust_remote_code) for path in paths)
+    policy, reference = (pair_logps(path, record, average, tokenizer, device) for path in paths)
     heading("4. align   L = -log sigma(beta [(log pi(y+) - log pi_ref(y+)) - (log pi(y-) - log pi_ref(y-))])")
     show("pi", safe(policy_path) + ("" if trained else ", not trained yet"))
     show("pi_ref", safe(reference_path))
@@ -300,7 +300,7 @@ def explain_dpo(record, args, out, tokenizer, device, trust_remote_code=False):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def explain(out, prompt_id, sample_id=None, device="cpu", trust_remote_code=False):
+def explain(out, prompt_id, sample_id=None, device="cpu"):
     """Prints the tour of one prompt's samples and of one of its pairs."""
     out = Path(out)
     records = read_samples(out, prompt_id)
@@ -309,7 +309,7 @@ def explain(out, prompt_id, sample_id=None, device="cpu", trust_remote_code=Fals
         args = Namespace(**runs.read_json(out / "args.json")["args"])
         show("run", safe(str(out)))
         show("settings", f"eta {args.eta:g}, beta {args.beta:g}, N {args.samples:d}, reference: the {args.reference}")
-    tokenizer = models.load_tokenizer(args.student, trust_remote_code)
+    tokenizer = models.load_tokenizer(args.student)
     explain_prompt(records, tokenizer)
     explain_check(record, args.eta, tokenizer)
     if record["t_star"] < 0:
@@ -319,7 +319,7 @@ def explain(out, prompt_id, sample_id=None, device="cpu", trust_remote_code=Fals
         print("\ny+ is y-: there is nothing to prefer, and no pair")
         return
     explain_row(record)
-    explain_dpo(record, args, out, tokenizer, torch.device(device), trust_remote_code)
+    explain_dpo(record, args, out, tokenizer, torch.device(device))
 
 
 def main(argv=None):
@@ -329,10 +329,9 @@ def main(argv=None):
     parser.add_argument("prompt_id", type=int, help="the prompt")
     parser.add_argument("sample_id", type=int, nargs="?", help="one of its samples; not given: the first that was kept")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda if there is one")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with a model")
     args = parser.parse_args(argv)
     world = runs.start_processes(args.device, threads=0)
-    explain(args.out, args.prompt_id, args.sample_id, world.device, args.trust_remote_code)
+    explain(args.out, args.prompt_id, args.sample_id, world.device)
 
 
 if __name__ == "__main__":

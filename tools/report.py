@@ -125,7 +125,7 @@ def load_tokenizer(out):
             fingerprint = json.loads(line)["tokenizer"]
     for name in (str(out / "student"), str(read_args(out)["args"].get("student"))):
         with suppress(Exception):  # the next folder may have it
-            tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
             known = len(tokenizer) > len(tokenizer.all_special_ids)
             if known and fingerprint in (None, models.tokenizer_fingerprint(tokenizer)):
                 return tokenizer
