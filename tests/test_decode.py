@@ -12,10 +12,10 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_model
+from conftest import make_model, with_bias
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
+from transformers import GenerationConfig
 
 from lib import decode
 
@@ -30,14 +30,10 @@ FAMILIES = ["llama", "qwen2", "biased"]
 @pytest.fixture(scope="module")
 def models():
     """A Llama with a row for each token; a Qwen2 with more rows than tokens; a Llama whose head has a bias, too."""
-    biased = make_model("llama", 3, rows=32)
-    biased.lm_head = torch.nn.Linear(16, 32)
-    torch.nn.init.normal_(biased.lm_head.bias)
-    torch.nn.init.normal_(biased.lm_head.weight, std=0.3)
     return {
         "llama": make_model("llama", 1, rows=VOCAB),
         "qwen2": make_model("qwen2", 2, width=24, rows=32),
-        "biased": biased.eval(),
+        "biased": with_bias(make_model("llama", 3, rows=32)),
     }
 
 
@@ -490,8 +486,7 @@ def test_other_ranks_that_go_on_change_nothing(models, budget, extra):
 
 def test_positions_end_with_the_context():
     """Learned positions, a context of prompt and response and no more: a row that is done walks no further than it."""
-    config = GPT2Config(vocab_size=22, n_positions=24, n_embd=32, n_layer=2, n_head=2)
-    model = GPT2LMHeadModel(config).eval()
+    model = make_model("gpt2", 1, max_position_embeddings=24)
     rows, hidden, _ = decode.score(model, prefill(model, [[5] * 8] * 5), [[6] * 16] * 5, TOKENS)
     start = torch.tensor([15, 0, 0, 0, 0])
     fast = fast_decode(model, decode.rewind(rows, start, hidden), decode.greedy, 16 - start, [-1])
