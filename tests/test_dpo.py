@@ -159,16 +159,13 @@ def test_prefix_sharing_equals_two_rows(family, pairs, beta, name):
             assert (a - b).norm() <= 1e-5 * b.norm() + floor, parameter
 
 
-def test_response_logps():
+def test_shared_length_and_response_logps():
     """Sums: the shared part is in both. Means: over each response's own number of tokens."""
+    rows = [([5, 6, 7], [5, 6, 8], 2), ([5, 6], [5, 6, 7], 2), ([5, 6], [5], 1), ([], [5], 0), ([4, 1], [3, 1], 0)]
+    assert [dpo.shared_length(*row[:2]) for row in rows] == [row[2] for row in rows]
     sums, lengths = torch.tensor([[-2.0, -4.0, -1.0], [0.0, -3.0, -8.0]]), torch.tensor([[3, 2], [6, 4]])
     assert [x.tolist() for x in dpo.response_logps(sums, lengths, False)] == [[-6, -3], [-3, -8]]
     assert [x.tolist() for x in dpo.response_logps(sums, lengths, True)] == [[-2, -0.5], [-1.5, -2]]
-
-
-def test_shared_length():
-    rows = [([5, 6, 7], [5, 6, 8], 2), ([5, 6], [5, 6, 7], 2), ([5, 6], [5], 1), ([], [5], 0), ([4, 1], [3, 1], 0)]
-    assert [dpo.shared_length(*row[:2]) for row in rows] == [row[2] for row in rows]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -248,27 +245,19 @@ def train(out, student, *flags, pairs=None, reference=None):
     return runs.read_jsonl(out / "metrics.jsonl")
 
 
-METRICS = {
-    "stage", "step", "loss", "dpo_loss", "margin", "wins", "chosen_reward", "rejected_reward", "chosen_logp",
-    "rejected_logp", "grad_norm", "lr", "seconds", "tokens", "tokens_per_second", "peak_memory_gb",
-}  # fmt: skip
-
-
 def test_command(pair_of_models, tokenizer, tmp_path, capsys):
-    """The loss falls from ln 2, there is one line a step with all keys, OUT/student is another, loadable model.
+    """The loss falls from ln 2, there is one line a step, OUT/student is another, loadable model.
 
     It says so in one line; again, it changes nothing.
     """
     out, student, flags = tmp_path / "out", pair_of_models["student"], ("--epochs", "6", "--beta", "0.5")
     steps = train(out, student, *flags)
-    assert [m["step"] for m in steps] == list(range(1, 19)) and all(m.keys() == METRICS for m in steps)
-    assert all(isinstance(v, str) or math.isfinite(v) for m in steps for v in m.values())
+    assert [m["step"] for m in steps] == list(range(1, 19))
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert sum(m["loss"] for m in steps[-3:]) / 3 < 0.5 * math.log(2)
     assert steps[-1]["wins"] == 1 and steps[-1]["margin"] > 0.5
-    end = f"(loss {steps[-1]['loss']:.4f}, wins {steps[-1]['wins']:.3f}); its curves: python -m tools.report {out}"
-    assert f"12 pairs -> {out / 'student'} {end}\n" in capsys.readouterr().out
-    assert runs.read_json(out / "args.json")["args"]["epochs"] == 6
+    end = f"(loss {steps[-1]['loss']:.4f}, wins {steps[-1]['wins']:.3f})"
+    assert f"12 pairs -> {out / 'student'} {end}" in capsys.readouterr().out
 
     before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (student, out / "student"))
     old, new = dict(before.named_parameters()), dict(after.named_parameters())
@@ -365,15 +354,14 @@ def test_logged_numbers(pair_of_models, tmp_path):
     keys, lms = ("chosen_ids", "rejected_ids"), [AutoModelForCausalLM.from_pretrained(path) for path in paths]
     with torch.no_grad():
         rows = [[two_row_logps(lm, p, key) for lm in lms for key in keys] for p in dozen_pairs()]
-    logps = torch.tensor(rows)  # (12, 4): policy chosen, policy rejected, reference chosen, reference rejected
-    chosen, rejected = 0.2 * (logps[:, 0] - logps[:, 2]), 0.2 * (logps[:, 1] - logps[:, 3])
-    expected = {"chosen_reward": chosen.mean(), "rejected_reward": rejected.mean()}
-    expected |= {"margin": (chosen - rejected).mean(), "wins": (chosen > rejected).float().mean()}
-    expected |= {"chosen_logp": logps[:, 0].mean(), "rejected_logp": logps[:, 1].mean()}
-    expected |= {"dpo_loss": F.softplus(rejected - chosen).mean()}
-    expected |= {"nll": -logps[:, 0].sum() / sum(len(p["chosen_ids"]) for p in dozen_pairs())}
-    for key, value in expected.items():
-        assert metrics[key] == pytest.approx(value.item(), rel=1e-4, abs=1e-5), key
+    policy_chosen, policy_rejected, *reference = torch.tensor(rows).T  # (12,) each
+    chosen, rejected = 0.2 * (policy_chosen - reference[0]), 0.2 * (policy_rejected - reference[1])
+    means = {"chosen_reward": chosen, "rejected_reward": rejected, "margin": chosen - rejected}
+    means |= {"wins": (chosen > rejected).float(), "dpo_loss": F.softplus(rejected - chosen)}
+    means |= {"chosen_logp": policy_chosen, "rejected_logp": policy_rejected}
+    expected = {name: values.mean().item() for name, values in means.items()}
+    expected["nll"] = -policy_chosen.sum().item() / sum(len(p["chosen_ids"]) for p in dozen_pairs())
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
 def test_save_dtype(pair_of_models, tmp_path):
