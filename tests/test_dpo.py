@@ -245,12 +245,14 @@ def train(out, student, *flags, pairs=None, reference=None):
     return runs.read_jsonl(out / "metrics.jsonl")
 
 
-def test_command(pair_of_models, tokenizer, tmp_path, capsys):
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_command(pair_of_models, tokenizer, tmp_path, capsys, which):
     """The loss falls from ln 2, there is one line a step, OUT/student is another, loadable model.
 
-    It says so in one line; again, it changes nothing.
+    It says so in one line; again, it changes nothing. The student ties lm_head to its embeddings; the teacher's are two,
+    and wider than the vocabulary.
     """
-    out, student, flags = tmp_path / "out", pair_of_models["student"], ("--epochs", "6", "--beta", "0.5")
+    out, student, flags = tmp_path / "out", pair_of_models[which], ("--epochs", "6", "--beta", "0.5")
     steps = train(out, student, *flags)
     assert [m["step"] for m in steps] == list(range(1, 19))
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
@@ -263,6 +265,8 @@ def test_command(pair_of_models, tokenizer, tmp_path, capsys):
     old, new = dict(before.named_parameters()), dict(after.named_parameters())
     assert {n: p.shape for n, p in old.items()} == {n: p.shape for n, p in new.items()}
     assert [n for n in old if torch.equal(old[n], new[n])] == [], "not trained"
+    heads = [lm.get_output_embeddings().weight[VOCAB:] for lm in (before, after)]
+    assert len(heads[0]) == (10 if which == "teacher" else 0) and torch.equal(*heads), "padding gets no gradient"
     for pair in dozen_pairs():
         first, trained = (two_row_parts(lm, pair, False) for lm in (before, after))
         assert trained[1] - trained[2] > first[1] - first[2]
@@ -277,31 +281,31 @@ def test_command(pair_of_models, tokenizer, tmp_path, capsys):
 @pytest.mark.parametrize("reference", ["student", "teacher"])
 def test_sharded_models_are_freed(pair_of_models, tmp_path, monkeypatch, reference):
     """The policy after the training, another reference before the first step: FSDP's modules are in cycles."""
-    seen, there = [], lambda: [model() is not None for model in seen]
-    load_policy, make_optimizer, at_the_optimizer = dpo.load_policy, training.make_optimizer, []
+    loaded, at_the_optimizer = [], []
+    load_policy, make_optimizer = dpo.load_policy, training.make_optimizer
 
-    def watch_load(*arguments):
-        loaded = load_policy(*arguments)
-        seen.append(weakref.ref(loaded[0]))
-        return loaded
+    def load(*arguments):
+        policy = load_policy(*arguments)
+        loaded.append(weakref.ref(policy[0]))
+        return policy
 
-    def watch_optimizer(*arguments):
-        at_the_optimizer.extend(there())
-        return make_optimizer(*arguments)
-
-    monkeypatch.setattr(dpo, "load_policy", watch_load)
-    monkeypatch.setattr(training, "make_optimizer", watch_optimizer)
+    there = lambda: [model() is not None for model in loaded]
+    monkeypatch.setattr(dpo, "load_policy", load)
+    monkeypatch.setattr(training, "make_optimizer", lambda *a: at_the_optimizer.extend(there()) or make_optimizer(*a))
     train(tmp_path / "out", pair_of_models["student"], "--max-steps", "1", reference=pair_of_models[reference])
     assert at_the_optimizer == ([True] if reference == "student" else [True, False])
     training.release_memory()
     assert not any(there())
 
 
-# Flags, the twin's options, and which model is the reference
+# Flags and the twin's options; test_distributed.py has each flag alone
 FLAGS = {
-    "label_smoothing": (["--label-smoothing", "0.2"], {"label_smoothing": 0.2}, "teacher"),
-    "mean_nll": (["--logprobs", "mean", "--nll-weight", "2"], {"average": True, "nll_weight": 2.0}, "student"),
-    "accumulation": (["--micro-batch-size", "1", "--activation-checkpointing"], {}, "teacher"),
+    "plain": ([], {}),
+    "all": (
+        ["--label-smoothing", "0.2", "--logprobs", "mean", "--nll-weight", "2"],
+        {"label_smoothing": 0.2, "average": True, "nll_weight": 2.0},
+    ),
+    "accumulation": (["--micro-batch-size", "1", "--activation-checkpointing"], {}),
 }
 
 
@@ -314,8 +318,8 @@ def test_train_equals_a_plain_loop(pair_of_models, tmp_path, name):
     AdamW divides by the gradient's size, so the few weights with hardly any gradient move by rounding: the trained
     weights are compared as a whole.
     """
-    flags, options, reference = FLAGS[name]
-    student, reference, pairs = pair_of_models["student"], pair_of_models[reference], dozen_pairs()[:11]
+    (flags, options), pairs = FLAGS[name], dozen_pairs()[:11]
+    student, reference = pair_of_models["student"], pair_of_models["teacher"]
     settings = ["--max-steps", "4", "--beta", "0.3", "--max-grad-norm", "3", "--weight-decay", "0.1", "--seed", "9"]
     flags = [*settings, *flags]
     steps = train(tmp_path / "out", student, *flags, pairs=pairs, reference=reference)
