@@ -7,17 +7,16 @@ whole vocabulary, no chunks, no FSDP; AdamW from torch on that.
 import json
 import math
 import os
-import shutil
 import signal
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, assert_identical, launch, logged, make_model, weights, with_bias
+from conftest import assert_identical, logged, make_model, weights, with_bias
 from transformers import AutoModelForCausalLM
 
 import kd
-from lib import decode, models, responses, runs, training
+from lib import decode, measure, models, responses, runs, training
 from lib.runs import UserError
 
 VOCAB, PAD, EOS = 22, 0, 2
@@ -285,23 +284,13 @@ SMALL += " --template chat --prompts-per-batch 16"
 
 
 @pytest.fixture
-def command(pair_of_models, prompts_file, tmp_path):
-    """command("name", "flags", ...) -> argv of a small run: 40 examples, batches of 8 in micro-batches of 4."""
+def distil(pair_of_models, prompts_file, tmp_path):
+    """distil("name", "flags") -> OUT, its metrics; a small run: 40 examples, batches of 8 in micro-batches of 4."""
 
-    def argv(name, flags="", teacher=True):
+    def run(name, flags="", teacher=True):
         paths = ["--student", pair_of_models["student"], "--data", prompts_file, "--out", str(tmp_path / name)]
         paths += ["--teacher", pair_of_models["teacher"]] * teacher
-        return [*paths, *f"{SMALL} {flags}".split()]
-
-    return argv
-
-
-@pytest.fixture
-def distil(command, tmp_path):
-    """Runs kd.main in this process: distil("name", "flags") -> OUT, its metrics."""
-
-    def run(name, flags="", **options):
-        kd.main(command(name, flags, **options))
+        kd.main([*paths, *f"{SMALL} {flags}".split()])
         return tmp_path / name, logged(tmp_path / name)
 
     return run
@@ -441,7 +430,7 @@ def test_resume_bit_for_bit(distil, monkeypatch, flags, last, told):
 
 def test_teacher_mode(distil, plain_models, gold, tokenizer):
     """SeqKD: each token is the teacher's likeliest, by the plain model; stored, reused, written again if one is lost."""
-    flags = "--mode teacher --max-new-tokens 12 --limit 20"
+    flags = "--mode teacher --max-new-tokens 12 --limit 20 --max-steps 2"
     out, steps = distil("run", flags)
     files = sorted((out / "responses").iterdir())
     assert [f.name for f in files] == ["00000.jsonl", "00001.jsonl"]
@@ -451,22 +440,18 @@ def test_teacher_mode(distil, plain_models, gold, tokenizer):
         assert row["prompt_id"] == i and row["response"] == tokenizer.decode(ids, skip_special_tokens=True)
         with torch.no_grad():
             logits = plain_models[1](torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1, :VOCAB]
-        assert logits.argmax(-1).tolist() == ids
-        assert len(ids) == 12 or ids[-1] == EOS
+        assert logits.argmax(-1).tolist() == ids and (len(ids) == 12 or ids[-1] == EOS)
     batch = training.batch_of_step(0, 20, 8, 0)
     assert steps[0]["response_tokens"] == sum(len(stored[i]["response_ids"]) for i in batch)
 
-    before, times = [f.read_bytes() for f in files], [f.stat().st_mtime_ns for f in files]
+    before, time, whole = [f.read_bytes() for f in files], files[0].stat().st_mtime_ns, out.with_name("whole")
     files[1].unlink()
-    whole = shutil.copytree(out, out.with_name("whole"))
-    shutil.rmtree(out / "student")
+    (out / "student").rename(whole)
     distil("run", flags)
-    assert [f.read_bytes() for f in files] == before and files[0].stat().st_mtime_ns == times[0]
-    assert_identical(out, whole)
+    assert [f.read_bytes() for f in files] == before and files[0].stat().st_mtime_ns == time
+    assert all((out / "student" / file.name).read_bytes() == file.read_bytes() for file in whole.iterdir())
 
-    sampled = [
-        distil(f"{seed}", f"{flags} --max-steps 1 --teacher-decoding sample --seed {seed}")[0] for seed in (0, 1)
-    ]
+    sampled = [distil(f"{seed}", f"{flags} --teacher-decoding sample --seed {seed}")[0] for seed in (0, 1)]
     contents = [before[0], *((folder / "responses" / "00000.jsonl").read_bytes() for folder in sampled)]
     assert len(set(contents)) == 3, "other responses than the greedy ones, the seed's own"
 
@@ -579,51 +564,20 @@ def test_cache(distil, pair_of_models, tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_two_processes(distil, command, tmp_path):
-    """Two processes against one: the last batch leaves a rank without an example, and a batch is dealt out unevenly.
-
-    Stored responses and samples are the same; losses and weights but for rounding. A sharded teacher is the teacher: its
-    ranks write 5 files of responses of unlike lengths together, and the last one on one rank alone.
-    """
-    short = "--limit 17 --max-steps 3 --micro-batch-size 2"
-    responses = "--mode teacher --teacher-decoding sample --prompts-per-batch 3 --limit 13 --max-new-tokens 20"
-    jobs = {
-        "teacher": f"{responses} --max-steps 2",
-        "student": f"--mode student --on-policy 0.6 --refresh-every 2 {short}",
-        "cache": f"--teacher-top-k 5 --prompts-per-batch 6 {short} --teacher-cache {tmp_path}/cached",
-    }
-    several = {name: flags if name == "cache" else f"{flags} --shard-teacher" for name, flags in jobs.items()}
-    argvs = [{"main": "kd", "argv": command(f"{name}2", flags)} for name, flags in several.items()]
-    (tmp_path / "jobs.json").write_text(json.dumps(argvs))
-    done = launch(2, "tests/workers.py", tmp_path / "jobs.json", env={"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0 and json.loads((tmp_path / "jobs.json.0").read_text()) == [0, 0, 0], done.stderr[-3000:]
-    (tmp_path / "cached").rename(tmp_path / "cached2")
-    for name, flags in jobs.items():
-        assert_near_runs(distil(name, flags), (tmp_path / f"{name}2", logged(tmp_path / f"{name}2")))
-    read = lambda folder: {f.name: f.read_bytes() for f in folder.glob("0*")}
-    assert read(tmp_path / "teacher/responses") == read(tmp_path / "teacher2/responses") != {}
-    assert len(read(tmp_path / "cached")) == 3 and read(tmp_path / "cached").keys() == read(tmp_path / "cached2").keys()
-
-
 def test_closing_table(distil, prompts_file, capsys, monkeypatch):
-    """With --eval-data: student before and after in print and in summary.json; without a teacher no distance.
-
-    "samples > eta" is decided by kd.py's first_mismatch, an argument of the table; the other columns are not.
-    """
+    """With --eval-data: student before and after; without a teacher no distance. Its rule is kd.py's first_mismatch."""
     flags = f"--eval-data {prompts_file} --eval-limit 4 --max-steps 1"
     out, _ = distil("run", flags)
-    summary, printed = runs.read_json(out / "summary.json"), capsys.readouterr().out
-    assert list(summary) == ["teacher", "student before", "student after"] and "4 held-out prompts" in printed
-    assert summary["student before"] != summary["student after"]
-
-    monkeypatch.setattr(kd, "first_mismatch", lambda *_: torch.tensor([0]))
-    (out / "summary.json").unlink()
-    distil("run", flags)
-    students = {name: values | {"replaced_samples": 1.0} for name, values in summary.items() if name != "teacher"}
-    assert summary != runs.read_json(out / "summary.json") == summary | students
-
+    summary = runs.read_json(out / "summary.json")
+    assert list(summary) == ["teacher", "student before", "student after"]
+    assert "4 held-out prompts" in capsys.readouterr().out and summary["student before"] != summary["student after"]
     out, _ = distil("sft", f"{flags} --kd-rate 0", teacher=False)
     assert runs.read_json(out / "summary.json")["student after"].keys() == {"accuracy"}
+
+    tables = []
+    monkeypatch.setattr(measure, "closing_table", lambda *arguments: tables.append(arguments[8:]))
+    distil("run", flags)
+    assert tables == [(16, 4.0, kd.first_mismatch)]
 
 
 def test_flags_win_over_the_toys_defaults():
