@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_identical, logged, make_model, weights, with_bias
+from test_decode import slow_decode, slow_draw, slow_noise
 from transformers import AutoModelForCausalLM
 
 import kd
@@ -296,16 +297,6 @@ def distil(pair_of_models, prompts_file, tmp_path):
     return run
 
 
-def assert_near_runs(ours, theirs):
-    """Two (OUT, metrics): the same but for rounding."""
-    for a, b in zip(ours[1], theirs[1], strict=True):
-        names = ("step", "loss", "ce", "kd", "grad_norm", "lr", "response_tokens")
-        assert [a[name] for name in names] == pytest.approx([b[name] for name in names], rel=2e-4, abs=2e-6)
-    weights_there = weights(theirs[0])
-    for key, weight in weights(ours[0]).items():
-        assert (weight - weights_there[key]).norm() <= 2e-3 * weights_there[key].norm(), key
-
-
 @pytest.fixture
 def gold(prompts_file, tokenizer):
     """(prompt ids, response ids, label) of the data, in order, put together by hand."""
@@ -438,9 +429,7 @@ def test_teacher_mode(distil, plain_models, gold, tokenizer):
     for i, (row, (prompt, _, _)) in enumerate(zip(stored, gold[:20], strict=True)):
         ids = row["response_ids"]
         assert row["prompt_id"] == i and row["response"] == tokenizer.decode(ids, skip_special_tokens=True)
-        with torch.no_grad():
-            logits = plain_models[1](torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1, :VOCAB]
-        assert logits.argmax(-1).tolist() == ids and (len(ids) == 12 or ids[-1] == EOS)
+        assert slow_decode(plain_models[1], prompt, lambda logits, t: logits.argmax().item(), 12, [EOS])[0] == ids
     batch = training.batch_of_step(0, 20, 8, 0)
     assert steps[0]["response_tokens"] == sum(len(stored[i]["response_ids"]) for i in batch)
 
@@ -481,14 +470,9 @@ def test_student_mode(distil, plain_models, gold, monkeypatch):
             mine = [i for s, i in sampled if s == step]
             assert sorted(mine) == sorted(training.batch_of_step(step, 40, 8, 0)[:4])
             for i in mine[:2]:  # each sample drawn alone, without cache
-                ids, prompt = list(gold[i][0]), gold[i][0]
-                while len(ids) - len(prompt) < 40 and ids[-1] != EOS:
-                    numbers = [torch.tensor([x]) for x in (i, step, len(ids) - len(prompt))]
-                    noise = decode.uniform_noise(0, decode.KD_STUDENT_STAGE, *numbers)
-                    with torch.no_grad():
-                        logits = lm(torch.tensor([ids])).logits[:, -1, :VOCAB]
-                    ids.append(decode.sample_token(logits, noise, 1.0, 1.0).item())
-                assert ids[len(prompt) :] == sampled[step, i]
+                place = (0, decode.KD_STUDENT_STAGE, i, step)
+                pick = lambda logits, t, place=place: slow_draw(logits.tolist(), slow_noise(*place, t))
+                assert slow_decode(lm, gold[i][0], pick, 40, [EOS])[0] == sampled[step, i]
         step = window[0]  # the replica is the student of this step
         batch = training.batch_of_step(step, 40, 8, 0)
         rows = [(gold[i][0], sampled.get((step, i), gold[i][1]), (step, i) not in sampled) for i in batch]
@@ -516,8 +500,13 @@ def test_on_policy_data_need_no_responses(distil, tmp_path):
 
 @pytest.mark.parametrize("flags", ["--loss reverse_kl --temperature 2", "--mode teacher --max-new-tokens 9"])
 def test_cache_of_the_whole_vocabulary_equals_the_live_teacher(distil, tmp_path, flags):
-    cached = distil("cached", f"{flags} --teacher-cache {tmp_path}/cache --teacher-top-k 64")
-    assert_near_runs(distil("live", flags), cached)
+    live, live_steps = distil("live", flags)
+    cached, cached_steps = distil("cached", f"{flags} --teacher-cache {tmp_path}/cache --teacher-top-k 64")
+    for ours, theirs in zip(cached_steps, live_steps, strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-4, abs=2e-6)
+    expected = weights(live)
+    for key, weight in weights(cached).items():
+        assert (weight - expected[key]).norm() <= 2e-3 * expected[key].norm(), key
 
 
 OTHERWISE = {

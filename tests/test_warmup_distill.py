@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import logged, make_model, weights
 from safetensors.torch import load_file
+from test_decode import slow_decode, slow_draw, slow_noise, slow_score
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForSequenceClassification
 
@@ -21,7 +22,6 @@ from lib import data, decode, measure, models, runs
 from toy import make as toy
 
 INF = math.inf
-STUDENT_STAGE, TEACHER_STAGE, EVAL_STAGE = decode.STUDENT_STAGE, decode.TEACHER_STAGE, decode.EVAL_STAGE
 VOCAB, EOS = 22, 2
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,32 +182,15 @@ def assert_same_records(records, expected):
         assert flat[0] == pytest.approx(flat[1], abs=2e-4)
 
 
-@torch.no_grad()
-def log_softmax_of_next(model, ids):
-    return model(input_ids=torch.tensor([ids])).logits[0, -1, :VOCAB].float().log_softmax(-1)
-
-
 def slow_write(run, model, prompt, before, sample_id, stage, greedy=False):
     """Writes on from prompt + `before`, each token from a full forward over everything so far. Returns ids, log-probs."""
-    args, written, logprobs = run.args, [], []
-    while len(before) + len(written) < args.max_new_tokens:
-        values = log_softmax_of_next(model, prompt["ids"] + before + written)
-        place = [torch.tensor([v]) for v in (prompt["prompt_id"], sample_id, len(before) + len(written))]
-        noise = decode.uniform_noise(args.seed, stage, *place)
-        token = decode.sample_token(values[None], noise, args.temperature, args.top_p).item()
-        token = values.argmax().item() if greedy else token
-        written.append(token)
-        logprobs.append(values[token].item())
-        if token in run.tokens.eos_ids:
-            break
-    return written, logprobs
+    args, place = run.args, (stage, prompt["prompt_id"], sample_id)
 
+    def pick(logits, step):
+        noise = slow_noise(args.seed, *place, len(before) + step)
+        return logits.argmax().item() if greedy else slow_draw(logits.tolist(), noise, args.temperature, args.top_p)
 
-@torch.no_grad()
-def slow_score(model, prompt, response):
-    """log p of each response token from one plain forward: no cache, no padding, no batch."""
-    logits = model(input_ids=torch.tensor([prompt["ids"] + response])).logits[0, len(prompt["ids"]) - 1 : -1]
-    return logits[:, :VOCAB].float().log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0].tolist()
+    return slow_decode(model, prompt["ids"] + before, pick, args.max_new_tokens - len(before), run.tokens.eos_ids)
 
 
 def assert_equals_twin(run):
@@ -216,14 +199,16 @@ def assert_equals_twin(run):
     places = [(prompt, sample_id) for prompt in run.prompts for sample_id in range(args.samples)]
     assert len(run.records) == len(places)
     for record, (prompt, sample_id) in zip(run.records, places):
-        response, q = slow_write(run, student, prompt, [], sample_id, STUDENT_STAGE)
-        p = slow_score(teacher, prompt, response)
+        response, q = slow_write(run, student, prompt, [], sample_id, decode.STUDENT_STAGE)
+        p = slow_score(teacher, prompt["ids"], response).tolist()
         t_star = next((t for t in range(len(response)) if q[t] - p[t] > args.eta), -1)
         position, written, values = len(response), [], []
         if t_star >= 0:
             position, greedy = t_star + (args.replace == "after"), args.teacher_decoding == "greedy"
         if position < len(response):  # else there is nothing to write
-            written, values = slow_write(run, teacher, prompt, response[:position], sample_id, TEACHER_STAGE, greedy)
+            written, values = slow_write(
+                run, teacher, prompt, response[:position], sample_id, decode.TEACHER_STAGE, greedy
+            )
         expected = {"prompt_id": prompt["prompt_id"], "sample_id": sample_id, "t_star": t_star, "prefix_len": position}
         expected |= {"response_ids": response, "ended": response[-1] in run.tokens.eos_ids}
         expected |= {"chosen_ids": response[:position] + written}
@@ -663,7 +648,7 @@ def test_held_out_prompts_sharded_teacher_and_teacher_as_reference(argv, tmp_pat
     pair = runs.read_jsonl(tmp_path / "out" / "pairs.jsonl")[0]
     start = dpo.shared_length(pair["chosen_ids"], pair["rejected_ids"])
     teacher = AutoModelForCausalLM.from_pretrained(argv[1]).eval()
-    expected = sum(slow_score(teacher, {"ids": pair["prompt_ids"]}, pair["chosen_ids"])[start:])
+    expected = slow_score(teacher, pair["prompt_ids"], pair["chosen_ids"])[start:].sum().item()
     assert found[0][0, 1].item() == pytest.approx(expected, abs=1e-3)
 
 
