@@ -281,12 +281,6 @@ def test_sample_token_keeps_the_tail_of_a_large_vocabulary():
     assert tokens.min() > 0 and len(tokens.unique()) >= 98 and tokens.diff().max() <= 2
 
 
-def full_cumsum(logits, noise):
-    """The twin of `sample_token`'s two levels: one running sum over the vocabulary, all of it in float64."""
-    cdf = logits.double().softmax(-1).cumsum(-1)
-    return torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True)[:, 0], cdf
-
-
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8, 9, 15, 16, 17])
 def test_sample_token_on_every_small_table(size):
     """Weights 0 and 1 in every pattern (sampled from 2^10 on), on a grid that meets every boundary and both sides of it."""
@@ -301,11 +295,15 @@ def test_sample_token_on_every_small_table(size):
 
 @pytest.mark.parametrize("size, scale", [(1000, 1), (1024, 5), (49_152, 1), (151_936, 3), (151_936, 0)])
 def test_sample_token_equals_one_running_sum(size, scale):
-    """Large vocabularies: the twin's token, or its neighbour where noise is within float32 rounding of the boundary."""
+    """Large vocabularies, on two levels, against one sum over all of it in float64.
+
+    The same token, or its neighbour where noise is within float32 rounding of the boundary.
+    """
     logits = scale * torch.randn(16, size, generator=torch.Generator().manual_seed(size))
     logits[:, ::7] = -math.inf
-    noise = draws_along("sample", 16)
-    tokens, (slow, cdf) = decode.sample_token(logits, noise, 1.0, 1.0), full_cumsum(logits, noise)
+    noise, cdf = draws_along("sample", 16), logits.double().softmax(-1).cumsum(-1)
+    slow = torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True)[:, 0]
+    tokens = decode.sample_token(logits, noise, 1.0, 1.0)
     ends = cdf.gather(-1, torch.stack([tokens, slow], -1).amin(-1)[:, None])[:, 0]
     assert (logits.gather(-1, tokens[:, None]) > -math.inf).all()
     assert ((tokens == slow) | ((ends - noise).abs() < 1e-6)).all() and (tokens == slow).sum() >= 14
