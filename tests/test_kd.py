@@ -391,7 +391,7 @@ def test_long_responses_are_left_out(distil, gold, capsys):
 
 @pytest.mark.parametrize("told", [False, True])
 @pytest.mark.parametrize("flags, last", [("--save-every 2", 5), ("--save-every 4 --mode student --refresh-every 2", 6)])
-def test_resume_bit_for_bit(distil, monkeypatch, flags, last, told):
+def test_resume_bit_for_bit(distil, tmp_path, monkeypatch, flags, last, told):
     """Killed in step 6, or told to stop in step 5, then taken up again: the same metrics and weights as without.
 
     A run that is told to stop finishes the step; on-policy ones go on to where new samples are drawn, here to step 6.
@@ -411,6 +411,7 @@ def test_resume_bit_for_bit(distil, monkeypatch, flags, last, told):
     with pytest.raises(runs.Stopped if told else InterruptedError, match=f"after step {last}," if told else None):
         distil("parts", flags)
     monkeypatch.undo()
+    assert (tmp_path / f"parts/checkpoint/step-{last if told else 4:06d}").is_dir()
     assert_identical(distil("parts", flags)[0], whole)
 
 
