@@ -44,7 +44,7 @@ def collate(sequences, pad_id, device):
         source.extend(range(first, first + len(response)))
         target.extend(response if labelled else [-100] * len(response))
     tensors = {"token_ids": token_ids, "source": torch.tensor(source), "target": torch.tensor(target)}
-    if device.type == "cuda":  # copies that the host need not wait for
+    if torch.device(device).type == "cuda":  # copies that the host need not wait for
         tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
     return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 

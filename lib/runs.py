@@ -355,8 +355,10 @@ def fingerprint(path):
     """
     path, content = Path(path), hashlib.sha256()
     if not path.exists():
-        cached = huggingface_hub.try_to_load_from_cache(str(path), "config.json")
-        return Path(cached).parent.name if isinstance(cached, str) else None
+        with contextlib.suppress(ValueError):  # a path may be no hub id
+            cached = huggingface_hub.try_to_load_from_cache(str(path), "config.json")
+            return Path(cached).parent.name if isinstance(cached, str) else None
+        return None
     endings = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")
     for file in [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in endings):
         size = file.stat().st_size

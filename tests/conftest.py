@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from lib import runs
 from toy import make as toy
@@ -27,6 +27,7 @@ def make_model(family, seed, width=16, layers=2, rows=None, std=0.3, **kwargs):
     config_class, model_class = {
         "llama": (LlamaConfig, LlamaForCausalLM),
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "gpt2": (GPT2Config, GPT2LMHeadModel),  # learned positions, and dropout unless it is turned off
     }[family]
     settings = {
         "vocab_size": rows or len(toy.make_tokenizer()),
@@ -43,6 +44,12 @@ def make_model(family, seed, width=16, layers=2, rows=None, std=0.3, **kwargs):
         **kwargs,
     }
     return model_class(config_class(**settings)).eval()
+
+
+def with_bias(model):
+    """The model, whose head now has a random bias, as some families' heads have one."""
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(len(model.lm_head.weight)))
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ tokens, and log-probs to 1e-5.
 """
 
 import bisect
-import inspect
 import itertools
 import math
 import random
@@ -13,10 +12,10 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_model
+from conftest import make_model, with_bias
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaModel, Qwen2Model
+from transformers import GenerationConfig
 
 from lib import decode
 
@@ -31,14 +30,10 @@ FAMILIES = ["llama", "qwen2", "biased"]
 @pytest.fixture(scope="module")
 def models():
     """A Llama with a row for each token; a Qwen2 with more rows than tokens; a Llama whose head has a bias, too."""
-    biased = make_model("llama", 3, rows=32)
-    biased.lm_head = torch.nn.Linear(16, 32)
-    torch.nn.init.normal_(biased.lm_head.bias)
-    torch.nn.init.normal_(biased.lm_head.weight, std=0.3)
     return {
         "llama": make_model("llama", 1, rows=VOCAB),
         "qwen2": make_model("qwen2", 2, width=24, rows=32),
-        "biased": biased.eval(),
+        "biased": with_bias(make_model("llama", 3, rows=32)),
     }
 
 
@@ -172,7 +167,6 @@ def chi_square_p(counts, expected):
     return torch.special.gammaincc(freedom, statistic / 2).item()
 
 
-DRAWS = 1 << 15
 FIELDS = ["seed", "stage", "prompt", "sample", "position"]
 
 
@@ -180,30 +174,22 @@ def one_noise(seed, stage, *place):
     return decode.uniform_noise(seed, stage, *(torch.tensor([x]) for x in place)).item()
 
 
-def draws_along(field, count=DRAWS):
-    """Noise for `count` successive values of one field, the others fixed."""
+def draws_along(field, count=1 << 15):
+    """The twin's noise, the same numbers as `uniform_noise`'s, for successive values of one field, the others fixed."""
     fixed, field = [11, 1, 3, 2, 5], FIELDS.index(field)
-    if field < 2:  # seed and stage are scalars
-        values = [one_noise(*fixed[:field], k, *fixed[field + 1 :]) for k in range(count)]
-        return torch.tensor(values, dtype=torch.float64)
-    columns = [torch.full((count,), value) for value in fixed[2:]]
-    columns[field - 2] = torch.arange(count)
-    return decode.uniform_noise(*fixed[:2], *columns)
+    draws = [slow_noise(*fixed[:field], k, *fixed[field + 1 :]) for k in range(count)]
+    return torch.tensor(draws, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_noise_is_uniform_along_each_field(field):
-    """Chi-square on 64 bins (p > 0.001), serial correlation at lags 1 to 3 (under 4 / sqrt(n)), chi-square of pairs."""
-    u = draws_along(field, 4096 if field in ("seed", "stage") else DRAWS)
-    n = len(u)
-    assert u.dtype == torch.float64 and 0 <= u.min() and u.max() < 1
-    assert len(u.unique()) == n  # 52 bits: a repeat among 2^15 draws has probability 1e-7
-    assert 0.001 < chi_square_p(torch.bincount((u * 64).long(), minlength=64), n / 64) < 0.999
-    for lag in (1, 2, 3):
-        correlation = torch.corrcoef(torch.stack([u[:-lag], u[lag:]]))[0, 1]
-        assert abs(correlation) * math.sqrt(n) < 4
-    cells = (u[0::2] * 16).long() * 16 + (u[1::2] * 16).long()  # disjoint pairs of neighbours
-    assert 0.001 < chi_square_p(torch.bincount(cells, minlength=256), n / 2 / 256) < 0.999
+    """Chi-square (p > 0.001) of pairs at distances 1 to 3 on 16 x 16 cells: uniform, and neighbours are independent."""
+    u = draws_along(field)
+    assert len(u.unique()) == len(u)  # 52 bits: a repeat among 2^15 draws has probability 1e-7
+    cells = (16 * u.view(-1, 4)).long()
+    for distance in (1, 2, 3):
+        counts = torch.bincount(16 * cells[:, 0] + cells[:, distance], minlength=256)
+        assert 0.001 < chi_square_p(counts, len(cells) / 256) < 0.999
 
 
 def test_noise_of_neighbouring_samples_and_positions_is_independent():
@@ -228,28 +214,22 @@ int64 = st.integers(-(1 << 63), (1 << 63) - 1)
 @given(int64, st.integers(0, 1 << 40), st.lists(st.tuples(int64, int64, int64), min_size=1, max_size=4))
 def test_noise_equals_python_integers(seed, stage, rows):
     """int64 products that wrap and shifts that keep the sign against unsigned arithmetic; also, rows do not mix."""
-    noise = decode.uniform_noise(seed, stage, *torch.tensor(rows).T).tolist()
-    assert noise == [slow_noise(seed, stage, *row) for row in rows]
-
-
-PINNED = [
-    ((0, 0, 0, 0, 0), 0.1296456182997474),
-    ((0, 1, 0, 0, 0), 0.8847898165349131),
-    ((42, 1, 7472, 7, 511), 0.32914885037539765),
-    ((2**62 - 1, 1, 5, 0, 1), 0.6173751517331749),
-]
+    noise = decode.uniform_noise(seed, stage, *torch.tensor(rows).T)
+    assert noise.dtype == torch.float64 and noise.tolist() == [slow_noise(seed, stage, *row) for row in rows]
 
 
 def test_noise_pinned():
     """A change to any of these numbers changes every sample of every run that was ever made."""
-    assert [one_noise(*fields) for fields, _ in PINNED] == [pinned for _, pinned in PINNED]
+    assert one_noise(0, 0, 0, 0, 0) == 0.1296456182997474
+    assert one_noise(0, 1, 0, 0, 0) == 0.8847898165349131
+    assert one_noise(42, 1, 7472, 7, 511) == 0.32914885037539765
+    assert one_noise(2**62 - 1, 1, 5, 0, 1) == 0.6173751517331749
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # sample_token
 # ---------------------------------------------------------------------------------------------------------------------
 
-LOGITS = [0.3, -1.2, 2.0, 0.9, -4.0, 1.1, 0.0]
 ALMOST_ONE = 1 - 2**-52  # the largest value of uniform_noise
 
 
@@ -257,16 +237,6 @@ def draw(logits, noise, temperature=1.0, top_p=1.0):
     """Tokens of one distribution for many noises."""
     noise = torch.as_tensor(noise, dtype=torch.float64)
     return decode.sample_token(torch.tensor(logits).expand(len(noise), -1), noise, temperature, top_p)
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.5])
-def test_sample_token_follows_the_distribution(temperature, top_p):
-    """An even grid of n noises: a token comes up n p times, but for one at each end."""
-    probs, n = torch.tensor(slow_probs(LOGITS, temperature, top_p), dtype=torch.float64), 100_000
-    counts = torch.bincount(draw(LOGITS, (torch.arange(n) + 0.5) / n, temperature, top_p), minlength=len(LOGITS))
-    assert (counts[probs == 0] == 0).all()
-    assert_near(counts.double(), n * probs, 1.1)
 
 
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 1.0), (1.0, 0.8), (1.5, 0.3)])
@@ -311,12 +281,6 @@ def test_sample_token_keeps_the_tail_of_a_large_vocabulary():
     assert tokens.min() > 0 and len(tokens.unique()) >= 98 and tokens.diff().max() <= 2
 
 
-def full_cumsum(logits, noise):
-    """The twin of `sample_token`'s two levels: one running sum over the vocabulary, all of it in float64."""
-    cdf = logits.double().softmax(-1).cumsum(-1)
-    return torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True)[:, 0], cdf
-
-
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8, 9, 15, 16, 17])
 def test_sample_token_on_every_small_table(size):
     """Weights 0 and 1 in every pattern (sampled from 2^10 on), on a grid that meets every boundary and both sides of it."""
@@ -331,11 +295,15 @@ def test_sample_token_on_every_small_table(size):
 
 @pytest.mark.parametrize("size, scale", [(1000, 1), (1024, 5), (49_152, 1), (151_936, 3), (151_936, 0)])
 def test_sample_token_equals_one_running_sum(size, scale):
-    """Large vocabularies: the twin's token, or its neighbour where noise is within float32 rounding of the boundary."""
+    """Large vocabularies, on two levels, against one sum over all of it in float64.
+
+    The same token, or its neighbour where noise is within float32 rounding of the boundary.
+    """
     logits = scale * torch.randn(16, size, generator=torch.Generator().manual_seed(size))
     logits[:, ::7] = -math.inf
-    noise = draws_along("sample", 16)
-    tokens, (slow, cdf) = decode.sample_token(logits, noise, 1.0, 1.0), full_cumsum(logits, noise)
+    noise, cdf = draws_along("sample", 16), logits.double().softmax(-1).cumsum(-1)
+    slow = torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True)[:, 0]
+    tokens = decode.sample_token(logits, noise, 1.0, 1.0)
     ends = cdf.gather(-1, torch.stack([tokens, slow], -1).amin(-1)[:, None])[:, 0]
     assert (logits.gather(-1, tokens[:, None]) > -math.inf).all()
     assert ((tokens == slow) | ((ends - noise).abs() < 1e-6)).all() and (tokens == slow).sum() >= 14
@@ -391,21 +359,9 @@ def test_token_logprobs_at_the_edges():
     assert_near(decode.token_logprobs(hidden, weight, bias, targets, 5), plain)
 
 
-def test_head_chunk_is_128_mib():
-    assert decode.head_chunk(152_064) == 220  # 220 x 152,064 x 4 bytes = 133.8 MB, 221 would be over 2^27
-    assert decode.head_chunk(1 << 40) == 1
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # prefill, expand, decode
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family, forward", [("llama", LlamaModel.forward), ("qwen2", Qwen2Model.forward)])
-def test_the_cache_is_taken_under_its_keyword(models, family, forward):
-    """A wrong keyword would be swallowed by **kwargs: each layer must hold the prompts' columns after the prefill."""
-    assert decode.CACHE in inspect.signature(forward).parameters
-    assert [layer.get_seq_length() for layer in prefill(models[family]).cache.layers] == [9, 9]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -421,54 +377,31 @@ def test_greedy_equals_no_cache(models, family):
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.8)])
 def test_sampling_equals_no_cache(models, family, temperature, top_p):
     """The same noise gives the same tokens; the log-probs are the untempered, untruncated distribution's."""
-    model, start, prompt_ids, sample_ids = models[family], [0, 4, 0, 9, 1], [8, 0, 3, 3, 1], [0, 1, 2, 3, 0]
-    choose = fast_sampler(prompt_ids, sample_ids, start, temperature, top_p)
-    slow = [
-        slow_decode(model, prompt, slow_sampler(*place, temperature, top_p), 12, EOS)
-        for prompt, *place in zip(PROMPTS, prompt_ids, sample_ids, start)
-    ]
-    assert_same(fast_decode(model, prefill(model), choose, 12), slow)
+    places = list(zip([8, 0, 3, 3, 1], [0, 1, 2, 3, 0], [0, 4, 0, 9, 1]))  # prompt, sample, start
+    model, options = models[family], (temperature, top_p)
+    fast = fast_decode(model, prefill(model), fast_sampler(*zip(*places), *options), 12)
+    rows = zip(PROMPTS, places)
+    assert_same(fast, [slow_decode(model, p, slow_sampler(*place, *options), 12, EOS) for p, place in rows])
 
 
-@pytest.mark.parametrize("eos", [[3], EOS])
-def test_greedy_equals_generate(models, eos):
+def test_greedy_equals_generate(models):
     """transformers' own loop on the same left-padded batch."""
     model, width = models["llama"], max(map(len, PROMPTS))
     batch = torch.tensor([[PAD] * (width - len(p)) + p for p in PROMPTS])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in PROMPTS])
-    config = GenerationConfig(do_sample=False, max_new_tokens=15, eos_token_id=eos, pad_token_id=PAD)
+    config = GenerationConfig(do_sample=False, max_new_tokens=15, eos_token_id=EOS, pad_token_id=PAD)
     theirs = model.generate(batch, attention_mask=mask, generation_config=config)[:, width:].tolist()
-    for (a, _), b in zip(fast_decode(model, prefill(model), decode.greedy, 15, eos), theirs, strict=True):
+    for (a, _), b in zip(fast_decode(model, prefill(model), decode.greedy, 15), theirs, strict=True):
         assert a == b[: len(a)] and set(b[len(a) :]) <= {PAD}
-        assert len(a) == 15 or a[-1] in eos
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logprobs_are_padded_with_zeros(dtype):
-    """`fast_decode` checks the form: T is the longest response, 0 after each end, where a row's forward may go on."""
-    model, budget = make_model("llama", 1, rows=VOCAB).to(dtype), torch.tensor([3, 0, 7, 1, 2])
-    lengths = lambda *options: [len(ids) for ids, _ in fast_decode(model, prefill(model), fast_sampler(), *options)]
-    assert lengths(budget, []) == budget.tolist() and lengths(0 * budget, []) == [0] * 5
-    assert lengths(budget + 9, list(range(VOCAB))) == [1] * 5, "no column for the budget that is left"
-
-
-def test_tokens_beyond_the_vocabulary_have_no_probability(models):
-    """Rows 22 to 31 of the Qwen2 head are padding: made likeliest, they are still neither drawn nor counted."""
-    model = make_model("qwen2", 2, width=24, rows=32)
-    with torch.no_grad():
-        model.get_output_embeddings().weight[VOCAB:] *= 30
-    fast = fast_decode(model, prefill(model), fast_sampler(), 8)
-    assert_same(fast, fast_decode(models["qwen2"], prefill(models["qwen2"]), fast_sampler(), 8))
+        assert len(a) == 15 or a[-1] in EOS
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_expand_equals_prompts_repeated(models, family):
+def test_expand_equals_no_cache(models, family):
     """Row i becomes rows i*n .. i*n + n-1, each sampling on its own."""
     model, n = models[family], 3
     choose = fast_sampler([i for i in range(5) for _ in range(n)], list(range(n)) * 5)
     fast = fast_decode(model, decode.expand(prefill(model), n), choose, 8)
-    repeated = prefill(model, [p for p in PROMPTS for _ in range(n)])
-    assert_same(fast, fast_decode(model, repeated, choose, 8))
     assert_same(fast, [slow_decode(model, PROMPTS[i // n], slow_sampler(i // n, i % n), 8, EOS) for i in range(15)])
     assert len({tuple(ids) for ids, _ in fast}) > 10
 
@@ -547,8 +480,7 @@ def test_other_ranks_that_go_on_change_nothing(models, budget, extra):
 
 def test_positions_end_with_the_context():
     """Learned positions, a context of prompt and response and no more: a row that is done walks no further than it."""
-    config = GPT2Config(vocab_size=22, n_positions=24, n_embd=32, n_layer=2, n_head=2)
-    model = GPT2LMHeadModel(config).eval()
+    model = make_model("gpt2", 1, max_position_embeddings=24)
     rows, hidden, _ = decode.score(model, prefill(model, [[5] * 8] * 5), [[6] * 16] * 5, TOKENS)
     start = torch.tensor([15, 0, 0, 0, 0])
     fast = fast_decode(model, decode.rewind(rows, start, hidden), decode.greedy, 16 - start, [-1])
@@ -563,9 +495,12 @@ def test_positions_end_with_the_context():
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("responses", [RESPONSES, [[4, 9, 2], [], [2], [], [19, 10]]], ids=["full", "some empty"])
 def test_score_equals_each_sequence_alone(models, family, responses):
-    """Log-probs, 0 after a response's end; hidden[:, t] predicts token t. A response may be empty beside others."""
+    """Log-probs, 0 after a response's end; hidden[:, t] predicts token t. A response may be empty beside others.
+
+    The rows that come back predict what follows their whole response.
+    """
     model = models[family]
-    _, hidden, logprobs = decode.score(model, prefill(model), responses, TOKENS)
+    rows, hidden, logprobs = decode.score(model, prefill(model), responses, TOKENS)
     assert logprobs.shape == (5, max(map(len, responses))) and logprobs.dtype == torch.float32
     assert hidden.shape[:2] == (5, logprobs.shape[1] + 1)
     for i, (prompt, response) in enumerate(zip(PROMPTS, responses)):
@@ -574,15 +509,8 @@ def test_score_equals_each_sequence_alone(models, family, responses):
         assert (logprobs[i, n:] == 0).all()
         logits = decode.next_logits(model, hidden[i, : n + 1], VOCAB)
         assert_near(logits, all_logits(model, prompt + response)[len(prompt) - 1 :], 2e-5)
-
-
-def test_decode_goes_on_after_score(models):
-    """Without a rewind: rows predict what follows their whole response, the empty one too."""
-    model, responses = models["qwen2"], [[4, 9, 3], [15, 8, 8, 21, 5, 6], [], [6], [19, 10]]
-    rows, _, _ = decode.score(model, prefill(model), responses, TOKENS)
     fresh = prefill(model, [p + r for p, r in zip(PROMPTS, responses)])
-    choose = fast_sampler()
-    assert_same(fast_decode(model, rows, choose, 8), fast_decode(model, fresh, choose, 8))
+    assert_same(fast_decode(model, rows, fast_sampler(), 8), fast_decode(model, fresh, fast_sampler(), 8))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -602,28 +530,12 @@ def test_rewind_equals_a_fresh_prefill(models, family, limit):
         assert_same(fast, fast_decode(model, fresh, choose, 8, []))
 
 
-def test_rewind_equals_no_cache(models):
-    """As the splice uses it: expanded rows, some of them selected, each kept to its own t*, budgets of what is left."""
-    model, n, keep, chosen = models["qwen2"], 2, torch.tensor([2, 0, 5, 1]), torch.tensor([0, 3, 2, 5])
-    prompts = [p for p in PROMPTS[:3] for _ in range(n)]
-    responses = [RESPONSES[i] for i in (0, 1, 1, 4, 3, 3)]
-    rows = decode.expand(prefill(model, PROMPTS[:3]), n)
-    rows, hidden, _ = decode.score(model, rows, responses, TOKENS)
-    rows = decode.rewind(rows.select(chosen), keep, hidden[chosen])
-    choose = fast_sampler([0, 1, 1, 2], [0, 1, 0, 1], keep)
-    fast = fast_decode(model, rows, choose, 10 - keep)
-    slow = [
-        slow_decode(model, prompts[c] + responses[c][:k], slow_sampler(c // n, c % n, k), 10 - k, EOS)
-        for c, k in zip(chosen.tolist(), keep.tolist())
-    ]
-    assert_same(fast, slow)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Numerical traps
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+# In bfloat16 a different summation order moves a log-prob by some 2^-8 of its size
 # In bfloat16 a different summation order moves a log-prob by some 2^-8 of its size
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.15)])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -638,4 +550,4 @@ def test_one_token_beside_a_long_prompt(family, dtype, tolerance):
     _, _, alone = decode.score(model, prefill(model, [[1]]), [[5, 6, 7, 2]], TOKENS)
     assert_near(logprobs[0], alone[0], tolerance)
     fast = fast_decode(model, decode.rewind(rows, torch.tensor([2, 0]), hidden), fast_sampler(), 6, [])
-    assert [len(ids) for ids, _ in fast] == [6, 6] and all(map(math.isfinite, fast[0][1] + fast[1][1]))
+    assert all(len(ids) == 6 and all(map(math.isfinite, logprobs)) for ids, logprobs in fast)

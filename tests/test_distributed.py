@@ -39,6 +39,14 @@ GRADIENTS = {
 # 24 divides by 1, 2, 3 and 8: one step an epoch of 10 pairs or 14 examples, and most of 8 ranks have one or none
 EIGHT = "--batch-size 24 --epochs 4 --lr 1e-3"
 KD = "--mode teacher --loss reverse_kl --max-new-tokens 12 --prompts-per-batch 3 --limit 14 --eval-limit 0 --save-every 2"
+# 13 examples, 6 a step: the third step's one leaves a rank without an example. The teacher writes 5 files of responses of
+# unlike lengths, the last one on one rank alone
+KD_SHORT = "--limit 13 --max-steps 3 --max-new-tokens 40 --prompts-per-batch 3"
+KD_MODES = {
+    "kd-teacher": "--mode teacher --teacher-decoding sample",
+    "kd-student": "--mode student --on-policy 0.6 --refresh-every 2",
+    "kd-cache": "--teacher-top-k 5",
+}
 APPEND, STOPPED = "lib.runs.append_jsonl", 128 + signal.SIGTERM
 # Where a training run is killed, one after the other; each time it is started again. (function, words in its arguments)
 DEATHS = [
@@ -104,6 +112,9 @@ class Jobs:
             return
         for name, (policy, reference, count, flags) in GRADIENTS.items():
             yield self.dpo(name, flags, policy, reference, count, record=True)
+        for name, flags in KD_MODES.items() if n != 3 else ():
+            flags += f" --teacher-cache {self.root}/{n}/cache" if name == "kd-cache" else " --shard-teacher" * (n == 2)
+            yield self.method(name, f"{KD_SHORT} {flags}", "kd")
         yield self.dpo("train", TRAIN)
         # Begun with 2 processes, continued with 1, ended with 3
         step = {2: 3, 0: 5, 3: None}[n]
@@ -278,6 +289,18 @@ def test_training_does_not_depend_on_processes(jobs, pair_of_models, name, n, st
     files = sorted(f.name for f in alone.glob("responses/*"))
     assert len(files) == (5 if name == "eight-kd" else 0)
     assert all((ours / "responses" / f).read_bytes() == (alone / "responses" / f).read_bytes() for f in files)
+
+
+@pytest.mark.parametrize("name", KD_MODES)
+def test_kd_with_two_processes(jobs, pair_of_models, name):
+    """Each mode, with a teacher that is sharded over both, and the teacher cache: what is stored and sampled is the same."""
+    ours, alone = jobs.out(2, name), jobs.out(0, name)
+    assert_same_training(ours, alone, pair_of_models, 3)
+    read = lambda folder: {file.name: file.read_bytes() for file in folder.glob("0*")}
+    assert read(ours / "responses") == read(alone / "responses")
+    assert len(read(alone / "responses")) == (5 if name == "kd-teacher" else 0)
+    cached = [sorted(read(out.with_name("cache"))) for out in (ours, alone)]
+    assert cached[0] == cached[1] and len(cached[0]) == 5
 
 
 def test_bfloat16(jobs):

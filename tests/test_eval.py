@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import launch, make_model
 from safetensors.torch import load_file, save_file
-from test_scoring import GSM8K_ROWS, make_english_tokenizer, minillm_row
+from test_data import byte_tokenizer
+from test_scoring import GSM8K_ROWS, minillm_row
 from transformers import AutoModelForCausalLM
 
 import eval as evaluation
@@ -147,7 +148,7 @@ def test_distance_with_a_nan_names_the_prompt(distance, student_and_teacher, whi
 @pytest.fixture(scope="module")
 def english(tmp_path_factory):
     """Two random models that can read English, and a file for each of two sets."""
-    root, tokenizer = tmp_path_factory.mktemp("english"), make_english_tokenizer()
+    root, tokenizer = tmp_path_factory.mktemp("english"), byte_tokenizer(False)
     for name, seed in (("a", 1), ("b", 2)):
         make_model("llama", seed, rows=len(tokenizer), max_position_embeddings=1024).save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
@@ -252,7 +253,7 @@ def test_a_nan_names_the_prompt(english, tmp_path, name):
     shutil.copytree(english / "a", folder := tmp_path / "nan")
     weights = load_file(folder / "model.safetensors")
     character, prompt_id = {"sni": ("2", 2), "gsm8k": (",", 1)}[name]
-    weights["model.embed_tokens.weight"][make_english_tokenizer().convert_tokens_to_ids(character)] = torch.nan
+    weights["model.embed_tokens.weight"][byte_tokenizer(False).convert_tokens_to_ids(character)] = torch.nan
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     argv = f"--model {folder} --data {name}={english}/{name}.jsonl --out {tmp_path}/out --threads 1 --device cpu"
     with pytest.raises(UserError, match=f"log-probs are NaN or infinite, for prompt {prompt_id}, use"):

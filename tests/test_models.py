@@ -54,13 +54,11 @@ def broken(tmp_path, pair_of_models):
     return copy
 
 
-def set_config(folder, name="config.json", **values):
-    file = folder / name
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+def edit_config(name="config.json", **values):
+    def how(folder):
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | values))
 
-
-def edit_config(**values):
-    return lambda folder: set_config(folder, **values)
+    return how
 
 
 def put(name, text):
@@ -126,13 +124,11 @@ def test_bad_model_folder(pair_of_models, broken, which, how, expected):
     assert_error(expected.format(folder), load, paths["student"], paths["teacher"])
 
 
-SOFT = "the model changes its logits after lm_head ({}), in {{}}, use a model without it"
-WINDOW = "sliding-window attention is not supported, in {}, use a model with full attention"
 UNSUPPORTED = [
-    (Gemma3TextConfig, {"head_dim": 8, "final_logit_softcapping": 30.0}, SOFT.format("final_logit_softcapping")),
-    (CohereConfig, {}, SOFT.format("logit_scale")),
-    (GraniteConfig, {"logits_scaling": 2.0}, SOFT.format("logits_scaling")),
-    (MistralConfig, {"sliding_window": 8}, WINDOW),
+    (Gemma3TextConfig, {"head_dim": 8, "final_logit_softcapping": 30.0}, "after lm_head (final_logit_softcapping)"),
+    (CohereConfig, {}, "after lm_head (logit_scale)"),
+    (GraniteConfig, {"logits_scaling": 2.0}, "after lm_head (logits_scaling)"),
+    (MistralConfig, {"sliding_window": 8}, "sliding-window attention is not supported"),
 ]
 
 
@@ -140,7 +136,7 @@ UNSUPPORTED = [
 def test_architectures_that_would_be_computed_wrongly(tmp_path, config, changes, expected):
     """Models whose forward does more than hidden states times lm_head, or hides columns by itself."""
     AutoModelForCausalLM.from_config(config(**SMALL, **changes)).save_pretrained(tmp_path)
-    assert_error(expected.format(tmp_path), models.load_model, tmp_path, torch.float32, "cpu")
+    assert_error(f"…{expected}, in {tmp_path}, use a model with…", models.load_model, tmp_path, torch.float32, "cpu")
 
 
 TURNED_OFF = [
@@ -159,34 +155,29 @@ def test_what_is_turned_off_is_fine(tmp_path, config):
 
 def test_remote_code_is_not_run(broken, pair_of_models, tmp_path):
     """A model folder with Python code of its own: refused without --trust-remote-code, and nothing of it has run."""
-
-    def with_code(folder):
-        set_config(folder, model_type="own", auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"})
-        put("own.py", f"open({str(tmp_path / 'ran')!r}, 'w').close()\nraise RuntimeError\n")(folder)
-
-    folder = broken(with_code)
+    folder = broken(
+        edit_config(model_type="own", auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"})
+    )
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nraise RuntimeError\n")
     assert_error(f"no … can be loaded (…), in {folder}, …", load, folder, pair_of_models["teacher"])
     assert_error(f"no … can be loaded (…), in {folder}, …", models.load_model, folder, torch.float32, "cpu")
     assert not (tmp_path / "ran").exists()
 
 
-DTYPES = [
-    ("auto", "cpu", False, torch.float32),
-    ("bfloat16", "cpu", False, torch.bfloat16),
-    ("auto", "cuda", True, torch.bfloat16),
-    ("auto", "cuda", False, torch.float32),
-    ("bfloat16", "cuda", False, None),
-]
-
-
-@pytest.mark.parametrize("name, device, supported, dtype", DTYPES)
+@pytest.mark.parametrize(
+    "name, device, supported, dtype",
+    [
+        ("auto", "cpu", False, torch.float32),
+        ("bfloat16", "cpu", False, torch.bfloat16),
+        ("auto", "cuda", True, torch.bfloat16),
+        ("auto", "cuda", False, torch.float32),
+    ],
+)
 def test_compute_dtype(monkeypatch, name, device, supported, dtype):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: supported)
-    if dtype is not None:
-        assert models.compute_dtype(name, torch.device(device)) == dtype
-    else:
-        expected = "this GPU has no bfloat16, for --dtype bfloat16, use --dtype float32"
-        assert_error(expected, models.compute_dtype, name, torch.device(device))
+    assert models.compute_dtype(name, torch.device(device)) == dtype
+    if device == "cuda" and not supported:
+        assert_error("this GPU has no bfloat16, …", models.compute_dtype, "bfloat16", torch.device(device))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -249,13 +240,9 @@ def test_tokenizer_without_eos_or_pad(broken):
 @pytest.mark.parametrize("eos, expected", [(9, [2, 9]), ([2, 9, 5], [2, 5, 9]), (None, [2]), (2, [2])])
 def test_ids_that_end_a_response(broken, pair_of_models, name, eos, expected):
     """The tokenizer's, and each model's: from its generation config, or from its config where there is none."""
-
-    def how(folder):
-        set_config(folder, name, eos_token_id=eos)
-        if name == "config.json":
-            (folder / "generation_config.json").unlink()
-
-    folder = broken(how, "teacher")
+    folder = broken(edit_config(name, eos_token_id=eos), "teacher")
+    if name == "config.json":
+        (folder / "generation_config.json").unlink()
     assert models.shared_tokenizer(pair_of_models["student"], folder)[1].eos_ids == expected
 
 
@@ -299,13 +286,12 @@ def test_reward_model(reward_model):
     assert not model.training and model.dtype == torch.float32 and len(tokenizer) == 22
 
 
-NO_REWARD = "no reward model can be loaded (…), in {}, check --keep"
-
-
-BAD_REWARD = {
-    "two labels": (2, lambda folder: None, NO_REWARD.replace("…", "it has 2 labels, not one")),
-    "no weights": (1, remove("model.safetensors"), NO_REWARD),
+BAD_REWARD = {  # number of labels, what is wrong, the error
+    "two labels": (2, lambda folder: None, "no reward model can be loaded (it has 2 labels, not one), in {}, …"),
+    "no weights": (1, remove("model.safetensors"), "no reward model can be loaded (…), in {}, check --keep"),
     "no tokenizer": (1, remove("tokenizer.json", "tokenizer_config.json"), NO_TOKENIZER),
+    # Its config may well say one label; the score head would be made up, and the pairs chosen at random
+    "causal": (1, make_model("llama", 1, num_labels=1).save_pretrained, "no reward model can be loaded (…), in {}, …"),
 }
 
 
@@ -314,12 +300,6 @@ def test_bad_reward_model(reward_model, labels, how, expected):
     folder = reward_model(labels)
     how(folder)
     assert_error(expected.format(folder), models.load_reward_model, folder, ARGS, WORLD)
-
-
-def test_causal_model_as_reward_model(broken):
-    """Its config may well say one label; the score head would be made up, and the pairs chosen at random."""
-    folder = broken(edit_config(id2label={"0": "x"}, label2id={"x": 0}))
-    assert_error(NO_REWARD.format(folder), models.load_reward_model, folder, ARGS, WORLD)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

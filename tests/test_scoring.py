@@ -7,9 +7,7 @@ import time
 import pytest
 import torch
 from conftest import launch
-from tokenizers import Tokenizer, decoders
-from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
+from test_data import byte_tokenizer
 
 from lib import benchmarks, data, scoring
 from lib.runs import UserError
@@ -80,8 +78,7 @@ def test_math_verify_on_the_same_answers():
     for response, gold, expected, _ in ANSWERS:
         assert checker(response, gold) is expected, (response, gold)
     checker.seconds = 1
-    assert checker("\\boxed{9^{9^{9^{9}}}}", "#### 18") is None
-    assert checker.process is None
+    assert checker("\\boxed{9^{9^{9^{9}}}}", "#### 18") is None and checker.process is None
     checker.close()
 
 
@@ -108,7 +105,7 @@ def misbehave(response, gold):
 
 def test_a_hung_or_crashing_check_costs_one_example():
     """Every other example of the run is scored, and the four that failed are told from the one that is wrong."""
-    checker = scoring.AnswerChecker(misbehave, seconds=3)
+    checker = scoring.AnswerChecker(misbehave, seconds=1)
     texts = ["yes", "hang", "yes", "crash", "raise", "memory", "no", "yes"]
     verdicts = [scoring.score_response(text, ["yes"], "math", checker) for text in texts]
     checker.close()
@@ -142,13 +139,6 @@ def test_interval_of_equal_differences():
     for value, share in ((2.5, 1.0), (0.0, 0.5), (-1.0, 0.0)):
         found = scoring.interval(value, scoring.paired_bootstrap(torch.full((20,), value), 1000, 0))
         assert found == {"difference": value, "low": value, "high": value, "share": share}
-
-
-def test_interval_by_hand():
-    """The mean of 100 draws of +-1 has standard deviation 0.1, and 1.96 of them on either side."""
-    found = scoring.interval(0.0, scoring.paired_bootstrap(torch.tensor([-1.0, 1.0] * 50), 10_000, 0))
-    assert found["share"] == pytest.approx(0.5, abs=0.03)
-    assert (found["low"], found["high"]) == (pytest.approx(-0.196, abs=0.02), pytest.approx(0.196, abs=0.02))
 
 
 def results(values, references="r", name="set"):
@@ -231,12 +221,8 @@ def test_each_set_in_its_format(name, ending, tmp_path):
         assert example["templated"] == (prompt if "prompt" in row else None)
 
 
-def test_the_table_of_sets(tmp_path):
-    """Hub ids as published, how each is scored, and where only a part of a set counts."""
-    assert benchmarks.find("sni", None).file == benchmarks.find("unni", None).file == "11_/valid.jsonl"
-    assert [b.name for b in benchmarks.BENCHMARKS.values() if b.metric == "math"] == ["gsm8k", "math"]
-    assert {b.repo.split("/")[0] for b in benchmarks.BENCHMARKS.values() if b.metric == "rouge"} == {"MiniLLM"}
-    assert {b.metric: b.max_new_tokens for b in benchmarks.BENCHMARKS.values()} == {"rouge": 256, "math": 1024}
+def test_only_a_part_of_a_set_counts(tmp_path):
+    """Of UnNI, as in MiniLLM."""
     assert len(load(tmp_path / "valid.jsonl", [SETS["unni"][0]] * 10_003, "unni")) == 10_000
 
 
@@ -279,21 +265,9 @@ def test_no_network_is_one_line(name, pair_of_models, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def make_english_tokenizer(chat_template=None):
-    """One token a character of printable ASCII, so that real prompts can be read back."""
-    special = ["<pad>", "<bos>", "<eos>", "<unk>"]
-    characters = ["\n", *map(chr, range(32, 127))]
-    model = BPE(vocab={t: i for i, t in enumerate(special + characters)}, merges=[], unk_token="<unk>")
-    backend = Tokenizer(model)
-    backend.decoder = decoders.Fuse()
-    names = {f"{token.strip('<>')}_token": token for token in special}
-    options = {"chat_template": chat_template, "clean_up_tokenization_spaces": False}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **names, **options)
-
-
 def test_a_prompt_over_the_limit_is_skipped_and_never_cut(tmp_path):
     rows = [minillm_row("Say hi", "hi"), minillm_row("Say " + "very " * 99, "v"), minillm_row("Bye", "bye", "now")]
-    examples, tokenizer = load(tmp_path / "dolly.jsonl", rows), make_english_tokenizer()
+    examples, tokenizer = load(tmp_path / "dolly.jsonl", rows), byte_tokenizer(False)
     prompts, skipped = benchmarks.encode(examples, tokenizer, "auto", 300)
     assert skipped == 1
     assert [p["prompt_id"] for p in prompts] == [0, 2]  # the others keep their numbers, and with them their noise
@@ -305,8 +279,8 @@ def test_a_prompt_over_the_limit_is_skipped_and_never_cut(tmp_path):
 
 def test_which_template_a_model_sees(tmp_path):
     """MiniLLM's prompt as it is; through the chat template instead where there is one and the file has the instruction."""
-    plain = make_english_tokenizer()
-    chat = make_english_tokenizer("{% for m in messages %}<{{ m['content'] }}>{% endfor %}")
+    plain = byte_tokenizer(False)
+    chat = byte_tokenizer(False, "{% for m in messages %}<{{ m['content'] }}>{% endfor %}")
     alpaca = data.ALPACA_INPUT.format(instruction="Add", input="1 and 2")
     examples = load(tmp_path / "dolly.jsonl", [minillm_row("Add", "3", "1 and 2")])
     text = lambda *args: benchmarks.encode(*args, 1024)[0][0]["text"]

@@ -1,5 +1,6 @@
 """lib/training.py without a model: the order of the examples, micro-batches, the schedule, one step, signals, the log."""
 
+import contextlib
 import math
 import os
 import signal
@@ -25,46 +26,36 @@ def world_of(rank, size):
 @pytest.mark.parametrize("count, batch_size", [(12, 4), (13, 4), (3, 8), (1, 1)])
 def test_batch_of_step(count, batch_size, monkeypatch):
     """Each epoch is a permutation, that of the noise of (seed, epoch, index), drawn once; its last batch may be short."""
-    calls, uniform_noise = [], decode.uniform_noise
+    calls, uniform_noise, index = [], decode.uniform_noise, torch.arange(count)
     monkeypatch.setattr(decode, "uniform_noise", lambda *place: calls.append(place) or uniform_noise(*place))
     training.epoch_order.cache_clear()
-    per_epoch, index = math.ceil(count / batch_size), torch.arange(count)
+    steps = math.ceil(count / batch_size)
     for epoch in range(3):
-        calls.clear()
-        batches = [training.batch_of_step(epoch * per_epoch + k, count, batch_size, 7) for k in range(per_epoch)]
-        assert len(calls) == 1
-        zeros = torch.zeros_like(index)
-        noise = uniform_noise(7, decode.ORDER_STAGE, zeros + epoch, zeros, index)
-        order = noise.argsort().tolist()
-        assert batches == [order[k * batch_size : (k + 1) * batch_size] for k in range(per_epoch)]
-        assert sorted(order) == list(range(count)) and len(batches[-1]) == count - batch_size * (per_epoch - 1)
-
-
-def test_batch_of_step_is_seeded():
-    order = lambda step, seed: training.batch_of_step(step, 40, 40, seed)
-    assert order(0, 1) == order(0, 1) != sorted(order(0, 1))
-    assert order(0, 1) != order(1, 1) and order(0, 1) != order(0, 5)
+        batches = [training.batch_of_step(epoch * steps + k, count, batch_size, 7) for k in range(steps)]
+        order = uniform_noise(7, decode.ORDER_STAGE, 0 * index + epoch, 0 * index, index).argsort().tolist()
+        assert batches == [order[k * batch_size : (k + 1) * batch_size] for k in range(steps)]
+        assert len(calls) == epoch + 1
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
-@pytest.mark.parametrize("count", [1, 7, 8, 16, 19])
-@pytest.mark.parametrize("micro_batch_size", [1, 3, 4])
+@pytest.mark.parametrize("count", [1, 8, 19])
+@pytest.mark.parametrize("micro_batch_size", [1, 3])
 def test_micro_batches_are_a_partition(size, count, micro_batch_size):
-    """Over all ranks each example once; equally many micro-batches a rank, none too large; an idle rank's is empty."""
-    indices = torch.randperm(30, generator=torch.Generator().manual_seed(count)).tolist()[:count]
-    lengths = torch.randint(5, 50, (30,), generator=torch.Generator().manual_seed(1)).tolist()
-    deal = lambda order: [
-        training.micro_batches(order, lengths, micro_batch_size, world_of(r, size)) for r in range(size)
-    ]
+    """Over all ranks each example once; equally many micro-batches a rank, none too large; an idle rank's is empty.
+
+    Dealt out in order of length, whatever the order before.
+    """
+    draw = torch.Generator().manual_seed(count)
+    indices, lengths = torch.randperm(30, generator=draw).tolist()[:count], torch.randint(5, 50, (30,), generator=draw)
+    worlds = [world_of(rank, size) for rank in range(size)]
+    deal = lambda order: [training.micro_batches(order, lengths.tolist(), micro_batch_size, world) for world in worlds]
     ranks = deal(indices)
-    assert sorted(i for batches in ranks for batch in batches for i in batch) == sorted(indices)
     assert {len(batches) for batches in ranks} == {math.ceil(math.ceil(count / size) / micro_batch_size)}
     assert all(len(batch) <= micro_batch_size for batches in ranks for batch in batches)
-    shares = [sum(map(len, batches)) for batches in ranks]
-    assert max(shares) - min(shares) <= 1
-    # Dealt out in order of length, whatever the order before
-    assert all(s == sorted(s) for s in ([lengths[i] for batch in batches for i in batch] for batches in ranks))
-    assert ranks == deal(indices[::-1])
+    shares = [[i for batch in batches for i in batch] for batches in ranks]
+    assert sorted(i for share in shares for i in share) == sorted(indices)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert all((lengths[share].diff() >= 0).all() for share in shares) and ranks == deal(indices[::-1])
 
 
 def test_micro_batches_by_hand():
@@ -79,11 +70,6 @@ def test_micro_batches_by_hand():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def rates(total, lr, warmup_ratio):
-    args = SimpleNamespace(lr=lr, lr_warmup_ratio=warmup_ratio, lr_final_ratio=0.1)
-    return [training.learning_rate(step, total, args) for step in range(total)]
-
-
 @pytest.mark.parametrize(
     "total, warmup_ratio, expected",
     [
@@ -92,20 +78,13 @@ def rates(total, lr, warmup_ratio):
         # 11 steps, no warm-up: halfway at step 5, (1 + 0.1) / 2; a quarter of the way cos(pi / 5) at step 2
         (11, 0.0, {0: 1, 5: 0.55, 2: 0.1 + 0.45 * (1 + math.cos(math.pi / 5)), 10: 0.1}),
         (4, 1.0, {0: 0.25, 1: 0.5, 2: 0.75, 3: 1}),  # warm-up alone
-        (1, 0.03, {0: 1}),  # one step: one step of warm-up, at the peak
-        (2, 0.03, {0: 1, 1: 1}),  # one of warm-up, and one that is the cosine's first
+        (2, 0.03, {0: 1, 1: 1}),  # one step of warm-up, at the peak, and one that is the cosine's first
     ],
 )
 def test_learning_rate(total, warmup_ratio, expected):
-    found = rates(total, 3e-4, warmup_ratio)
+    args = SimpleNamespace(lr=3e-4, lr_warmup_ratio=warmup_ratio, lr_final_ratio=0.1)
     for step, factor in expected.items():
-        assert found[step] == pytest.approx(3e-4 * factor, rel=1e-12)
-
-
-def test_learning_rate_rises_then_falls():
-    found = rates(100, 1.0, 0.1)
-    assert found[:10] == sorted(set(found[:10])) and found[10:] == sorted(set(found[10:]), reverse=True)
-    assert max(found) == 1 and found[9] == found[10] == 1 and found[99] == pytest.approx(0.1)
+        assert training.learning_rate(step, total, args) == pytest.approx(3e-4 * factor, rel=1e-12)
 
 
 @pytest.mark.parametrize("gradient, norm", [([3.0, 4.0], 5.0), ([math.nan, 1.0], math.nan)])
@@ -134,20 +113,15 @@ def test_optimizer_step(gradient, norm):
 @pytest.mark.parametrize("error", [None, ValueError])
 def test_stop_signals(error):
     """SIGTERM and Ctrl-C are collected, the loop goes on; after it, also by an exception, they do what they did."""
-    numbers = (signal.SIGTERM, signal.SIGINT)
+    numbers = [signal.SIGTERM, signal.SIGINT]
     before = [signal.getsignal(number) for number in numbers]
-    try:
-        with training.stop_signals() as stop:
-            assert not stop
-            for count, number in enumerate(numbers, 1):
-                os.kill(os.getpid(), number)
-                assert len(stop) == count
-            if error:
-                raise error
-    except ValueError:
-        assert error
-    assert stop == list(numbers)
-    assert [signal.getsignal(number) for number in numbers] == before
+    with pytest.raises(error) if error else contextlib.nullcontext(), training.stop_signals() as stop:
+        assert not stop
+        for number in numbers:
+            os.kill(os.getpid(), number)
+        if error:
+            raise error
+    assert stop == numbers and [signal.getsignal(number) for number in numbers] == before
 
 
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
