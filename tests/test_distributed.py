@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, assert_identical, launch, logged, weights
+from conftest import ROOT, assert_identical, launch_jobs, logged, weights
 from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM
@@ -74,10 +74,7 @@ class Jobs:
         self.jobs = list(self.plan())
         for name, job in self.jobs:
             job["argv"] += ["--out", str(root / name)]
-        runs.write_json(root / "jobs", [job for _, job in self.jobs])
-        done = launch(0, "tests/workers.py", root / "jobs", env={"PYTHONPATH": str(ROOT)}, timeout=600)
-        assert done.returncode == 0, done.stdout[-5000:]
-        self.codes, self.printed = runs.read_json(root / "jobs.codes"), done.stdout.split("--- job ")[1:]
+        self.codes, self.printed = launch_jobs(root / "jobs", [job for _, job in self.jobs])
 
     def method(self, name, processes, flags, main="warmup_distill", **extra):
         """A job of warmup_distill.py or kd.py."""

@@ -14,7 +14,7 @@ import signal
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, launch, make_model, weights
+from conftest import launch_jobs, make_model, weights
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import kd
@@ -618,9 +618,8 @@ def test_two_processes(distil, command, tmp_path):
     }
     several = {name: flags if name == "cache" else f"{flags} --shard-teacher" for name, flags in jobs.items()}
     argvs = [{"main": "kd", "argv": command(f"{name}2", flags), "processes": 2} for name, flags in several.items()]
-    (tmp_path / "jobs.json").write_text(json.dumps(argvs))
-    done = launch(0, "tests/workers.py", tmp_path / "jobs.json", env={"PYTHONPATH": str(ROOT)})
-    assert runs.read_json(tmp_path / "jobs.json.codes") == [[0, 0]] * 3, done.stdout[-3000:]
+    codes, printed = launch_jobs(tmp_path / "jobs.json", argvs)
+    assert codes == [[0, 0]] * 3, printed
     (tmp_path / "cached").rename(tmp_path / "cached2")
     for name, flags in jobs.items():
         two = tmp_path / f"{name}2", runs.read_jsonl(tmp_path / f"{name}2" / "metrics.jsonl")
