@@ -2,6 +2,7 @@
 
 import math
 import re
+from itertools import product
 
 import pytest
 import torch
@@ -67,28 +68,27 @@ def twin(path, response, average=False):
 
 def test_steps_1_to_3(run):
     lines = run([record(), record(sample_id=1, status="untouched", t_star=-1, prefix_len=6, chosen_ids=REJECTED)])
-    text = "\n".join(lines)
-    assert "text              '<bos>52:'\nids               1 9 6 18" in text
     assert any(line.split()[:4] == ["0", "kept", "3", "6"] for line in lines)
     assert any(line.split()[:4] == ["1", "untouched", "-", "6"] for line in lines)
     [mark] = [line for line in lines if line.endswith("<- t*")]
     assert mark.split() == ["3", "'='", "-0.1000", "-6.0000", "5.9000", "<-", "t*"]
     assert sum("above eta, not the first" in line for line in lines) == 1  # m_4 = 5.0
-    assert "t* = min { t : m_t > eta } = 3:  m_3 = -0.1000 - (-6.0000) = 5.9000 > 4.0 = eta" in lines
-    assert "before it  max m_t = 1.0000 <= 4.0 = eta" in lines
-    for part in ("kept y_<3         '3+1'", "replaced y_3      '='", "student's rest    '4<eos>'"):
-        assert part in lines
-    assert "teacher from 3    '5<eos>'" in lines
-    assert "tokens            [ 4 + 3 | 2 | 3 ] = 12" in lines
-    assert "position ids      [ 0 to 6 | from 7 | 7 again ]; rejected does not see chosen" in lines
-    assert "two rows          (4 + 5) + (4 + 6) = 19; saved 7, 37%" in lines
+    expected = """text              '<bos>52:'
+ids               1 9 6 18
+t* = min { t : m_t > eta } = 3:  m_3 = -0.1000 - (-6.0000) = 5.9000 > 4.0 = eta
+before it  max m_t = 1.0000 <= 4.0 = eta
+kept y_<3         '3+1'
+replaced y_3      '='
+student's rest    '4<eos>'
+teacher from 3    '5<eos>'
+tokens            [ 4 + 3 | 2 | 3 ] = 12
+position ids      [ 0 to 6 | from 7 | 7 again ]; rejected does not see chosen
+two rows          (4 + 5) + (4 + 6) = 19; saved 7, 37%"""
+    assert set(expected.splitlines()) <= set(lines)
     assert max(map(len, lines)) <= 100
 
 
-@pytest.mark.parametrize(
-    "average, reference, eps",
-    [(False, "student", 0.0), (False, "teacher", 0.2), (True, "student", 0.2), (True, "teacher", 0.0)],
-)
+@pytest.mark.parametrize("average, reference, eps", [*product([False, True], ["student", "teacher"], [0.0, 0.2])])
 def test_dpo_terms(run, pair_of_models, tmp_path, average, reference, eps):
     """Plain and exact agree, and are those of a twin that computes every token alone, in float64."""
     flags = ["--beta", "0.5", "--reference", reference, "--logprobs", "mean" if average else "sum"]
