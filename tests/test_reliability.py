@@ -164,22 +164,12 @@ def test_less_memory_continues_in_the_same_folder(run_of, tmp_path, monkeypatch,
         torch.testing.assert_close(ended[name], value, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["student", "teacher", "data"])
-def test_what_has_changed_under_the_same_path_is_refused(inputs, warm_up, tmp_path, name):
-    copies = {key: tmp_path / Path(path).name for key, path in inputs.items()}
-    for key, copy in copies.items():
-        (shutil.copy if key == "data" else shutil.copytree)(inputs[key], copy)
-    out = warm_up(**copies)
-    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    if name == "data":
-        copies["data"].write_text(copies["data"].read_text().replace("1", "2", 1))
-    else:
-        tensors = load_file(copies[name] / "model.safetensors")
-        tensors[min(tensors)][0] += 1e-3
-        save_file(tensors, copies[name] / "model.safetensors", {"format": "pt"})
-    expected = f"what is there was made otherwise ({copies[name]}: … there, … now), in {out}, give another folder, or …"
-    assert_error(expected, warm_up, **copies)
-    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+def test_inputs_that_must_not_change_are_all_that_a_script_reads(run_of, inputs, pairs_file):
+    """tests/test_run_folder.py has what happens if they do."""
+    read = {"dpo": [inputs["student"], str(pairs_file)], "kd": [*inputs.values()], "warmup_distill": [*inputs.values()]}
+    for script, paths in read.items():
+        recorded = runs.read_json(run_of[script](out=script) / "args.json")["inputs"]
+        assert recorded == {path: runs.fingerprint(path) for path in paths}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -356,10 +346,7 @@ def test_chosen_log_prob_that_falls_is_told_once(align, capsys):
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     pattern = r"warning: step \d+: the chosen responses' log-prob is (\d+\.\d) nats under the reference's; .*"
     assert float(re.fullmatch(pattern, line)[1]) > 10
-
-
-def test_fall_of_a_mean_log_prob_is_that_of_the_response():
-    """beta 0.5, chosen reward -0.1: 0.2 nats; of a mean over 60 tokens 12 nats a response."""
+    # beta 0.5, chosen reward -0.1: 0.2 nats; of a mean over 60 tokens 12 nats a response
     args, world = dpo.parse_args(["--model", "M", "--pairs", "P", "--beta", "0.5"]), SimpleNamespace(rank=1)
     fell = lambda: dpo.warn_if_chosen_falls({"chosen_reward": -0.1}, args, 60, world)
     assert not fell()

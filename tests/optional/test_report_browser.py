@@ -21,7 +21,7 @@ STATUSES = ("kept", "kept", "untouched", "duplicate", "identical", "filtered")
 
 @pytest.fixture(scope="module")
 def chromium():
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if path is None:
         pytest.fail("no chromium in PATH: install one (Debian: apt-get install chromium)")
     with sync_playwright() as playwright:
