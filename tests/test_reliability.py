@@ -38,37 +38,36 @@ def pairs_file(tmp_path_factory):
     return path
 
 
-def starter(script, paths, few, tmp_path):
-    """run(flags="", out="out", ...) runs a script here and returns OUT; more: other paths, by name."""
+SCRIPTS = {  # its main, flags of a small run
+    "dpo": (dpo.main, ""),
+    "warmup_distill": (warmup_distill.main, "--samples 2 --max-new-tokens 8 --eta 1"),
+    "kd": (kd.main, "--max-new-tokens 40"),
+}
 
-    def run(flags="", out="out", main=script.main, **changed):
+
+@pytest.fixture
+def argv(inputs, pairs_file, tmp_path):
+    """argv(script, flags="", out="out", ...) of a small run; more: other paths, by name."""
+
+    def words(script, flags="", out="out", **changed):
+        paths, few = inputs, f"--template none --limit 6 --prompts-per-batch 2 --eval-limit 0 {SCRIPTS[script][1]}"
+        if script == "dpo":
+            paths, few = {"model": inputs["student"], "pairs": pairs_file}, ""
         named = [word for name, path in {**paths, **changed}.items() for word in (f"--{name}", str(path))]
-        main([*named, "--out", str(tmp_path / out), *f"{SMALL} {few} {flags}".split()])
+        return [*named, "--out", str(tmp_path / out), *f"{SMALL} {few} {flags}".split()]
+
+    return words
+
+
+@pytest.fixture
+def run(argv, tmp_path):
+    """run(script, ...) runs it here and returns OUT."""
+
+    def main(script, flags="", out="out", **changed):
+        SCRIPTS[script][0](argv(script, flags, out, **changed))
         return tmp_path / out
 
-    return run
-
-
-@pytest.fixture
-def align(inputs, pairs_file, tmp_path):
-    return starter(dpo, {"model": inputs["student"], "pairs": pairs_file}, "", tmp_path)
-
-
-@pytest.fixture
-def warm_up(inputs, tmp_path):
-    few = "--template none --limit 6 --samples 2 --max-new-tokens 8 --prompts-per-batch 2 --eta 1 --eval-limit 0"
-    return starter(warmup_distill, inputs, few, tmp_path)
-
-
-@pytest.fixture
-def distil(inputs, tmp_path):
-    few = "--template none --limit 6 --max-new-tokens 40 --prompts-per-batch 2 --eval-limit 0"
-    return starter(kd, inputs, few, tmp_path)
-
-
-@pytest.fixture
-def run_of(align, warm_up, distil):
-    return {"dpo": align, "warmup_distill": warm_up, "kd": distil}
+    return main
 
 
 def newest_checkpoint(out):
@@ -76,10 +75,10 @@ def newest_checkpoint(out):
     return int(folder.name.removeprefix("step-"))
 
 
-def assert_error(expected, run, *args, **kwargs):
-    """The run must end with this UserError; in `expected`, … is any text."""
+def assert_error(expected, function, *args, **kwargs):
+    """It must end with this UserError; in `expected`, … is any text."""
     with pytest.raises(UserError) as caught:
-        run(*args, **kwargs)
+        function(*args, **kwargs)
     assert re.fullmatch(re.escape(expected).replace("…", ".*"), str(caught.value)), caught.value
 
 
@@ -130,25 +129,23 @@ def test_two_processes_killed_and_stopped(inputs, tmp_path):
     assert len(whole) == 17 and kills.differences(kills.results([(script, args, out)]), whole) == []
 
 
-def test_one_process_stopped_while_another_waits(align, tmp_path):
+def test_one_process_stopped_while_another_waits(run, argv, tmp_path):
     """OUT belongs to one run at a time. Ctrl-C: a checkpoint, status 143. The same command ends with the same weights."""
-    whole, argv, out = align("--epochs 10", out="whole"), [], tmp_path / "out"
-    align("--epochs 10", main=argv.extend)
-    start = kills.Start(0, "dpo.py", argv, tmp_path / "log")
+    whole, out = run("dpo", "--epochs 10", out="whole"), tmp_path / "out"
+    start = kills.Start(0, "dpo.py", argv("dpo", "--epochs 10"), tmp_path / "log")
     wait_until(lambda: kills.count_lines(out / "metrics.jsonl") > 0, start)
     start.process.send_signal(signal.SIGSTOP)
-    assert_error("another run is at work in OUT, at …, wait for it or give another --out", align, "--epochs 10")
+    assert_error("another run is at work in OUT, at …, wait for it or give another --out", run, "dpo", "--epochs 10")
     start.process.send_signal(signal.SIGCONT)
     stop(start, out, signal.SIGINT, 3)
     assert start.process.returncode == 143 and newest_checkpoint(out) < 60
-    assert_identical(align("--epochs 10"), whole)
+    assert_identical(run("dpo", "--epochs 10"), whole)
 
 
 @pytest.mark.parametrize("which", ["dpo", "kd"])
-def test_less_memory_continues_in_the_same_folder(run_of, tmp_path, monkeypatch, which):
+def test_less_memory_continues_in_the_same_folder(run, tmp_path, monkeypatch, which):
     """After running out of memory: smaller micro-batches, activations computed again; the same weights but for rounding."""
-    run = run_of[which]
-    whole, append = run("--epochs 2", out="whole"), runs.append_jsonl
+    whole, append = run(which, "--epochs 2", out="whole"), runs.append_jsonl
 
     def full(file, row):
         if row["step"] == 3:
@@ -157,18 +154,18 @@ def test_less_memory_continues_in_the_same_folder(run_of, tmp_path, monkeypatch,
 
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
         patch.setattr(runs, "append_jsonl", full)
-        run("--epochs 2")
+        run(which, "--epochs 2")
     assert newest_checkpoint(tmp_path / "out") == 2
-    ended = weights(run("--epochs 2 --micro-batch-size 1 --activation-checkpointing"))
+    ended = weights(run(which, "--epochs 2 --micro-batch-size 1 --activation-checkpointing"))
     for name, value in weights(whole).items():
         torch.testing.assert_close(ended[name], value, rtol=0, atol=1e-5)
 
 
-def test_inputs_that_must_not_change_are_all_that_a_script_reads(run_of, inputs, pairs_file):
+def test_inputs_that_must_not_change_are_all_that_a_script_reads(run, inputs, pairs_file):
     """tests/test_run_folder.py has what happens if they do."""
     read = {"dpo": [inputs["student"], str(pairs_file)], "kd": [*inputs.values()], "warmup_distill": [*inputs.values()]}
     for script, paths in read.items():
-        recorded = runs.read_json(run_of[script](out=script) / "args.json")["inputs"]
+        recorded = runs.read_json(run(script, out=script) / "args.json")["inputs"]
         assert recorded == {path: runs.fingerprint(path) for path in paths}
 
 
@@ -185,22 +182,21 @@ FULL = {  # name -> the script, its flags, bytes that a file may have (EFBIG sta
 }
 
 
-def test_full_disk(run_of, tmp_path):
+def test_full_disk(run, argv, tmp_path):
     """The system's error, status 1, no half file; with room again the same command ends as if nothing had happened."""
-    jobs = []
-    for name, (script, flags, size) in FULL.items():
-        argv = []
-        run_of[script](flags, out=name, main=argv.extend)
-        jobs.append({"main": script, "argv": argv, "processes": 0, "file_size": size})
+    jobs = [
+        {"main": script, "argv": argv(script, flags, name), "processes": 0, "file_size": size}
+        for name, (script, flags, size) in FULL.items()
+    ]
     codes, printed = launch_jobs(tmp_path / "jobs", jobs)
     assert codes == [[1]] * len(FULL), printed
     for (name, (script, flags, _)), text in zip(FULL.items(), printed):
-        out, run = tmp_path / name, run_of[script]
+        out = tmp_path / name
         assert re.search("File too large|No space left", text), text
         for file in (*out.glob("*/*.jsonl"), *out.glob("pairs.jsonl")):
             runs.read_jsonl(file)
         assert (out / "args.json").exists() and not (out / "student").exists()
-        assert_identical(run(flags, out=name), run(flags, out=f"{name}-whole"))
+        assert_identical(run(script, flags, name), run(script, flags, f"{name}-whole"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -220,11 +216,10 @@ def replaced(old, new):
     return lambda path: path.write_bytes(path.read_bytes().replace(old, new))
 
 
-@pytest.fixture(scope="module")
-def trained(inputs, pairs_file, tmp_path_factory):
+@pytest.fixture
+def trained(run):
     """A run of dpo.py that ended."""
-    paths = {"model": inputs["student"], "pairs": pairs_file}
-    return starter(dpo, paths, "", tmp_path_factory.mktemp("trained"))()
+    return run("dpo", out="trained")
 
 
 @pytest.fixture
@@ -247,15 +242,15 @@ def unfinished(trained, tmp_path):
         ("files.json", becomes('{"shard-9.safetensors": 5}'), "…"),
     ],
 )
-def test_damaged_checkpoint(align, trained, unfinished, pattern, damage, what):
+def test_damaged_checkpoint(run, trained, unfinished, pattern, damage, what):
     """Refused in one line; deleted, the work is done again, and ends the same."""
     folder = unfinished / "checkpoint" / "step-000006"
     damage(file := min(folder.glob(pattern)))
     todo = "delete it, and training starts again from the initial student"
-    assert_error(f"the checkpoint is damaged ({what.format(file.name)}), in {folder}, {todo}", align)
+    assert_error(f"the checkpoint is damaged ({what.format(file.name)}), in {folder}, {todo}", run, "dpo")
     assert not (unfinished / "student").exists()
     shutil.rmtree(unfinished / "checkpoint")
-    assert_identical(align(), trained)
+    assert_identical(run("dpo"), trained)
 
 
 OTHERS = "the responses are to other prompts, in {}, delete it: it is then made again"
@@ -270,14 +265,14 @@ OTHERS = "the responses are to other prompts, in {}, delete it: it is then made 
         (replaced(b'"prompt_id": ', b'"prompt_id": 1'), OTHERS),
     ],
 )
-def test_damaged_responses(distil, damage, expected):
+def test_damaged_responses(run, damage, expected):
     """kd.py --mode teacher: one more line in a file would shift all responses after it."""
-    out = distil("--mode teacher --max-steps 1")
+    out = run("kd", "--mode teacher --max-steps 1")
     shutil.rmtree(out / "student")
     damage(file := out / "responses" / "00001.jsonl")
-    assert_error(expected.format(file), distil, "--mode teacher --max-steps 1")
+    assert_error(expected.format(file), run, "kd", "--mode teacher --max-steps 1")
     file.unlink()
-    distil("--mode teacher --max-steps 1")
+    run("kd", "--mode teacher --max-steps 1")
 
 
 UNUSABLE = "the teacher cache cannot be used (…), at {}, give another --teacher-cache"
@@ -296,17 +291,17 @@ OTHERWISE = (
         ("00001.safetensors", half, None),
     ],
 )
-def test_damaged_teacher_cache(distil, tmp_path, file, damage, expected):
+def test_damaged_teacher_cache(run, tmp_path, file, damage, expected):
     """A file of logits is not the user's input: the run stops, with the error of whoever reads it."""
     cache = tmp_path / "cache"
     flags = f"--max-steps 1 --batch-size 6 --teacher-cache {cache} --teacher-top-k 3 --prompts-per-batch 3"
-    distil(flags)
+    run("kd", flags)
     damage(cache / file)
     if expected:
-        assert_error(expected.format(cache), distil, flags, out="second")
+        assert_error(expected.format(cache), run, "kd", flags, out="second")
     else:
         with pytest.raises((SafetensorError, RuntimeError)):
-            distil(flags, out="second")
+            run("kd", flags, out="second")
     assert not (tmp_path / "second" / "student").exists()
 
 
@@ -316,7 +311,7 @@ def test_damaged_teacher_cache(distil, tmp_path, file, damage, expected):
 
 
 @pytest.mark.parametrize("which, value", [("dpo", float("nan")), ("kd", float("inf"))])
-def test_weights_that_are_no_numbers(inputs, run_of, tmp_path, which, value):
+def test_weights_that_are_no_numbers(inputs, run, tmp_path, which, value):
     """The first step stops the run, names it and its prompts; nothing is trained, saved or logged."""
     student, out = shutil.copytree(inputs["student"], tmp_path / "student"), tmp_path / "out"
     tensors = load_file(student / "model.safetensors")
@@ -324,15 +319,15 @@ def test_weights_that_are_no_numbers(inputs, run_of, tmp_path, which, value):
     save_file(tensors, student / "model.safetensors", {"format": "pt"})
     todo = "lower --lr or use --dtype float32; the last checkpoint is kept"
     expected = f"loss nan and gradient norm … at step 1, prompts […, …], in {out}, {todo}"
-    assert_error(expected, run_of[which], **{"model" if which == "dpo" else "student": student})
+    assert_error(expected, run, which, **{"model" if which == "dpo" else "student": student})
     assert not any((out / name).exists() for name in ("student", "checkpoint", "metrics.jsonl"))
 
 
 @pytest.mark.parametrize("which", ["dpo", "kd"])
-def test_training_that_explodes_keeps_the_last_checkpoint(run_of, tmp_path, which):
+def test_training_that_explodes_keeps_the_last_checkpoint(run, tmp_path, which):
     """A learning rate beyond all reason: what was written before the step that failed stays, and is finite."""
     with pytest.raises(UserError) as caught:
-        run_of[which]("--lr 1e30 --lr-warmup-ratio 0 --epochs 4 --max-grad-norm 1e30 --save-every 1")
+        run(which, "--lr 1e30 --lr-warmup-ratio 0 --epochs 4 --max-grad-norm 1e30 --save-every 1")
     step = int(re.search(r"at step (\d+), prompts \[\d+, \d+\]", str(caught.value))[1])
     out = tmp_path / "out"
     assert step > 1 and newest_checkpoint(out) == step - 1 == len(logged(out)) and not (out / "student").exists()
@@ -340,9 +335,9 @@ def test_training_that_explodes_keeps_the_last_checkpoint(run_of, tmp_path, whic
     assert tensors and all(t.isfinite().all() for t in tensors)
 
 
-def test_chosen_log_prob_that_falls_is_told_once(align, capsys):
+def test_chosen_log_prob_that_falls_is_told_once(run, capsys):
     """With its number of nats; the learning rate is large enough for the known failure."""
-    align("--lr 1 --epochs 3 --lr-warmup-ratio 0 --beta 0.01 --max-grad-norm 1e9")
+    run("dpo", "--lr 1 --epochs 3 --lr-warmup-ratio 0 --beta 0.01 --max-grad-norm 1e9")
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     pattern = r"warning: step \d+: the chosen responses' log-prob is (\d+\.\d) nats under the reference's; .*"
     assert float(re.fullmatch(pattern, line)[1]) > 10
@@ -381,7 +376,7 @@ def test_a_checkpoint_is_safetensors_and_json(trained):
         assert path.read_bytes()[:2] not in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), path
 
 
-def test_pickled_checkpoint_is_not_opened(align, unfinished, tmp_path):
+def test_pickled_checkpoint_is_not_opened(run, unfinished, tmp_path):
     """A file that would run code if it were unpickled."""
 
     class Bomb:
@@ -393,11 +388,11 @@ def test_pickled_checkpoint_is_not_opened(align, unfinished, tmp_path):
     (file.parent / ".metadata").write_bytes(pickle.dumps(Bomb()))
     sizes = {f.name: f.stat().st_size for f in file.parent.iterdir() if f.name != "files.json"}
     runs.write_json(file.parent / "files.json", sizes)
-    assert_error("the checkpoint is damaged …", align)
+    assert_error("the checkpoint is damaged …", run, "dpo")
     assert not (tmp_path / "exploded").exists()
 
 
-def test_paths_in_data_are_never_opened(warm_up, align, tmp_path, monkeypatch):
+def test_paths_in_data_are_never_opened(run, tmp_path, monkeypatch):
     """Prompts and responses that look like paths or URLs are text like any other."""
     secret = tmp_path / "secret.txt"
     secret.write_text("7")
@@ -413,8 +408,8 @@ def test_paths_in_data_are_never_opened(warm_up, align, tmp_path, monkeypatch):
 
     monkeypatch.setattr("builtins.open", watched)
     before = secret.stat().st_atime_ns
-    warm_up(data=tmp_path / "data.jsonl", out="a")
-    align(pairs=tmp_path / "pairs.jsonl", out="b")
+    run("warmup_distill", data=tmp_path / "data.jsonl", out="a")
+    run("dpo", pairs=tmp_path / "pairs.jsonl", out="b")
     assert opened and not [path for path in opened if any(text in path for text in (*strange, "secret"))]
     assert secret.stat().st_atime_ns == before
 
