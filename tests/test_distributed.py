@@ -13,13 +13,12 @@ import pytest
 import torch
 from conftest import ROOT, assert_identical, launch_jobs, logged, weights
 from safetensors.torch import load_file
-from torch.nn.functional import logsigmoid
+from test_dpo import two_row_loss
 from transformers import AutoModelForCausalLM
 from workers import free_port
 
 from lib import runs, training
 
-BETA = 0.1
 SHARED = "--batch-size 6 --micro-batch-size 1 --threads 1 --device cpu"
 # 14 prompts in 4 micro-batches, 6 prompts of the closing table: 8 processes have too few of both. 24 divides by 1, 2, 3
 # and 8: one step an epoch of 10 pairs or 14 examples, and most of 8 ranks have one or none
@@ -37,6 +36,7 @@ GRADIENTS = {
     "mean": ("teacher", "student", 10, "--micro-batch-size 1 --logprobs mean"),
     "checkpointed": ("student", "teacher", 7, "--micro-batch-size 1 --label-smoothing 0.1 --activation-checkpointing"),
 }
+TWINS = {"nll": {"nll_weight": 0.5}, "mean": {"average": True}}  # the same for the slow twin
 APPEND, STOPPED = "lib.runs.append_jsonl", 128 + signal.SIGTERM
 # Where a training run is killed, one after the other; each time it is started again. (function, words in its arguments)
 DEATHS = [
@@ -121,12 +121,13 @@ class Jobs:
 
     def out(self, name):
         """A folder, after a look at the exit statuses of all who worked in it."""
-        found = [k for k, (folder, _) in enumerate(self.jobs) if folder == name]
-        for codes, death, printed in ((self.codes[k], self.jobs[k][1].get("die"), self.printed[k]) for k in found):
-            if death is None or "signal" in death:
-                assert set(codes) == {STOPPED if death else 0}, printed
-            else:
+        for (folder, job), codes, printed in zip(self.jobs, self.codes, self.printed, strict=True):
+            if folder != name:
+                continue
+            if "die" in job and "signal" not in job["die"]:
                 assert -signal.SIGKILL in codes and 0 not in codes, printed
+            else:
+                assert set(codes) == {STOPPED if "die" in job else 0}, printed
         return self.root / name
 
     def said(self, name):
@@ -182,41 +183,19 @@ def test_pairs_and_closing_table(jobs, n):
         assert ours[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-6)
 
 
-def plain_gradients(policy, reference, pairs, vocab_size, flags):
-    """The obvious loop on plain models in float64: one sequence at a time, nothing shared, nothing sharded."""
-    policy, reference = (AutoModelForCausalLM.from_pretrained(path).double() for path in (policy, reference))
-    value = lambda flag, default: float(flags.split(flag)[1].split()[0]) if flag in flags else default
-    epsilon, nll_weight = value("--label-smoothing", 0), value("--nll-weight", 0)
-    losses, nlls, chosen_tokens = [], [], 0
-    for pair in pairs:
-
-        def logp(model, response, prompt=pair["prompt_ids"]):
-            logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1, :vocab_size]
-            return logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None]).sum()
-
-        chosen, rejected = pair["chosen_ids"], pair["rejected_ids"]
-        scale = [len(chosen), len(rejected)] if "--logprobs mean" in flags else [1, 1]
-        with torch.no_grad():
-            base = logp(reference, chosen) / scale[0] - logp(reference, rejected) / scale[1]
-        policy_chosen = logp(policy, chosen)
-        z = BETA * (policy_chosen / scale[0] - logp(policy, rejected) / scale[1] - base)
-        losses.append(-(1 - epsilon) * logsigmoid(z) - epsilon * logsigmoid(-z))
-        nlls.append(-policy_chosen)
-        chosen_tokens += len(chosen)
-    loss = sum(losses) / len(pairs) + nll_weight * sum(nlls) / chosen_tokens
-    loss.backward()
-    return loss.item(), {name: p.grad for name, p in policy.named_parameters()}
-
-
 @pytest.fixture(scope="module")
-def plain(pair_of_models, tokenizer):
-    """name -> for each step: the loss and gradients of the plain loop."""
-    result = {}
-    for name, (policy, reference, count, flags) in GRADIENTS.items():
-        pairs, models = make_pairs(count), (pair_of_models[policy], pair_of_models[reference])
-        batches = [training.batch_of_step(step, count, 6, 0) for step in range(2)]
+def plain(pair_of_models):
+    """name -> for each step: the loss and gradients of two rows a pair in float64, nothing sharded."""
+    result = {name: [] for name in GRADIENTS}
+    for name, (policy, reference, count, _) in GRADIENTS.items():
+        lm, fixed = (AutoModelForCausalLM.from_pretrained(pair_of_models[m]).double() for m in (policy, reference))
+        pairs, batches = make_pairs(count), [training.batch_of_step(step, count, 6, 0) for step in range(2)]
         assert sorted(batches[0] + batches[1]) == list(range(count))
-        result[name] = [plain_gradients(*models, [pairs[i] for i in b], len(tokenizer), flags) for b in batches]
+        for batch in batches:
+            loss = two_row_loss(lm, fixed, [pairs[i] for i in batch], **TWINS.get(name, {"label_smoothing": 0.1}))
+            loss.backward()
+            result[name].append((loss.item(), {key: p.grad for key, p in lm.named_parameters()}))
+            lm.zero_grad()
     return result
 
 

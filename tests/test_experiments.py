@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 
 import warmup_distill
-from lib import decode, runs, training
+from lib import runs, training
 from toy import make
 
 FOLDER = ROOT / "experiments"
@@ -310,21 +310,11 @@ def test_compare_in_processes_prints_json_last(capsys):
     assert json.loads(lines[-1])["stages"].keys() == found.keys() == {"ours", "dense"}
 
 
-def test_a_difference_is_found(monkeypatch):
-    """`assert_same`, and a rewind that forgets what it keeps: other greedy continuations than those of generate."""
+def test_a_difference_is_found():
     harness.assert_same([1, [2.0]], [1, [2.0001]], "x", abs_tol=1e-3)
     for other in ([1, [2.1]], [2, [2.0]], [1, []]):
         with pytest.raises(AssertionError):
             harness.assert_same([1, [2.0]], other, "x", abs_tol=1e-3)
-    args = splice.parse_args(SIZES[splice])
-    student, teacher = (harness.load(None, args, seed=seed) for seed in (1, 0))
-    torch.manual_seed(0)
-    batch = splice.make_batch(student, teacher, args)
-    plain = splice.check("plain", teacher, batch)["greedy_tokens"]
-    assert splice.check("ours", teacher, batch)["greedy_tokens"] == plain
-    real = decode.rewind
-    monkeypatch.setattr(decode, "rewind", lambda rows, keep, hidden: real(rows, keep * 0, hidden))
-    assert splice.check("ours", teacher, batch)["greedy_tokens"] != plain
 
 
 def test_dpo_step_accumulates_to_the_whole():
