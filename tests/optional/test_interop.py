@@ -1,4 +1,4 @@
-"""A run's files in the libraries that others use: datasets, TRL's DPOTrainer, transformers; and TRL's model in kd.py.
+"""A run's files in the libraries that others use, datasets and TRL's DPOTrainer; and TRL's model in kd.py.
 
 Not part of `python -m pytest`: it needs `pip install -r tests/optional/requirements.txt`. Then
 
@@ -22,12 +22,12 @@ import trl
 from conftest import make_model
 from test_kd import dense_losses
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, pipeline
+from transformers import AutoModelForCausalLM
 
 import dpo
 import kd
 import warmup_distill
-from lib import decode, models, runs
+from lib import models, runs
 from toy import make as toy
 
 BETA, LR, STEPS = 0.5, 1e-3, 4
@@ -188,23 +188,8 @@ def test_trl_trains_as_dpo_does(run, dataset, same_in_text, make_trainer, tmp_pa
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Models, both ways
+# A model of TRL, and its losses
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_student_in_transformers(run):
-    """OUT/student by its path alone: AutoModelForCausalLM, and a pipeline that writes what decode.py writes."""
-    lm, info = AutoModelForCausalLM.from_pretrained(run.out / "student", output_loading_info=True)
-    assert not any(info.values()), info
-    prompts = ["<bos>123+456:", "<bos>999+100:"]
-    generate = pipeline("text-generation", model=str(run.out / "student"), device="cpu")
-    options = {"max_new_tokens": 40, "do_sample": False, "return_full_text": False}
-    written = [generate(prompt, **options)[0]["generated_text"] for prompt in prompts]
-    ids = [run.tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
-    tokens = decode.Tokens(run.tokenizer.pad_token_id, [run.tokenizer.eos_token_id], len(run.tokenizer))
-    rows, budget = decode.prefill(lm, ids, tokens), torch.full((len(ids),), 40)
-    ours, _ = decode.decode(lm, rows, decode.greedy, budget, tokens)
-    assert written == run.tokenizer.batch_decode(ours, skip_special_tokens=True) and all(written)
 
 
 def test_student_of_trl_in_kd(run, same_in_text, make_trainer, tmp_path):
