@@ -208,29 +208,23 @@ def test_fingerprint_of_a_large_file(tmp_path, size, places):
     assert len(seen) == 1 + len(places)
 
 
-def test_shards_to_do(world, tmp_path, capsys):
+@pytest.mark.parametrize("count, size", [(0, 2), (1, 3), (3, 1), (4, 2), (5, 2), (5, 3), (7, 8)])
+def test_shards_to_do(world, tmp_path, capsys, count, size):
+    """What is there is left out. Each shard has one owner; all ranks take as many turns, since a sharded model's forwards
+    need every rank."""
     folder = tmp_path / "out" / "pairs"
-    assert runs.shards_to_do(folder, 3, "jsonl", world) == [(0, True), (1, True), (2, True)] and folder.is_dir()
+    assert runs.shards_to_do(folder, count, "jsonl", world) == [(k, True) for k in range(count)] and folder.is_dir()
     assert capsys.readouterr().out == "", "nothing was there"
-    for name in ("00001.jsonl", ".00002.jsonl.partial", "00000.safetensors", "00007.jsonl"):
+    for name in ("00002.jsonl", ".00001.jsonl.partial", "00000.safetensors", "00099.jsonl"):
         (folder / name).write_text("")
-    assert runs.shards_to_do(folder, 3, "jsonl", world) == [(0, True), (2, True)]
-    assert capsys.readouterr().out == "pairs: 1 of 3 batches were there already\n"
-
-
-@pytest.mark.parametrize("count, size", [(0, 2), (1, 3), (4, 2), (5, 2), (5, 3), (7, 8)])
-def test_shards_of_several_ranks(world, tmp_path, count, size):
-    """Each shard has one owner; all ranks take as many turns, since a sharded model's forwards need every rank."""
-    (tmp_path / "pairs").mkdir()
-    (tmp_path / "pairs" / "00002.jsonl").write_text("")
-    missing, lists = [k for k in range(count) if k != 2], []
-    for rank in range(size):
-        # `first` of a World of one stands in for the broadcast
-        ranks_world = argparse.Namespace(rank=rank, size=size, first=world.first)
-        lists.append(runs.shards_to_do(tmp_path / "pairs", count, "jsonl", ranks_world))
+    # `first` of a World of one stands in for the broadcast
+    worlds = [argparse.Namespace(rank=rank, size=size, first=world.first) for rank in range(size)]
+    lists, missing = [runs.shards_to_do(folder, count, "jsonl", w) for w in worlds], [k for k in range(count) if k != 2]
     assert {len(shards) for shards in lists} == {math.ceil(len(missing) / size)}
     assert sorted(k for shards in lists for k, is_ours in shards if is_ours) == missing
     assert all(k in missing for shards in lists for k, _ in shards)
+    said = f"pairs: 1 of {count} batches were there already\n" if count > 2 else ""
+    assert capsys.readouterr().out == said * size
 
 
 # ---------------------------------------------------------------------------------------------------------------------
