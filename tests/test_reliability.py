@@ -163,9 +163,11 @@ def test_less_memory_continues_in_the_same_folder(run, tmp_path, monkeypatch, wh
 
 def test_inputs_that_must_not_change_are_all_that_a_script_reads(run, inputs, pairs_file):
     """tests/test_run_folder.py has what happens if they do."""
-    read = {"dpo": [inputs["student"], str(pairs_file)], "kd": [*inputs.values()], "warmup_distill": [*inputs.values()]}
-    for script, paths in read.items():
-        recorded = runs.read_json(run(script, out=script) / "args.json")["inputs"]
+    student, teacher, data = (inputs[name] for name in ("student", "teacher", "data"))
+    read = {script: (f"--teacher {teacher}", [student, teacher, data]) for script in ("warmup_distill", "kd")}
+    read["dpo"] = (f"--reference {teacher}", [student, teacher, str(pairs_file)])
+    for script, (flags, paths) in read.items():
+        recorded = runs.read_json(run(script, flags, out=script) / "args.json")["inputs"]
         assert recorded == {path: runs.fingerprint(path) for path in paths}
 
 
