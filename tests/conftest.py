@@ -1,5 +1,6 @@
-"""What several tests need: tiny models as ordinary folders, and real torchrun processes over gloo on the CPU."""
+"""What several tests need: tiny models as ordinary folders, and real processes over gloo on the CPU."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -19,6 +20,11 @@ torch.set_num_threads(1)
 settings.register_profile("ci", derandomize=True, database=None, deadline=None)
 settings.register_profile("search", max_examples=2000, deadline=None)  # pytest --hypothesis-profile search
 settings.load_profile("ci")
+
+
+def pytest_collection_finish():
+    """Garbage collections, which the scripts ask for, leave out what is imported: to look through it takes half a second."""
+    gc.freeze()
 
 
 def make_model(family, seed, width=16, layers=2, rows=None, std=0.3, **kwargs):
@@ -120,3 +126,11 @@ def launch(processes, script, *args, timeout=300, cwd=None, env=None):
     return subprocess.run(
         command, check=False, capture_output=True, text=True, timeout=timeout, cwd=cwd, env=environment
     )
+
+
+def launch_jobs(file, jobs):
+    """Does jobs of workers.py, which FILE is written for. Returns their exit statuses and what each has printed."""
+    runs.write_json(file, jobs)
+    done = launch(0, "tests/workers.py", file, timeout=600, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stdout[-5000:]
+    return runs.read_json(f"{file}.codes"), done.stdout.split("--- job ")[1:]

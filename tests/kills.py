@@ -10,10 +10,12 @@ a process is left over after 60 s.
 
 import argparse
 import collections
+import contextlib
 import itertools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -31,6 +33,7 @@ from conftest import logged, make_inputs
 from lib import runs
 
 DEADLINE = 60  # seconds for the survivors of a kill
+RESULTS = "pairs.jsonl mismatch.json summary.json pairs/* responses/* student/model.safetensors"
 VICTIMS = ("rank 0", "rank 1", "rank 0", "rank 1", "torchrun", "all ranks", "everything")
 SHARED = "--template none --lr 1e-3 --batch-size 8 --micro-batch-size 2 --save-every 3 --threads 1 --device cpu"
 WARMUP = f"{SHARED} --samples 6 --max-new-tokens 24 --prompts-per-batch 2 --limit 64 --eta 1.5 --max-steps 36 --eval-limit 16"
@@ -94,16 +97,12 @@ class Start:
 
     def kill(self, victim, pids):
         """SIGKILL to one of VICTIMS among `pids`."""
-        victims = {
-            "torchrun": [self.process.pid],
-            "everything": sorted(pids),
-            "all ranks": [pid for pid, rank in pids.items() if rank is not None],
-        }
-        for pid in victims.get(victim, [pid for pid, rank in pids.items() if victim == f"rank {rank}"]):
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+        for pid, rank in pids.items():
+            names = {"everything", f"rank {rank}", "torchrun" if pid == self.process.pid else "another helper"}
+            names |= set() if rank is None else {"all ranks"}
+            if victim in names:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
     def wait_for_all(self, deadline=DEADLINE):
         """Seconds until no process of this start is left. Raises TimeoutError, after ending them, if some stay."""
@@ -177,11 +176,12 @@ def plan(kills, processes, seed):
 
 
 def run_unbroken(processes, job, log):
-    """Runs all commands to their end."""
+    """Runs all commands to their end, each of which is status 0 and without a complaint."""
     for script, args, _ in job:
         start = Start(processes, script, args, log)
         start.wait_for_all(600)
         assert start.process.returncode == 0, start.end_of_log()
+        assert not re.search("destroy_process_group|Traceback|Warning", log.read_text()), start.end_of_log()
 
 
 def strike(start, waiting, out):
@@ -220,10 +220,8 @@ def run_broken(processes, job, moments, log):
                 assert start.process.wait(600) == 0, start.end_of_log()
                 break
             seen.append({"command": script, **kill})
-            words = (
-                f"{kill['stage']:22s} {kill['killed']:10s} killed, the others gone {kill['ended after']:4.1f} s later"
-            )
-            print(f"{len(seen):3d} {script:17s} {words}", flush=True)
+            words = f"{kill['killed']:10s} killed, the others gone {kill['ended after']:4.1f} s later"
+            print(f"{len(seen):3d} {script:17s} {kill['stage']:22s} {words}", flush=True)
     return seen
 
 
@@ -231,9 +229,8 @@ def results(job):
     """{name: content} of all that must not depend on kills: files by their bytes, metrics without clocks."""
     found = {}
     for _, _, out in job:
-        for pattern in ("pairs.jsonl", "mismatch.json", "summary.json", "pairs/*", "responses/*"):
-            found.update({f"{out.name}/{f.relative_to(out)}": f.read_bytes() for f in out.glob(pattern)})
-        found[f"{out.name}/weights"] = (out / "student" / "model.safetensors").read_bytes()
+        for file in (file for pattern in RESULTS.split() for file in out.glob(pattern)):
+            found[f"{out.name}/{file.relative_to(out)}"] = file.read_bytes()
         found[f"{out.name}/metrics"] = logged(out)
     return found
 

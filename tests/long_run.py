@@ -3,33 +3,38 @@
     python tests/long_run.py --steps 500 --rows 1000000
 
 Steps: the resident memory of a process, sampled every 10 steps; the growth is that of the last 10 samples' median over
-that of the 10 samples after step 100. Rows: each script under torchrun, with --processes, once on 16 rows and once on
---rows; of each rank the peak of its anonymous memory (RssAnon: the kernel takes back pages of mapped files at any time).
-Everything in the scripts runs but what models do with all rows: sampling (every 100th batch of prompts is read instead)
-and the reference's log-probs. Prints the figures as JSON. Exit status 1 if memory grows by more than the limits below.
+that of the 10 samples after step 100. Rows: each script with --processes (forked from this one, which has imported
+everything), once on 16 rows and once on --rows; of each rank the peak of its anonymous memory (RssAnon: the kernel takes
+back pages of mapped files at any time). Everything in the scripts runs but what models do with all rows: sampling (every
+100th batch of prompts is read instead) and the reference's log-probs. Prints the figures as JSON, in the last line. Exit
+status 1 if memory grows by more than the limits below.
 """
 
 import argparse
-import importlib
+import functools
 import json
-import os
 import statistics
 import sys
 import tempfile
 import threading
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import datasets
 import torch
-from conftest import launch, make_inputs
+from conftest import make_inputs
+from workers import fork_ranks, own_rank
 
+import dpo
+import kd
+import warmup_distill
 from lib import runs, training
 
 LIMITS_MB = {"steps": 16.0, "rows": 600.0}  # from step 100 to the end; of all rows over 16 rows
-FEW, EVERY = 16, 10  # rows of an empty run; steps from one sample to the next
+SCRIPTS = {"warmup_distill": warmup_distill, "dpo": dpo, "kd": kd}
+FEW = 16  # rows of an empty run
 SHARED = "--threads 1 --device cpu --batch-size 8 --micro-batch-size 4 --lr 1e-5"
 PROMPTS = f"{SHARED} --template none --max-new-tokens 48 --eval-limit 0"
 
@@ -61,14 +66,13 @@ def no_reference(model, pairs, lengths, pad_id, with_shared, micro_batch_size, w
     return sums.cpu()
 
 
-def measured(job):
-    """Runs a script in this process and writes {"peak_mb", "seconds", "samples": [(step, MB)]} to FILE.RANK."""
-    script, began, ended = importlib.import_module(job["script"]), time.monotonic(), threading.Event()
-    found, append = {"peak_mb": 0.0, "samples": []}, runs.append_jsonl
+def measured(name, argv, file, replace, every):
+    """Runs a script and writes {"peak_mb", "samples": [(step, MB)]} to FILE.RANK."""
+    found, append, ended = {"peak_mb": 0.0, "samples": []}, runs.append_jsonl, threading.Event()
 
     def sampled(path, row):
         append(path, row)
-        if row["step"] % job["every"] == 0:
+        if row["step"] % every == 0:
             found["samples"].append((row["step"], round(memory("VmRSS"), 2)))
 
     def watch():
@@ -76,26 +80,21 @@ def measured(job):
             found["peak_mb"] = max(found["peak_mb"], round(memory("RssAnon"), 1))
 
     runs.append_jsonl = sampled
-    if job["replace"] and job["script"] == "warmup_distill":
-        script.build_pairs = read_prompts
-    if job["replace"] and job["script"] == "dpo":
-        script.reference_logprobs = no_reference
+    if replace:
+        warmup_distill.build_pairs, dpo.reference_logprobs = read_prompts, no_reference
     threading.Thread(target=watch, daemon=True).start()
     try:
-        script.main(job["argv"])
+        SCRIPTS[name].main(argv)
     finally:
         ended.set()
-        found["seconds"] = round(time.monotonic() - began, 1)
-        Path(f"{job['file']}.{os.environ.get('RANK', '0')}").write_text(json.dumps(found))
+        runs.write_json(f"{file}.{own_rank()}", found)
 
 
-def measure(root, processes, script, argv, replace=False, every=EVERY):
+def measure(root, processes, name, argv, replace=False, every=10):
     """A list of what `measured` writes, one for each rank."""
-    job = {"script": script, "argv": argv, "file": str(root / "measured"), "replace": replace, "every": every}
-    cache = {"HF_DATASETS_CACHE": str(root / "cache")}
-    done = launch(processes, "tests/long_run.py", "--job", json.dumps(job), timeout=3600, env=cache)
-    assert done.returncode == 0, done.stderr[-5000:]
-    return [runs.read_json(f"{job['file']}.{rank}") for rank in range(max(1, processes))]
+    codes = fork_ranks(processes, functools.partial(measured, name, argv, root / "measured", replace, every))
+    assert set(codes) == {0}, codes
+    return [runs.read_json(root / f"measured.{rank}") for rank in range(len(codes))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,7 +109,7 @@ def growth(samples, skip=100, count=10):
     return round(statistics.median(values[-count:]) - statistics.median(values[:count]), 2)
 
 
-def measure_steps(root, steps, every=EVERY):
+def measure_steps(root, steps):
     """{"dpo": {"growth_mb", "samples"}, "kd": ...} on the toy."""
     toy, found, pairs = ROOT / "toy", {}, root / "pairs.jsonl"
     rows = runs.read_jsonl(toy / "train.jsonl")[:200]
@@ -119,10 +118,10 @@ def measure_steps(root, steps, every=EVERY):
         "dpo": f"--model {toy}/student --pairs {pairs} {SHARED}",
         "kd": f"--student {toy}/student --teacher {toy}/teacher --data {toy}/train.jsonl --limit 200 {PROMPTS}",
     }
-    for script, flags in jobs.items():
-        argv = f"{flags} --max-steps {steps} --save-every 50 --out {root}/{script}".split()
-        [result] = measure(root, 0, script, argv, every=every)
-        found[script] = {"growth_mb": growth(result["samples"], min(100, steps // 2)), "samples": result["samples"]}
+    for name, flags in jobs.items():
+        argv = f"{flags} --max-steps {steps} --save-every 50 --out {root}/{name}".split()
+        [result] = measure(root, 0, name, argv, every=10 if steps >= 300 else 2)
+        found[name] = {"growth_mb": growth(result["samples"], min(100, steps // 2)), "samples": result["samples"]}
     return found
 
 
@@ -135,15 +134,14 @@ def write_rows(path, script, rows):
     """(prompt, response) -> a JSONL file, line by line; dpo's have a response with another first digit, too."""
     with open(path, "w") as file:
         for prompt, response in rows:
-            row = {"prompt": prompt, "response": response}
+            answers = {"response": response}
             if script == "dpo":
-                wrong = f"{(int(response[0]) + 1) % 10}{response[1:]}"
-                row = {"prompt": prompt, "chosen": response, "rejected": wrong}
-            file.write(json.dumps(row) + "\n")
+                answers = {"chosen": response, "rejected": f"{(int(response[0]) + 1) % 10}{response[1:]}"}
+            file.write(json.dumps({"prompt": prompt, **answers}) + "\n")
 
 
 def measure_rows(root, count, processes):
-    """[{"script", "rank", "rows", "empty_mb", "peak_mb", "above_mb", "seconds"}]: of each script, each rank."""
+    """[{"script", "rank", "empty_mb", "peak_mb", "above_mb"}]: of each script, each rank."""
     inputs, found = make_inputs(root, 1), []
     student, teacher, file = inputs["student"], inputs["teacher"], root / "rows.jsonl"
     jobs = {
@@ -159,20 +157,17 @@ def measure_rows(root, count, processes):
             argv = f"{flags} --out {root}/{script}-{rows}".split()
             results.append(measure(root, processes, script, argv, replace=script != "kd"))
         for rank, (empty, full) in enumerate(zip(*results, strict=True)):
-            row = {"script": script, "rank": rank, "rows": count, "empty_mb": empty["peak_mb"]}
-            row |= {"peak_mb": full["peak_mb"], "above_mb": round(full["peak_mb"] - empty["peak_mb"], 1)}
-            found.append(row | {"seconds": full["seconds"]})
+            peaks = {"empty_mb": empty["peak_mb"], "peak_mb": full["peak_mb"]}
+            above = round(full["peak_mb"] - empty["peak_mb"], 1)
+            found.append({"script": script, "rank": rank, **peaks, "above_mb": above})
     return found
 
 
 def too_much(steps, rows):
     """Lines about what grew by more than its limit."""
-    lines = [f"{k} grew by {s['growth_mb']} MB" for k, s in steps.items() if s["growth_mb"] > LIMITS_MB["steps"]]
-    return lines + [
-        f"{r['script']}: {r['rows']} rows took {r['above_mb']} MB more on rank {r['rank']}"
-        for r in rows
-        if r["above_mb"] > LIMITS_MB["rows"]
-    ]
+    grown = [(name, found["growth_mb"], "steps") for name, found in steps.items()]
+    grown += [(f"{row['script']}, rank {row['rank']}", row["above_mb"], "rows") for row in rows]
+    return [f"{name}: {mb} MB more over all {what}" for name, mb, what in grown if mb > LIMITS_MB[what]]
 
 
 def main():
@@ -180,11 +175,9 @@ def main():
     parser.add_argument("--steps", type=int, default=500, help="0: none")
     parser.add_argument("--rows", type=int, default=1_000_000, help="prompts and pairs; 0: none")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.job:
-        runs.run(lambda: measured(json.loads(args.job)))
     with tempfile.TemporaryDirectory() as folder:
+        datasets.config.HF_DATASETS_CACHE = f"{folder}/cache"
         steps = measure_steps(Path(folder), args.steps) if args.steps else {}
         rows = measure_rows(Path(folder), args.rows, args.processes) if args.rows else []
     lines = too_much(steps, rows)

@@ -107,19 +107,19 @@ DPO_RANGES = [
 SAMPLING_RANGES = [
     *((flag, 0, "1 or more") for flag in ("samples", "max-new-tokens", "prompts-per-batch")),
     *(("eta", value, "a finite number") for value in ("nan", "inf", "-inf")),
-    *(("temperature", value, "above 0") for value in (0.0, -1.0, "nan", "inf")),
-    *(("top-p", value, "above 0 and at most 1") for value in (0.0, 1.5, -0.5, "nan")),
+    *(("temperature", value, "from 1e-6 to 1e6") for value in (0.0, 1e-7, 1e7, "nan", "inf")),
+    *(("top-p", value, "from 1e-6 to 1") for value in (1e-7, 1.5, -0.5, "nan")),
     *((flag, -1, "0 or more") for flag in ("limit", "eval-limit")),
 ]
 KD_RANGES = [
     *((flag, v, "from 0 to 1") for flag in ("kd-rate", "tail-mass", "on-policy") for v in (-0.1, 1.1, "nan")),
     *((flag, v, "between 0 and 1") for flag in ("jsd-beta", "skew-alpha") for v in (0.0, 1.0, "nan")),
     *((flag, 0, "1 or more") for flag in ("refresh-every", "teacher-top-k", "max-new-tokens", "prompts-per-batch")),
-    ("temperature", 0.0, "above 0"),
+    ("temperature", 0.0, "from 1e-6 to 1e6"),
 ]
 EVAL_RANGES = [
-    ("temperature", 0.0, "above 0"),
-    ("top-p", 1.5, "above 0 and at most 1"),
+    ("temperature", 0.0, "from 1e-6 to 1e6"),
+    ("top-p", 1.5, "from 1e-6 to 1"),
     ("eta", "nan", "a finite number"),
     ("limit", -1, "0 or more"),
     ("no-repeat-ngram-size", 1, "0, or 2 or more"),

@@ -143,85 +143,48 @@ def test_chain():
         assert y_plus == y if t < 0 else y_plus[:t] == y[:t]
 
 
-def check_sampling(uniform_noise, sample_token):
-    index = torch.arange(20_000)
-    noise = uniform_noise(0, 0, index, index, index)
-    assert noise[7:8] == uniform_noise(0, 0, *[torch.tensor([7])] * 3)  # whatever its batch
-    drawn = sample_token(torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(20_000, 4), noise, 1.0, 0.8)
-    assert abs((drawn == 0).double().mean() - math.e / (math.e + 1)) < 0.01  # tokens 0 and 1 are left, e to 1
+NOISE, DIFFERENCES = (
+    decode.uniform_noise(7, 0, *[torch.arange(60)] * 3).view(3, 20),
+    torch.tensor([1.0, 0.0, -1.0] * 9).double(),
+)
+Q, P, TARGETS = 9 * NOISE[:2], 9 * NOISE[1:], torch.tensor([3, -100])
+PAIR = {"prompt_ids": [1, 5, 6], "chosen_ids": [7, 8, 9, 2], "rejected_ids": [7, 3, 2]}
+# Functions to copy together, and a call of them
+COPIES = [
+    ([decode.uniform_noise], lambda noise: noise(0, 0, *[torch.arange(9)] * 3)),
+    ([decode.sample_token], lambda sample: sample(Q, NOISE[0, :2], 1.0, 0.8)),
+    ([warmup_distill.first_mismatch], lambda rule: rule(-Q, -P, P > 1, 4.0)),
+    ([warmup_distill.splice], lambda splice: splice([10, 11, 12], 1, [21, 2])),
+    ([dpo.dpo_loss], lambda loss: loss(*-Q, *-P, 0.5)),
+    ([dpo.collate_pairs, dpo.shared_length], lambda collate, _: collate([PAIR], 0, True, "cpu")),
+    ([dpo.response_logps], lambda logps: logps(-Q[:, :3], None, False)),
+    *[([kd.total_loss, loss], lambda total, loss: total(Q, P, TARGETS, loss, 0.5, 2.0)) for loss in kd.LOSSES.values()],
+    (
+        [decode.token_logprobs, decode.ChunkedLogprobs],
+        lambda logprobs, _: logprobs(Q, P, None, torch.tensor([0, 1]), 1),
+    ),
+    (
+        [kd.ChunkedHeadLoss],
+        lambda chunked: chunked.apply(Q, P, None, lambda logits, part: (logits.exp()[:, 0],), 1),
+    ),
+    ([scoring.paired_bootstrap], lambda bootstrap: bootstrap(DIFFERENCES, 10, seed=0)),
+    ([scoring.interval], lambda interval: interval(0.375, DIFFERENCES)),
+]
 
 
-def check_splice(first_mismatch, splice):
-    log_q, log_p = torch.tensor([[-0.1, -0.1, -0.2], [-1.0, -2.0, 0.0]]), torch.tensor([[-0.2, -5.6, -6.0], [-1.0] * 3])
-    mask = torch.tensor([[True, True, True], [True, True, False]])
-    assert first_mismatch(log_q, log_p, mask, eta=4.0).tolist() == [1, -1]
-    assert splice([10, 11, 12], 1, [21, 2]) == [10, 21, 2]
-
-
-def check_dpo(dpo_loss, collate_pairs, shared_length, response_logps):
-    losses, chosen, rejected = dpo_loss(*torch.tensor([[-10.0], [-12.0], [-10.0], [-10.0]]), beta=0.5)
-    assert (chosen.item(), rejected.item()) == (0, -1)
-    assert losses.item() == pytest.approx(math.log(1 + math.exp(-1)))
-    pair = {"prompt_ids": [1, 5, 6], "chosen_ids": [7, 8, 9, 2], "rejected_ids": [7, 3, 2]}
-    rows = collate_pairs([pair], pad_id=0, with_shared=True, device="cpu")
-    assert rows["token_ids"].tolist() == [[1, 5, 6, 7, 8, 9, 2, 3, 2]]
-    assert rows["positions"].tolist() == [[0, 1, 2, 3, 4, 5, 6, 4, 5]]
-    chosen, rejected = response_logps(torch.tensor([[-1.0, -2.0, -4.0]]), None, average=False)
-    assert (chosen.item(), rejected.item()) == (-3, -5)
-
-
-def check_losses(total_loss, **losses):
-    p, q = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log(), torch.tensor([[0.75, 0.25], [0.9, 0.1]]).log()
-    for divergence in losses.values():
-        values = divergence(q, p)
-        assert values[0] > 0.01 and values[1].abs() < 1e-6
-    total, ce, kl = total_loss(q, p, torch.tensor([0, -100]), losses["forward_kl"], kd_rate=0.5, temperature=1.0)
-    assert ce[0].item() == pytest.approx(-math.log(0.75)) and torch.equal(total, (ce + kl) / 2)
-    assert kl[0].item() == pytest.approx(0.5 * math.log(4 / 3))
-
-
-def check_chunks(token_logprobs, ChunkedLogprobs, ChunkedHeadLoss, forward_kl):
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(7, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
-    targets, teacher, logits = torch.randint(50, (7,)), torch.randn(7, 50), hidden @ weight.T
-    token_losses = lambda logits, part: (forward_kl(logits, teacher[part]),)
-    plain = [logits.log_softmax(-1)[range(7), targets].sum(), forward_kl(logits, teacher).sum()]
-    chunked = [token_logprobs(hidden, weight, None, targets, 3).sum()]
-    chunked.append(ChunkedHeadLoss.apply(hidden, weight, None, token_losses, 3)[0])
-    for losses in zip(plain, chunked):
-        gradients = [torch.cat(torch.autograd.grad(loss, (hidden, weight), retain_graph=True)) for loss in losses]
-        torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
-
-
-def check_bootstrap(paired_bootstrap, interval):
-    differences = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, -1.0, 1.0, 0.0] * 25)
-    found = interval(0.375, paired_bootstrap(differences, 10_000, seed=0))
-    assert found["low"] == pytest.approx(0.28, abs=0.01) and found["high"] == pytest.approx(0.47, abs=0.01)
-
-
-CHECKS = {
-    check_sampling: [decode.uniform_noise, decode.sample_token],
-    check_splice: [warmup_distill.first_mismatch, warmup_distill.splice],
-    check_dpo: [dpo.dpo_loss, dpo.collate_pairs, dpo.shared_length, dpo.response_logps],
-    check_losses: [kd.total_loss, *kd.LOSSES.values()],
-    check_chunks: [decode.token_logprobs, decode.ChunkedLogprobs, kd.ChunkedHeadLoss, kd.forward_kl],
-    check_bootstrap: [scoring.paired_bootstrap, scoring.interval],
-}
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_copied_source_runs_alone(check):
-    """Sources alone, below `import math, torch` and `import torch.nn.functional as F`."""
+@pytest.mark.parametrize("things, call", COPIES, ids=[things[-1].__name__ for things, _ in COPIES])
+def test_copied_source_runs_alone(things, call):
+    """Sources alone, below `import math, torch` and `import torch.nn.functional as F`, do what the imported ones do."""
     names = {"math": math, "torch": torch, "F": F, "__name__": "copied"}
-    for thing in CHECKS[check]:
+    for thing in things:
         exec(inspect.getsource(thing), names)  # noqa: S102
-    check(**{thing.__name__: names[thing.__name__] for thing in CHECKS[check]})
+    assert repr(call(*(names[thing.__name__] for thing in things))) == repr(call(*things))
 
 
 def test_every_named_function_is_checked():
     sentence = re.search(r"Pure functions to copy.*?(?=Steps 1 to 3)", COPY, re.DOTALL)[0]
     assert "the seven losses" in sentence and len(kd.LOSSES) == 7
-    checked = {thing.__name__ for things in CHECKS.values() for thing in things}
-    assert set(re.findall(r"`(\w+)`", sentence)) == checked - kd.LOSSES.keys()
+    copied = {thing.__name__ for things, _ in COPIES for thing in things}
+    assert set(re.findall(r"`(\w+)`", sentence)) == copied - kd.LOSSES.keys()
     imports = re.findall(r"^(?:import|from) (\w+)", (ROOT / "lib/decode.py").read_text(), re.MULTILINE)
     assert {"torch", "transformers"} <= set(imports) and not {"lib", *SCRIPTS} & set(imports)

@@ -4,13 +4,11 @@ The page's script is tested in a browser by tests/optional/test_report_browser.p
 """
 
 import json
+import os
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 
 import pytest
-from conftest import ROOT
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from lib import runs
@@ -104,13 +102,8 @@ def page_of(out, other=None, **options):
     return Page(report.write_report(out, other, **options))
 
 
-def columns(page, run=0):
-    return page.data["runs"][run]["samples"]
-
-
-def unpacked(samples, i):
-    """The five fields of a sample, as the page's script takes them apart."""
-    return [[int(word) for word in field.split()] for field in samples["tokens"][i].split(";")]
+def columns(page):
+    return page.data["runs"][0]["samples"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,7 +121,9 @@ def test_samples_are_the_records(make_run, tokenizer):
     assert samples["t"] == [2, -1, 2] and samples["ends"] == [3, 3, 2]
     assert samples["margin"] == [57000, None, 57000]  # (-0.3 + 6.0) nats
     assert samples["top"] == [57000, 57000, 57000]
-    response, student, teacher, chosen, chosen_logprobs = unpacked(samples, 0)
+    # The five fields of a sample, as the page's script takes them apart
+    fields = [[int(word) for word in field.split()] for field in samples["tokens"][0].split(";")]
+    response, student, teacher, chosen, chosen_logprobs = fields
     ids = samples["ids"]
     assert [ids[k] for k in response] == records[0]["response_ids"]
     assert student == [-1000, -2000, -3000, -4000, 0] and teacher == [-1500, -1000, -60000, -5000, -1]
@@ -166,8 +161,7 @@ def test_numbers_that_json_has_not(make_run):
     """Infinite log-probs and losses: a gap in a curve, a margin the page writes as infinite; never invalid JSON."""
     minus = float("-inf")
     record = sample(teacher_logprobs=[-0.15, -0.1, minus, -0.5, 0.0])
-    steps = [{"stage": "dpo", "step": 1, "loss": float("nan")}, {"stage": "dpo", "step": 2, "lr": 1.0}]
-    steps[1]["loss"] = float("inf")
+    steps = [{"step": 1, "loss": float("nan")}, {"step": 2, "loss": float("inf"), "lr": 1.0}]
     run = page_of(make_run(records=[record], files={"metrics.jsonl": steps})).data["runs"][0]
     assert run["samples"]["margin"][0] > 9e4 * report.UNIT
     assert run["metrics"]["columns"] == {"lr": [None, 1.0]}
@@ -185,8 +179,7 @@ def test_a_run_of_kd_has_no_pairs(make_run):
 def test_two_runs(make_run):
     first, second = make_run("a", [sample()]), make_run("b", [sample(), sample(1)], {"metrics.jsonl": STEPS})
     page = page_of(first, second)
-    assert [run["name"] for run in page.data["runs"]] == ["a", "b"]
-    assert [len(columns(page, k)["t"]) for k in (0, 1)] == [1, 2]
+    assert [(run["name"], len(run["samples"]["t"])) for run in page.data["runs"]] == [("a", 1), ("b", 2)]
     assert (first / "report.html").exists() and not (second / "report.html").exists()
 
 
@@ -254,33 +247,24 @@ def test_ids_stand_in_for_an_unknown_tokenizer(make_run):
 
 
 def test_hostile_text_comes_back_as_it_was_and_is_no_markup(make_run):
-    records = [sample(i, prompt=text, status=f"kept{text}" if i == 0 else "kept") for i, text in enumerate(HOSTILE)]
-    page = page_of(make_run(records=records))
-    plain = page_of(make_run("plain", [sample()]))
-    assert [text for _, text in columns(page)["prompts"]] == HOSTILE
-    assert [tag for tag, _ in page.tags] == [tag for tag, _ in plain.tags]
-    embedded = page.source.split('id="data">')[1].split("</script>")[0]
-    assert embedded.isascii() and not set(embedded) & set("<>&\x00")
-
-
-def test_hostile_tokens_and_folder_names(make_run):
-    tokenizer = Pieces(*((text, text) for text in HOSTILE))
-    record = sample(response_ids=[1, 2, 3, 4, 5], chosen_ids=[1, 2, 6, 6])
+    """In prompts, statuses, tokens, results, arguments and the folder's name."""
     name = "<script>alert(1)<&'\""  # a slash cannot be in a name
-    page = page_of(make_run(name, [record], with_tokenizer=False), tokenizer=tokenizer)
-    assert columns(page)["vocabulary"] == HOSTILE
-    assert page.data["runs"][0]["name"] == name
-    assert [tag for tag, _ in page.tags].count("script") == 3
-    assert "<script>alert" not in page.source
-
-
-def test_hostile_arguments_and_results(make_run):
-    out = make_run(files={"summary.json": {HOSTILE[1]: {HOSTILE[0]: 1.0}}})
+    ids = {"response_ids": [1, 2, 3, 4, 5], "chosen_ids": [1, 2, 6, 6]}
+    records = [sample(i, prompt=text, status=f"kept{text}", **ids) for i, text in enumerate(HOSTILE)]
+    out = make_run(name, records, {"summary.json": {HOSTILE[1]: {HOSTILE[0]: 1.0}}}, with_tokenizer=False)
     args = {"student": HOSTILE[1], HOSTILE[0]: HOSTILE[5], "eta": "<b>"}
     runs.write_json(out / "args.json", {"args": args, "versions": {"<i>": "</script>"}, "commit": "<u>"})
-    page = page_of(out)
-    assert page.data["runs"][0]["args"][HOSTILE[0]] == HOSTILE[5] and page.data["runs"][0]["eta"] is None
-    assert [tag for tag, _ in page.tags].count("script") == 3
+    page, plain = (
+        page_of(out, tokenizer=Pieces(*((text, text) for text in HOSTILE))),
+        page_of(make_run("plain", [sample()])),
+    )
+    [run] = page.data["runs"]
+    assert [text for _, text in run["samples"]["prompts"]] == HOSTILE == run["samples"]["vocabulary"]
+    assert {f"kept{text}" for text in HOSTILE} <= set(run["samples"]["statuses"])
+    assert run["name"] == name and run["args"][HOSTILE[0]] == HOSTILE[5] and run["eta"] is None
+    assert [tag for tag, _ in page.tags] == [tag for tag, _ in plain.tags] and "<script>alert" not in page.source
+    embedded = page.source.split('id="data">')[1].split("</script>")[0]
+    assert embedded.isascii() and not set(embedded) & set("<>&\x00")
 
 
 def test_policy_admits_the_scripts_of_the_template_alone(make_run):
@@ -315,10 +299,7 @@ def error_of(out, **options):
 def test_no_run(make_run, tmp_path):
     assert error_of(tmp_path / "none").startswith("OUT is not a folder, at ")
     assert error_of(make_run()).startswith("nothing to report (")
-    good = make_run("good", [sample()])
-    with pytest.raises(UserError, match="OUT is not a folder"):
-        report.write_report(good, tmp_path / "none")
-    assert not (good / "report.html").exists()
+    assert error_of(make_run("good", [sample()]), other=tmp_path / "none").startswith("OUT is not a folder, at ")
 
 
 @pytest.mark.parametrize("name", ["mismatch.json", "summary.json", "metrics.jsonl", "args.json", "eval/table.json"])
@@ -330,15 +311,15 @@ def test_cut_and_foreign_files(make_run, name, content):
     assert f"in {out / name}" in error_of(out)
 
 
+NO_SAMPLE, NO_FIT = "not a sample of this project (", "t_star or prefix_len does not fit"
 BAD_RECORDS = [
-    ('{"prompt_id": 0, "sample', "not a sample of this project ("),
-    ("[]", "not a sample of this project (TypeError"),
-    ("{}", "not a sample of this project (KeyError"),
+    ('{"prompt_id": 0, "sample', NO_SAMPLE),
+    ("[]", f"{NO_SAMPLE}TypeError"),
+    ("{}", f"{NO_SAMPLE}KeyError"),
+    *((json.dumps(sample(**changes)), NO_FIT) for changes in ({"t_star": 5}, {"chosen_ids": [9, 9, 9, 2]})),
     (json.dumps(sample(student_logprobs=[0.0])), "ids and log-probs are not equally many"),
-    (json.dumps(sample(t_star=5)), "t_star or prefix_len does not fit"),
-    (json.dumps(sample(chosen_ids=[9, 9, 9, 2])), "t_star or prefix_len does not fit"),
-    (json.dumps(sample(response_ids="abcde")), "not a sample of this project ("),
-    (json.dumps(sample(student_logprobs=[float("nan")] * 5)), "not a sample of this project ("),
+    (json.dumps(sample(student_logprobs=[float("nan")] * 5)), NO_SAMPLE),
+    (json.dumps(sample(response_ids="abcde")), NO_SAMPLE),
 ]
 
 
@@ -355,20 +336,15 @@ def test_page_is_written_whole_or_not_at_all(make_run, monkeypatch):
     """A run that is killed while it writes leaves the page that was there."""
     out = make_run(records=[sample()])
     before = report.write_report(out).read_bytes()
-
-    def killed(*args, **kwargs):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(runs.os, "fsync", killed)
+    monkeypatch.setattr(runs.os, "fsync", lambda _: os.stat("/no such file"))  # raises OSError
     with pytest.raises(UserError, match="the report cannot be written"):
         report.write_report(out, max_samples=1)
     assert (out / "report.html").read_bytes() == before
 
 
-def test_command(make_run):
+def test_command(make_run, capsys):
     out = make_run(records=[sample()])
-    command = [sys.executable, "-m", "tools.report", out]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0 and done.stdout.startswith(str(out / "report.html")), done.stderr
+    report.main([str(out)])
+    assert capsys.readouterr().out.startswith(str(out / "report.html"))
     with pytest.raises(UserError, match="argument --max-samples: 0 is not 1 or more"):
         report.main([str(out), "--max-samples", "0"])

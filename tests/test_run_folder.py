@@ -68,27 +68,6 @@ def test_one_line():
     assert [runs.one_line(error) for error in errors.values()] == list(errors)
 
 
-RANGES = [
-    (runs.COUNT, ["1", "99"], ["0", "-1"]),
-    (runs.LIMIT, ["0", "7"], ["-1"]),
-    (runs.SEED, ["0", str((1 << 62) - 1)], ["-1", str(1 << 62)]),
-    (runs.NATS, ["-1", "0", "4.5"], ["nan", "inf", "-inf"]),
-    (runs.ABOVE_0, ["1e-9"], ["0", "-1", "inf", "nan"]),
-    (runs.NOT_NEGATIVE, ["0", "3"], ["-1", "inf", "nan"]),
-    (runs.SHARE, ["0", "1"], ["-0.1", "1.1", "nan"]),
-    (runs.OPEN_SHARE, ["0.5"], ["0", "1", "nan"]),
-    (runs.TOP_P, ["1e-9", "1"], ["0", "1.1", "nan"]),
-]
-
-
-def test_ranges():
-    for kind, good, bad in RANGES:
-        assert [kind(word) for word in good] == [json.loads(word) for word in good]
-        for word in bad:
-            with pytest.raises(argparse.ArgumentTypeError, match=f"^{word} is not "):
-                kind(word)
-
-
 def test_parser_errors(monkeypatch):
     """Flags out of range, and others that are wrong: tests/test_errors.py."""
     monkeypatch.setattr(sys, "argv", ["SCRIPT"])
@@ -115,34 +94,24 @@ def test_world_of_one(world):
         world.first(lambda: 1 / 0)
 
 
-def test_seconds_since_start_count_the_imports():
-    begun = time.time()
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from lib import runs; print(runs.seconds_since_start())"
-    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert 0.5 < float(printed) <= time.time() - begun + 0.05
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # OUT
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_args_json(start, tmp_path):
-    out = start(eval_limit=3)
+    """What it holds; arguments that change no pair and no weight may differ, and it stays as it was."""
+    out = start(device="cpu", threads=1, save_every=5, micro_batch_size=2, eval_data="a")
     record = runs.read_json(out / "args.json")
-    assert record["args"] == {"seed": 1, "out": str(out), "accept_changes": False, "eval_limit": 3}
+    assert record["args"]["out"] == str(out) and record["args"]["eval_data"] == "a"
     assert record["settings"] == {"seed": 1}, "what is compared"
     assert record["inputs"].keys() == {str(tmp_path / "data.jsonl"), "some/model"}
     assert record["inputs"]["some/model"] is None
     assert {"dpo.py", "lib/runs.py"} <= record["code"].keys() and not any("test" in file for file in record["code"])
     assert record.keys() >= {"versions", "commit", "accepted"}
-
-
-def test_free_arguments_may_differ(start, tmp_path):
-    made(start(device="cpu", threads=1, save_every=5, micro_batch_size=2, eval_data="a"))
-    before = (tmp_path / "out" / "args.json").read_text()
+    made(out)
     start(device="cuda", threads=2, save_every=6, micro_batch_size=1, activation_checkpointing=True, eval_data="b")
-    assert (tmp_path / "out" / "args.json").read_text() == before
+    assert runs.read_json(out / "args.json") == record
 
 
 @pytest.mark.parametrize("what", ["argument", "input", "code"])
@@ -168,55 +137,43 @@ def test_changes_are_refused_or_accepted(start, tmp_path, monkeypatch, capsys, w
     start(**flags)
 
 
-def test_a_run_that_made_nothing_claims_nothing(start):
-    out = start()
-    (out / "prompts.arrow").write_bytes(b"written again by every start")
-    start(seed=2)
-    assert runs.read_json(out / "args.json")["settings"] == {"seed": 2}
-
-
-@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"settings": 1}', '{"settings": [1]}', "\ud800"])
-def test_foreign_args_json(start, tmp_path, content):
-    """Other tools write an args.json as well."""
-    (tmp_path / "out").mkdir()
-    made(tmp_path / "out")
-    (tmp_path / "out" / "args.json").write_bytes(content.encode(errors="surrogatepass"))
-    text = error_of(start)
-    assert text.startswith("args.json is not of a run of this project (")
-    assert text.endswith(f"in {tmp_path / 'out'}, give another --out")
-
-
-def test_foreign_folders(start, tmp_path):
-    """A folder that no run made, a file; OUT that cannot be made is in tests/test_errors.py."""
+@pytest.mark.parametrize("content", ["{", "[]", '{"settings": [1]}', "\ud800"])
+def test_foreign_folders(start, tmp_path, content):
+    """Other tools write an args.json as well; a folder that no run made; a file."""
     out = tmp_path / "out"
     out.mkdir()
     (out / "config.json").write_text("mine")
     assert error_of(start) == f"OUT holds config.json, which no run made, at {out}, give another --out"
     assert error_of(start, out=out / "config.json").startswith("OUT is not a folder, at ")
     assert [file.name for file in out.iterdir()] == ["config.json"] and (out / "config.json").read_text() == "mine"
+    (out / "args.json").write_bytes(content.encode(errors="surrogatepass"))
+    text = error_of(start)
+    assert text.startswith("args.json is not of a run of this project (")
+    assert text.endswith(f"in {out}, give another --out")
 
 
 def test_left_by_a_killed_run(start):
-    """Half-written files and folders go; whole ones and others' hidden files stay."""
+    """Half-written files of this run go; whole ones, others' hidden files and another run's stay."""
     out = start()
     made(out)
-    (out / "checkpoint" / ".step-000002.partial").mkdir(parents=True)
-    (out / "checkpoint" / ".step-000002.partial" / "shard").write_text("")
-    for name in (".metrics.jsonl.partial", "checkpoint/.x.partial", ".hidden", "checkpoint/whole"):
+    (out / "other" / "checkpoint" / ".step-000002.partial").mkdir(parents=True)
+    others = {".hidden", ".notes.partial", "other/.metrics.jsonl.1.partial", "other/checkpoint/.step-000002.partial/x"}
+    for name in (".pairs.arrow.123.partial", *others):
         (out / name).write_text("")
     start()
-    assert {str(path.relative_to(out)) for path in out.rglob("*")} == {
-        *(".lock", ".hidden", "args.json", "pairs.jsonl", "checkpoint", "checkpoint/whole")
-    }
+    files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert files == {".lock", "args.json", "pairs.jsonl", *others}
 
 
 def test_one_run_at_a_time(start, tmp_path, monkeypatch):
     """The lock ends with its process, however that ends. Some file systems have none: then there is no check."""
     code = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from lib import runs; from pathlib import Path\n"
-    code += f"runs.lock(Path({str(tmp_path / 'out' / '.lock')!r})); print('locked', flush=True); time.sleep(100)"
+    code += f"runs.lock(Path({str(tmp_path / 'out' / '.lock')!r})); print(runs.seconds_since_start(), flush=True)\n"
+    begun = time.time()
     (tmp_path / "out").mkdir()
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == "locked\n"
+    command = [sys.executable, "-c", f"{code}time.sleep(100)"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert 0.5 < float(other.stdout.readline()) <= time.time() - begun + 0.05, "the imports count"
         expected = f"another run is at work in OUT, at {tmp_path / 'out'}, wait for it or give another --out"
         assert error_of(start) == expected
         other.send_signal(signal.SIGKILL)
@@ -252,29 +209,23 @@ def test_fingerprint_of_a_large_file(tmp_path, size, places):
     assert len(seen) == 1 + len(places)
 
 
-def test_shards_to_do(world, tmp_path, capsys):
+@pytest.mark.parametrize("count, size", [(0, 2), (1, 3), (3, 1), (4, 2), (5, 2), (5, 3), (7, 8)])
+def test_shards_to_do(world, tmp_path, capsys, count, size):
+    """What is there is left out. Each shard has one owner; all ranks take as many turns, since a sharded model's forwards
+    need every rank."""
     folder = tmp_path / "out" / "pairs"
-    assert runs.shards_to_do(folder, 3, "jsonl", world) == [(0, True), (1, True), (2, True)] and folder.is_dir()
+    assert runs.shards_to_do(folder, count, "jsonl", world) == [(k, True) for k in range(count)] and folder.is_dir()
     assert capsys.readouterr().out == "", "nothing was there"
-    for name in ("00001.jsonl", ".00002.jsonl.partial", "00000.safetensors", "00007.jsonl"):
+    for name in ("00002.jsonl", ".00001.jsonl.partial", "00000.safetensors", "00099.jsonl"):
         (folder / name).write_text("")
-    assert runs.shards_to_do(folder, 3, "jsonl", world) == [(0, True), (2, True)]
-    assert capsys.readouterr().out == "pairs: 1 of 3 batches were there already\n"
-
-
-@pytest.mark.parametrize("count, size", [(0, 2), (1, 3), (4, 2), (5, 2), (5, 3), (7, 8)])
-def test_shards_of_several_ranks(world, tmp_path, count, size):
-    """Each shard has one owner; all ranks take as many turns, since a sharded model's forwards need every rank."""
-    (tmp_path / "pairs").mkdir()
-    (tmp_path / "pairs" / "00002.jsonl").write_text("")
-    missing, lists = [k for k in range(count) if k != 2], []
-    for rank in range(size):
-        # `first` of a World of one stands in for the broadcast
-        ranks_world = argparse.Namespace(rank=rank, size=size, first=world.first)
-        lists.append(runs.shards_to_do(tmp_path / "pairs", count, "jsonl", ranks_world))
+    # `first` of a World of one stands in for the broadcast
+    worlds = [argparse.Namespace(rank=rank, size=size, first=world.first) for rank in range(size)]
+    lists, missing = [runs.shards_to_do(folder, count, "jsonl", w) for w in worlds], [k for k in range(count) if k != 2]
     assert {len(shards) for shards in lists} == {math.ceil(len(missing) / size)}
     assert sorted(k for shards in lists for k, is_ours in shards if is_ours) == missing
     assert all(k in missing for shards in lists for k, _ in shards)
+    said = f"pairs: 1 of {count} batches were there already\n" if count > 2 else ""
+    assert capsys.readouterr().out == said * size
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -294,13 +245,12 @@ def test_files_are_whole_or_not_there(tmp_path):
 
 
 def test_jsonl(tmp_path):
-    """Line separators and other planes survive; a line a row, where allowed with blank ones between."""
+    """One row a line, whatever is in it; where allowed with blank ones between. tests/test_properties.py has more rows."""
     path, rows = tmp_path / "x.jsonl", [{"a": "é\u2028\U0001f600\n"}, {"b": [1, None, 0.1]}]
     runs.write_jsonl(path, rows)
     runs.append_jsonl(path, {"c": 1})
-    assert runs.read_jsonl(path) == [*rows, {"c": 1}] and path.read_bytes().count(b"\n") == 3
-    path.write_text("1\n\n \n2\n")
-    assert list(runs.iterate_jsonl(path, blank_lines=True)) == [(1, 1), (4, 2)]
+    path.write_text(path.read_text() + "\n \n2\n")
+    assert list(runs.iterate_jsonl(path, blank_lines=True)) == [(1, rows[0]), (2, rows[1]), (3, {"c": 1}), (6, 2)]
 
 
 BAD_LINES = {"cut": b'{"a": ', "blank": b"", "bytes": b"\xff", "surrogate": b'"\\ud800"', "deep": b"[" * 100_000}

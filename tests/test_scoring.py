@@ -141,9 +141,10 @@ def test_interval_of_equal_differences():
         assert found == {"difference": value, "low": value, "high": value, "share": share}
 
 
-def results(values, references="r", name="set"):
+def results(values, references="r", name="set", metric="rouge"):
     """{set: {seed: rows}} from a list of scores for each seed."""
-    rows = lambda scores: [{"prompt_id": k, "references": [references], "score": s} for k, s in enumerate(scores)]
+    shared = {"references": [references], "metric": metric}
+    rows = lambda scores: [{"prompt_id": k, "score": score, **shared} for k, score in enumerate(scores)]
     return {name: {seed: rows(scores) for seed, scores in values.items()}}
 
 
@@ -167,10 +168,11 @@ def test_compare_over_all_sets():
     assert found["high"] - found["low"] > 0.5
 
 
-def test_compare_refuses_different_data():
-    for other, message in (({"references": "x"}, "different data"), ({"name": "x"}, "no set in common")):
-        with pytest.raises(UserError, match=message):
-            scoring.compare(results({1: [0, 0]}), results({1: [0, 0]}, **other), 10, 0)
+@pytest.mark.parametrize("other", [{"references": "x"}, {"metric": "math"}, {"seed": 2}, {"name": "x"}])
+def test_compare_refuses_other_data_metrics_and_seeds(other):
+    other = results({other.pop("seed", 1): [0, 0]}, **other)
+    with pytest.raises(UserError, match="different data, metrics or seeds" if "set" in other else "no set in common"):
+        scoring.compare(results({1: [0, 0]}), other, 10, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,57 +1,81 @@
-"""What test_distributed.py starts under torchrun, or alone: a list of jobs, each a `main` of this project.
+"""Processes without torchrun: one that has imported everything forks the ranks. To start Python and import torch is most
+of a test's time.
 
-    torchrun --nproc_per_node N workers.py JOBS.json      [{"main": module, "argv": [...], "die": ..., "record": bool}]
-    torchrun --nproc_per_node 2 workers.py rank-error     a UserError on rank 1 alone; rank 0 waits in a collective
+    python workers.py JOBS.json                          jobs, one after the other; their exit statuses: JOBS.json.codes
+    torchrun --nproc_per_node 2 workers.py rank-error    a UserError on rank 1 alone; rank 0 waits in a collective
 
-To start Python and import torch is most of a test's time. So every rank forks one child a job: a child may die, and has
-a process group of its own. The exit status of each job goes to JOBS.json.RANK.
+A job is a `main` of this project: {"main": module, "argv": [...], "processes": 2}, 0 of them: one without RANK; and
 "die": {"at": "os.rename", "call": "checkpoint/step-000004"}: the process that calls this function with these words in
-its last argument or keyword arguments is killed before the call (on rank "rank", if given), and then all others are.
-With "signal": 15 it is sent that signal instead, and the others are left alone.
+its last argument or keyword arguments is killed before the call (on rank "rank" alone, if given), and then all others
+are. With "signal": 15 it is sent that signal instead, and the others are left alone.
 "record": gradients before clipping go to OUT/gradients.pt; the weights stay as they are.
+"file_size": no file can have more bytes (the system's error stands for that of a full disk).
 """
 
+import functools
+import gc
 import importlib
 import json
 import os
+import resource
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from transformers import LlamaForCausalLM, Qwen2ForCausalLM  # noqa: F401  once here, not in every child
 
-import warmup_distill  # noqa: F401
+import kd  # noqa: F401
 from lib import runs, training
 
-RANK, SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-KILL = int(signal.SIGKILL)
 SECONDS = 60  # for one job: a hang becomes a failed test
 
 
-def meet_in_store(name):
-    """Lets the next process group, under torchrun, use keys of its own in torchrun's store."""
-    if "RANK" not in os.environ:
-        return
-    init = dist.init_process_group
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    dist.init_process_group = lambda backend, **kwargs: init(
-        backend, **{**kwargs, "store": dist.PrefixStore(name, store)}
-    )
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
 
 
-def die_at(at, call, marker, rank=RANK, signal=KILL):
+def own_rank():
+    return int(os.environ.get("RANK", "0"))
+
+
+def fork_ranks(processes, function):
+    """Exit statuses, by rank, of the processes that call the function; negative: the signal that killed one.
+
+    They find each other by the variables that torchrun sets. A killed one takes the others with it, as when a machine
+    goes down.
+    """
+    variables = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
+    pids, codes = [], {}
+    gc.freeze()  # of all that is imported: to look through it takes longer than most jobs
+    for rank in range(max(1, processes)):
+        pid = os.fork()
+        if pid == 0:
+            if processes:
+                os.environ.update(variables, RANK=str(rank), LOCAL_RANK=str(rank))
+            runs.run(function)
+        pids.append(pid)
+    while len(codes) < len(pids):
+        pid, status = os.wait()
+        codes[pid] = os.waitstatus_to_exitcode(status)
+        if codes[pid] == -signal.SIGKILL:
+            for other in set(pids) - codes.keys():
+                os.kill(other, signal.SIGKILL)
+    return [codes[pid] for pid in pids]
+
+
+def die_at(at, call, rank=None, signal=int(signal.SIGKILL)):
     """Replaces the function `at` by one that kills this process when it is called with `call` in its arguments."""
     module, name = at.rsplit(".", 1)
     module = importlib.import_module(module)
     function = getattr(module, name)
 
     def deadly(*args, **kwargs):
-        if rank == RANK and call in f"{args[-1]} {kwargs}":
-            if signal == KILL:
-                marker.touch()
+        if rank in (None, own_rank()) and call in f"{args[-1]} {kwargs}":
             os.kill(os.getpid(), signal)
         return function(*args, **kwargs)
 
@@ -66,46 +90,33 @@ def record_gradients(out):
         full = {name: p.grad.full_tensor().clone() for name, p in model.named_parameters()}
         steps.append(full)
         optimizer.zero_grad(set_to_none=True)
-        if RANK == 0:
+        if own_rank() == 0:
             torch.save(steps, Path(out) / "gradients.pt")
         return {"grad_norm": torch.stack([g.norm() for g in full.values()]).norm().item(), "lr": 0.0}
 
     training.optimizer_step = record
 
 
-def do(job, number, marker):
+def do(job):
     """One job, in a process of its own."""
     signal.alarm(SECONDS)
-    meet_in_store(f"job-{number}")
+    time.sleep = lambda _: None  # ranks above 0 give torchrun time to end them, before they tell of an error
+    if "file_size" in job:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_size"],) * 2)
     if "die" in job:
-        die_at(**job["die"], marker=marker)
+        die_at(**job["die"])
     if job.get("record"):
         record_gradients(job["argv"][job["argv"].index("--out") + 1])
-    if RANK == 0:
-        print(f"--- job {number}: {job}", file=sys.stderr, flush=True)
-    runs.run(lambda: importlib.import_module(job["main"]).main(job["argv"]))
-
-
-def wait(pid, marker):
-    """Exit status of a child; negative: the signal that killed it. A dead peer means death, as when a machine goes down."""
-    while True:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        if marker.exists():
-            os.kill(pid, signal.SIGKILL)
-        time.sleep(0.02)
+    importlib.import_module(job["main"]).main(job["argv"])
 
 
 def main(file):
+    os.dup2(sys.stdout.fileno(), sys.stderr.fileno())  # what jobs print stays in order
     codes = []
-    for number, job in enumerate(json.loads(Path(file).read_text())):
-        marker = Path(f"{file}.dead-{number}")
-        pid = os.fork()
-        if pid == 0:
-            do(job, number, marker)
-        codes.append(wait(pid, marker))
-    Path(f"{file}.{RANK}").write_text(json.dumps(codes))
+    for job in json.loads(Path(file).read_text()):
+        print(f"--- job {job}", flush=True)
+        codes.append(fork_ranks(job["processes"], functools.partial(do, job)))
+    Path(f"{file}.codes").write_text(json.dumps(codes))
 
 
 def error_of_one_rank():

@@ -1,8 +1,8 @@
-"""A run's files in the libraries that others use: datasets, TRL's DPOTrainer, transformers; and TRL's model in kd.py.
+"""A run's files in the libraries that others use, datasets and TRL's DPOTrainer; and TRL's model in kd.py.
 
-Not part of `python -m pytest`: it needs `pip install -r tests/optional/requirements.txt`. Then, with its numbers shown,
+Not part of `python -m pytest`: it needs `pip install -r tests/optional/requirements.txt`. Then
 
-    python -m pytest -s tests/optional/test_interop.py
+    python -m pytest tests/optional/test_interop.py
 
 What TRL makes of pairs.jsonl: it ignores the ids and tokenizes the text columns anew, with an eos after each response.
 So it trains on our very tokens where a response ended by itself, and text and ids say the same: by the toy's tokenizer,
@@ -11,7 +11,6 @@ before every text, such as Llama's, puts a second one before our prompts, which 
 """
 
 import importlib
-import json
 import math
 from types import SimpleNamespace
 
@@ -21,13 +20,14 @@ import pytest
 import torch
 import trl
 from conftest import make_model
+from test_kd import dense_losses
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, pipeline
+from transformers import AutoModelForCausalLM
 
 import dpo
 import kd
 import warmup_distill
-from lib import decode, models, runs
+from lib import models, runs
 from toy import make as toy
 
 BETA, LR, STEPS = 0.5, 1e-3, 4
@@ -61,9 +61,8 @@ def run(tmp_path_factory):
     """A real run: two tiny models after a few steps of SFT, so that they write sums and end, then the whole warm-up."""
     root = tmp_path_factory.mktemp("interop")
     facts, tokenizer = toy.correct_facts(), toy.make_tokenizer()
-    problems = toy.draw_splits(0, toy.Settings(train=64))["train"]
-    data = root / "train.jsonl"
-    data.write_text("".join(json.dumps(toy.to_example(p, facts)) + "\n" for p in problems))
+    problems, data = toy.draw_splits(0, toy.Settings(train=64))["train"], root / "train.jsonl"
+    runs.write_jsonl(data, [toy.to_example(problem, facts) for problem in problems])
     for name, family, steps, seed in (("student", "llama", 60, 1), ("teacher", "qwen2", 120, 2)):
         make_model(family, seed, width=32, std=0.05, tie_word_embeddings=name == "student").save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
@@ -86,14 +85,16 @@ def dataset(run, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def same_in_text(run, dataset):
+def from_text(run, dataset):
+    """The ids that dpo.py makes of the text columns alone, for each pair."""
+    texts = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in dataset]
+    return [dpo.tokenize_pair(row, run.tokenizer, "here") for row in texts]
+
+
+@pytest.fixture(scope="module")
+def same_in_text(dataset, from_text):
     """Numbers of the pairs whose text, tokenized with an eos after each response, is their ids."""
-    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
-    again = [dpo.tokenize_pair({key: row[key] for key in TEXT}, run.tokenizer, "here") for row in dataset]
-    return [i for i, row in enumerate(dataset) if all(row[key] == again[i][key] for key in columns)]
-
-
-TEXT = ("prompt", "chosen", "rejected")
+    return [i for i, ids in enumerate(from_text) if ids.items() <= dataset[i].items()]
 
 
 @pytest.fixture(scope="module")
@@ -126,30 +127,19 @@ def make_trainer(run, dataset, tmp_path_factory):
     return make
 
 
-def difference(ours, theirs):
-    """|ours - theirs| / |theirs|, over all entries of two lists of tensors."""
-    flat = lambda tensors: torch.cat([tensor.flatten().double() for tensor in tensors])
-    return ((flat(ours) - flat(theirs)).norm() / flat(theirs).norm()).item()
-
-
 def test_datasets_reads_pairs(run, dataset):
     """The rows of the file, ids as integers, text as text."""
     assert dataset.to_list() == runs.read_jsonl(run.out / "pairs.jsonl")
-    assert set(TEXT) <= set(dataset.column_names)
-    print(f"\ndatasets: {len(dataset)} pairs, columns {', '.join(dataset.column_names)}")
 
 
-def test_trl_trains_on_our_tokens(run, dataset, same_in_text, make_trainer):
+def test_trl_trains_on_our_tokens(run, dataset, from_text, same_in_text, make_trainer):
     """TRL's ids are those that dpo.py makes of the text alone, and our own where both responses ended by themselves."""
-    found = make_trainer(range(len(dataset))).train_dataset
-    for row, theirs in zip(dataset, found, strict=True):
-        ours = dpo.tokenize_pair({key: row[key] for key in TEXT}, run.tokenizer, "here")
-        assert {key: theirs[key] for key in ours} == ours
+    for ours, theirs in zip(from_text, make_trainer(range(len(dataset))).train_dataset, strict=True):
+        assert ours.items() <= theirs.items()
     special, eos = set(run.tokenizer.all_special_ids), run.tokenizer.eos_token_id
     clean = lambda ids: ids[-1] == eos and not special & set(ids[:-1])
     ended = [i for i, row in enumerate(dataset) if clean(row["chosen_ids"]) and clean(row["rejected_ids"])]
     assert same_in_text == ended and len(ended) >= 4
-    print(f"\nTRL: {len(dataset)} pairs as dpo.py tokenizes their text; {len(ended)} are our ids, token by token")
 
 
 def test_trl_doubles_bos(run, dataset, make_trainer):
@@ -164,49 +154,13 @@ def test_trl_doubles_bos(run, dataset, make_trainer):
     bare = dataset.map(lambda row: {"prompt": row["prompt"].removeprefix(bos[0])})
     once = make_trainer(range(len(dataset)), tokenizer, bare).train_dataset
     assert [row["prompt_ids"] for row in once] == ours
-    print(f"\nTRL with a tokenizer that adds {bos[0]}: one more in each of {len(ours)} prompts, none more without ours")
-
-
-def test_trl_logprobs_and_gradient(run, dataset, same_in_text, make_trainer):
-    """Log-probs of each response and the gradient of the loss: TRL's, two rows a pair, and dpo.py's, one row a pair.
-
-    The reference is off the policy, so that the loss is not at its symmetric point, ln 2.
-    """
-    trainer = make_trainer(same_in_text)
-    with torch.no_grad():
-        for parameter in trainer.ref_model.parameters():
-            parameter.mul_(1.02)
-    batch = trainer.data_collator(list(trainer.train_dataset))
-    logps = torch.stack(trainer.compute_ref_log_probs(trainer.model, batch), 1)  # (B, 2)
-    reference = torch.stack(trainer.compute_ref_log_probs(trainer.ref_model, batch), 1)
-    trainer.current_gradient_accumulation_steps = 1
-    loss = trainer.training_step(trainer.model, batch)
-
-    lm = AutoModelForCausalLM.from_pretrained(run.student, dtype=torch.float32)
-    rows = [dataset[i] for i in same_in_text]
-    collated = dpo.collate_pairs(rows, run.tokenizer.pad_token_id, True, "cpu")
-    sums = dpo.PairModel(lm, len(run.tokenizer))(**collated)
-    chosen, rejected = dpo.response_logps(sums, None, False)
-    # As dpo.py trains, without the shared part: TRL's reference has its own in both responses, and it cancels there
-    collated = dpo.collate_pairs(rows, run.tokenizer.pad_token_id, False, "cpu")
-    suffixes = dpo.response_logps(dpo.PairModel(lm, len(run.tokenizer))(**collated), None, False)
-    losses, _, _ = dpo.dpo_loss(*suffixes, *reference.unbind(1), BETA)
-    losses.mean().backward()
-
-    off = (torch.stack([chosen, rejected], 1) - logps).abs().max().item()
-    names = [name for name, _ in lm.named_parameters()]
-    theirs = dict(trainer.model.named_parameters())
-    relative = difference([p.grad for p in lm.parameters()], [theirs[name].grad for name in names])
-    print(f"\n{len(rows)} pairs: loss {losses.mean().item():.7f}, TRL {loss.item():.7f}")
-    print(f"log-probs of {logps.min():.1f} to {logps.max():.1f} nats differ by {off:.1e} at most")
-    print(f"gradient: relative difference {relative:.1e}")
-    assert abs(loss.item() - math.log(2)) > 1e-3
-    assert losses.mean().item() == pytest.approx(loss.item(), abs=1e-5)
-    assert off < 1e-4 and relative < 1e-4
 
 
 def test_trl_trains_as_dpo_does(run, dataset, same_in_text, make_trainer, tmp_path):
-    """DPOTrainer.train() beside the command dpo.py, the same pairs in every step: logged numbers, and the weights."""
+    """DPOTrainer.train() beside the command dpo.py, the same pairs in every step: logged numbers, and the weights.
+
+    TRL computes two rows a pair, dpo.py one. From step 2 on the loss is off its symmetric point, ln 2.
+    """
     count = len(same_in_text)
     runs.write_jsonl(tmp_path / "pairs.jsonl", [dataset[i] for i in same_in_text])
     dpo.main(
@@ -221,7 +175,6 @@ def test_trl_trains_as_dpo_does(run, dataset, same_in_text, make_trainer, tmp_pa
     assert len(ours) == len(theirs) == STEPS
     names = {"loss": "loss", "grad_norm": "grad_norm", "margin": "rewards/margins", "wins": "rewards/accuracies"}
     for step, (a, b) in enumerate(zip(ours, theirs)):
-        print(f"\nstep {step + 1}", *(f"{name} {a[name]:.6f}, TRL {b[key]:.6f};" for name, key in names.items()))
         for name, key in names.items():
             if name != "wins" or step > 0:  # at first all rewards are 0 up to rounding
                 assert a[name] == pytest.approx(b[key], rel=2e-4, abs=2e-4), f"{name} of step {step + 1}"
@@ -230,30 +183,13 @@ def test_trl_trains_as_dpo_does(run, dataset, same_in_text, make_trainer, tmp_pa
 
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "ours" / "student").state_dict()
     steps = [(trained[n] - s, p.detach() - s) for (n, p), s in zip(trainer.model.named_parameters(), start)]
-    relative = difference(*zip(*steps))
-    print(f"\nchange of the weights after {STEPS} steps: relative difference {relative:.1e}")
-    assert relative < 1e-2
+    ours, theirs = (torch.cat([change.flatten().double() for change in changes]) for changes in zip(*steps))
+    assert (ours - theirs).norm() < 1e-2 * theirs.norm()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Models, both ways
+# A model of TRL, and its losses
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_student_in_transformers(run):
-    """OUT/student by its path alone: AutoModelForCausalLM, and a pipeline that writes what decode.py writes."""
-    lm, info = AutoModelForCausalLM.from_pretrained(run.out / "student", output_loading_info=True)
-    assert not any(info.values()), info
-    prompts = ["<bos>123+456:", "<bos>999+100:"]
-    generate = pipeline("text-generation", model=str(run.out / "student"), device="cpu")
-    options = {"max_new_tokens": 40, "do_sample": False, "return_full_text": False}
-    written = [generate(prompt, **options)[0]["generated_text"] for prompt in prompts]
-    ids = [run.tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
-    tokens = decode.Tokens(run.tokenizer.pad_token_id, [run.tokenizer.eos_token_id], len(run.tokenizer))
-    rows, budget = decode.prefill(lm, ids, tokens), torch.full((len(ids),), 40)
-    ours, _ = decode.decode(lm, rows, decode.greedy, budget, tokens)
-    print("\npipeline:", *(f"{prompt} -> {text}" for prompt, text in zip(prompts, written)))
-    assert written == run.tokenizer.batch_decode(ours, skip_special_tokens=True) and all(written)
 
 
 def test_student_of_trl_in_kd(run, same_in_text, make_trainer, tmp_path):
@@ -267,23 +203,17 @@ def test_student_of_trl_in_kd(run, same_in_text, make_trainer, tmp_path):
     )  # fmt: skip
     first, second = runs.read_jsonl(tmp_path / "kd" / "metrics.jsonl")
 
-    student, teacher = (AutoModelForCausalLM.from_pretrained(p).eval() for p in (tmp_path / "trl", run.teacher))
-    ce = kl = tokens = 0
-    for line in run.data.read_text().splitlines()[:8]:
-        example = json.loads(line)
-        prompt = run.tokenizer.encode("<bos>" + example["prompt"], add_special_tokens=False)
-        ids = [*prompt, *run.tokenizer.encode(example["response"], add_special_tokens=False), 2]
-        with torch.no_grad():
-            log_q, log_p = (lm(torch.tensor([ids])).logits[0].double().log_softmax(-1) for lm in (student, teacher))
-        for t in range(len(prompt), len(ids)):
-            ce -= log_q[t - 1, ids[t]].item()
-            kl += (log_p[t - 1].exp() * (log_p[t - 1] - log_q[t - 1])).sum().item()
-            tokens += 1
-    print(f"\nkd.py: ce {first['ce']:.6f}, kd {first['kd']:.6f}; plain {ce / tokens:.6f}, {kl / tokens:.6f}")
-    assert first["ce"] == pytest.approx(ce / tokens, abs=1e-5) and first["kd"] == pytest.approx(kl / tokens, abs=1e-5)
+    models, rows = [AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "trl", run.teacher)], []
+    for example in runs.read_jsonl(run.data)[:8]:
+        prompt, response = (run.tokenizer.encode(text) for text in ("<bos>" + example["prompt"], example["response"]))
+        rows.append((prompt, [*response, run.tokenizer.eos_token_id], True))
+    tokens = sum(len(response) for _, response, _ in rows)
+    with torch.no_grad():
+        _, ce, kl = (dense_losses(*models, rows, kd.forward_kl, 0.5, 1.0) / tokens).tolist()
+    assert first["ce"] == pytest.approx(ce, abs=1e-5) and first["kd"] == pytest.approx(kl, abs=1e-5)
     assert second["loss"] < first["loss"] and first["response_tokens"] == tokens
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "kd" / "student").state_dict()
-    assert any(not torch.equal(trained[name], value) for name, value in student.state_dict().items())
+    assert any(not torch.equal(trained[name], value) for name, value in models[0].state_dict().items())
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:trl.*", "ignore:.*experimental.*")

@@ -21,7 +21,7 @@ STATUSES = ("kept", "kept", "untouched", "duplicate", "identical", "filtered")
 
 @pytest.fixture(scope="module")
 def chromium():
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if path is None:
         pytest.fail("no chromium in PATH: install one (Debian: apt-get install chromium)")
     with sync_playwright() as playwright:
@@ -105,8 +105,8 @@ def test_a_sample_and_its_tokens(visit, make_run, tokenizer):  # noqa: F811
     page = visit(report.write_report(make_run(records=[sample(), sample(0, 1, "untouched", -1)], files=FILES)))
     assert title(page).startswith("Prompt 0, sample 0") and "kept" in title(page)
     student, teacher = (page.locator(".tokens").nth(k).locator("button") for k in (0, 1))
-    assert student.all_inner_texts() == [tokenizer.decode([i]) for i in (5, 6, 7, 8, 2)]
-    assert teacher.all_inner_texts() == [tokenizer.decode([i]) for i in (5, 6, 9, 2)]
+    for buttons, ids in ((student, (5, 6, 7, 8, 2)), (teacher, (5, 6, 9, 2))):
+        assert buttons.all_inner_texts() == [tokenizer.decode([i]) for i in ids]
     assert [b.get_attribute("class").split()[0] for b in teacher.all()] == ["shared", "shared", "teacher", "teacher"]
     first = student.nth(2)
     assert {"first", "over"} <= set(first.get_attribute("class").split())
@@ -290,20 +290,17 @@ CONTRAST = """() => {
 }"""
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_contrast(visit, ordinary, scheme):
-    """Text has 4.5 to 1 (WCAG 2.2, AA) on its background, the shaded tokens included."""
-    page = visit(ordinary, scheme=scheme)
-    open_all(page)
-    assert page.evaluate(CONTRAST) == []
-
-
-def test_themes(visit, ordinary):
-    background = "getComputedStyle(document.body).backgroundColor"
-    light, dark = (visit(ordinary, scheme=scheme).evaluate(background) for scheme in ("light", "dark"))
-    assert light != dark
+def test_themes_and_contrast(visit, ordinary):
+    """Text has 4.5 to 1 (WCAG 2.2, AA) on its background, the shaded tokens included, in both themes."""
+    background, colors = "getComputedStyle(document.body).backgroundColor", {}
+    for scheme in ("light", "dark"):
+        page = visit(ordinary, scheme=scheme)
+        colors[scheme] = page.evaluate(background)
+        open_all(page)
+        assert page.evaluate(CONTRAST) == []
+    assert colors["light"] != colors["dark"]
     page = visit(ordinary)
-    for name, color in (("light", light), ("dark", dark), ("system", light)):
+    for name, color in (*colors.items(), ("system", colors["light"])):
         page.click("#theme")
         page.wait_for_timeout(300)  # storage is written in the background
         page.reload()
