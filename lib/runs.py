@@ -13,6 +13,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -32,7 +33,7 @@ MEETING_TIME = timedelta(minutes=10)  # for the processes of a job to find each 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Arguments that may differ when a run continues: they change no pair and no weight by more than rounding
 FREE_ARGS = {"out", "toy", "device", "threads", "pairs_only", "save_every", "micro_batch_size", "shard_size"}
-FREE_ARGS |= {"activation_checkpointing", "accept_changes", "traceback"}
+FREE_ARGS |= {"activation_checkpointing", "accept_changes", "traceback", "shard_teacher"}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Errors: one line, exit status 2
@@ -201,6 +202,11 @@ def start_processes(device, threads):
             with reading(
                 "the other processes do not come", "in the environment's RANK and MASTER_ADDR", "use torchrun"
             ):
+                if (
+                    os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+                ):  # ask at once whether torchrun is still there
+                    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+                    socket.create_connection(place, timeout=60).close()
                 store, rank, size = next(dist.rendezvous("env://", timeout=MEETING_TIME))
         # Ranks wait while rank 0 reads the data or merges files: an hour is for a lost peer only
         options = {"store": store, "rank": rank, "world_size": size, "timeout": timedelta(hours=1)}

@@ -18,13 +18,12 @@ import kills
 import pytest
 import torch
 from conftest import ROOT, assert_identical, launch, launch_jobs, logged, weights
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import dpo
 import kd
 import warmup_distill
-from lib import runs
+from lib import models, runs
 from lib.runs import UserError
 
 SMALL = "--batch-size 2 --micro-batch-size 2 --lr 1e-3 --threads 1 --device cpu --save-every 2"
@@ -214,6 +213,10 @@ def becomes(text):
     return lambda path: path.write_text(text)
 
 
+def zeros(path):
+    path.write_bytes(path.read_bytes()[:-64] + bytes(64))
+
+
 def replaced(old, new):
     return lambda path: path.write_bytes(path.read_bytes().replace(old, new))
 
@@ -235,8 +238,11 @@ def unfinished(trained, tmp_path):
 @pytest.mark.parametrize(
     "pattern, damage, what",
     [
-        ("*.safetensors", half, "{} is cut"),
+        ("*.safetensors", half, "{} is missing, cut or changed"),
         ("*.safetensors", Path.unlink, "…"),
+        ("*.safetensors", zeros, "{} is missing, cut or changed"),
+        ("files.json", replaced(b'"step": 6', b'"step": 5'), "it is of another run or step"),
+        ("files.json", replaced(b'"key": "', b'"key": "0'), "it is of another run or step"),
         ("*.safetensors", replaced(b"F32", b"F99"), "…"),
         ("files.json", Path.unlink, "…"),
         ("files.json", half, "…"),
@@ -256,6 +262,13 @@ def test_damaged_checkpoint(run, trained, unfinished, pattern, damage, what):
 
 
 OTHERS = "the responses are to other prompts, in {}, delete it: it is then made again"
+CHANGED = "the line was changed, or is of another run or model, in {} line 1, delete the file: it is then made again"
+
+
+def of_another_seed(path):
+    """The same, made under other arguments."""
+    rows = runs.read_jsonl(path)
+    runs.write_jsonl(path, [{key: value for key, value in row.items() if key != "seal"} for row in rows], "other key")
 
 
 @pytest.mark.parametrize(
@@ -264,7 +277,9 @@ OTHERS = "the responses are to other prompts, in {}, delete it: it is then made 
         (half, "not JSON (…), in {} line …, repair or delete the line"),
         (lambda path: path.write_text(path.read_text().splitlines()[0] + "\n"), OTHERS),
         (lambda path: path.write_text(path.read_text() * 2), OTHERS),
-        (replaced(b'"prompt_id": ', b'"prompt_id": 1'), OTHERS),
+        (replaced(b'"prompt_id": ', b'"prompt_id": 1'), CHANGED),
+        (replaced(b'"response_ids": [', b'"response_ids": [3, '), CHANGED),
+        (of_another_seed, CHANGED),
     ],
 )
 def test_damaged_responses(run, damage, expected):
@@ -277,6 +292,7 @@ def test_damaged_responses(run, damage, expected):
     run("kd", "--mode teacher --max-steps 1")
 
 
+DAMAGED = "the file is damaged (…), in {}/00001.safetensors, delete the file: it is then made again"
 UNUSABLE = "the teacher cache cannot be used (…), at {}, give another --teacher-cache"
 OTHERWISE = (
     "what is there was made otherwise (…), in {}, give another folder, or --accept-changes to keep what is there"
@@ -290,20 +306,16 @@ OTHERWISE = (
         ("cache.json", half, UNUSABLE),
         ("cache.json", becomes("[1]"), UNUSABLE),
         ("cache.json", becomes("{}"), OTHERWISE),
-        ("00001.safetensors", half, None),
+        ("00001.safetensors", half, DAMAGED),
+        ("00001.safetensors", lambda file: shutil.copy(file.with_name("00000.safetensors"), file), DAMAGED),
     ],
 )
 def test_damaged_teacher_cache(run, tmp_path, file, damage, expected):
-    """A file of logits is not the user's input: the run stops, with the error of whoever reads it."""
     cache = tmp_path / "cache"
     flags = f"--max-steps 1 --batch-size 6 --teacher-cache {cache} --teacher-top-k 3 --prompts-per-batch 3"
     run("kd", flags)
     damage(cache / file)
-    if expected:
-        assert_error(expected.format(cache), run, "kd", flags, out="second")
-    else:
-        with pytest.raises((SafetensorError, RuntimeError)):
-            run("kd", flags, out="second")
+    assert_error(expected.format(cache), run, "kd", flags, out="second")
     assert not (tmp_path / "second" / "student").exists()
 
 
@@ -313,15 +325,19 @@ def test_damaged_teacher_cache(run, tmp_path, file, damage, expected):
 
 
 @pytest.mark.parametrize("which, value", [("dpo", float("nan")), ("kd", float("inf"))])
-def test_weights_that_are_no_numbers(inputs, run, tmp_path, which, value):
+def test_weights_that_are_no_numbers(inputs, run, tmp_path, which, value, monkeypatch):
     """The first step stops the run, names it and its prompts; nothing is trained, saved or logged."""
+    expected = "the model's log-probs with a cache and masks differ from a plain forward's by nan nats, …"
     student, out = shutil.copytree(inputs["student"], tmp_path / "student"), tmp_path / "out"
     tensors = load_file(student / "model.safetensors")
     tensors["model.norm.weight"][3] = value
     save_file(tensors, student / "model.safetensors", {"format": "pt"})
+    policy = {"model" if which == "dpo" else "student": student}
+    assert_error(expected, run, which, **policy)
+    monkeypatch.setattr(models, "check_model", lambda *model: None)  # some input alone gives NaN
     todo = "lower --lr or use --dtype float32; the last checkpoint is kept"
     expected = f"loss nan and gradient norm … at step 1, prompts […, …], in {out}, {todo}"
-    assert_error(expected, run, which, **{"model" if which == "dpo" else "student": student})
+    assert_error(expected, run, which, **policy)
     assert not any((out / name).exists() for name in ("student", "checkpoint", "metrics.jsonl"))
 
 
