@@ -503,6 +503,15 @@ def test_rows_that_are_no_pair(tmp_path, row, expected):
         read(path, byte_tokenizer(chat_template=TEMPLATE))
 
 
+def test_a_pair_beyond_the_context(tmp_path):
+    """Its positions would be none that the model has learned."""
+    path, row = write(tmp_path, IDS), {key: len(ids) for key, ids in IDS.items()}
+    size = row["prompt_ids"] + max(row["chosen_ids"], row["rejected_ids"])
+    assert len(list(dpo.read_pairs(path, byte_tokenizer(), size))) == 1
+    with pytest.raises(UserError, match=f"the pair has {size} tokens, the model's context {size - 1}, in .* line 1"):
+        list(dpo.read_pairs(path, byte_tokenizer(), size - 1))
+
+
 # Qwen3 style: the generation prompt opens an empty thought that a finished turn does not have. Where the response begins
 # is then unknown, and taking the whole conversation for it would train on the prompt
 THINKING = TEMPLATE.replace("[assistant]{% endif %}", "[assistant]<think>{% endif %}")

@@ -1,14 +1,17 @@
 """Bad input: one line, `error: what, where, what to do`, exit status 2, no traceback, nothing half-written, no hang."""
 
 import json
+import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import ROOT, launch
+from workers import free_port
 
 import dpo
 import eval as evaluation
@@ -341,10 +344,8 @@ def test_out_with_other_arguments(warmup, tmp_path):
     """Refused, naming each argument that differs; what changes no pair and no weight is none of them."""
     warmup_distill.main(warmup())
     before = contents(tmp_path / "out")
-    changes = (
-        "eta: 1.0 there, 2.0 now; keep: all there, teacher now; max_new_tokens: 3 there, 4 now; "
-        "max_prompt_tokens: 253 there, 252 now; shard_teacher: False there, True now"
-    )
+    changes = "eta: 1.0 there, 2.0 now; keep: all there, teacher now; max_new_tokens: 3 there, 4 now; "
+    changes += "max_prompt_tokens: 253 there, 252 now"
     todo = "give another folder, or --accept-changes to keep what is there"
     expected = f"what is there was made otherwise ({changes}), in {tmp_path / 'out'}, {todo}"
     argv = warmup(eta=2, keep="teacher", max_new_tokens=4, device="auto", micro_batch_size=1)
@@ -516,6 +517,38 @@ ENDS = {
 @pytest.mark.parametrize("main, status, printed", ENDS.values(), ids=ENDS)
 def test_exit_status(capsys, ends, main, status, printed):
     assert ends(main) == (status, 0) and capsys.readouterr().err == printed
+
+
+def test_reading_is_one_line_and_its_traceback_is_a_flag(capsys, ends, monkeypatch):
+    """Whatever a library raises, but for full memory; a defect of ours outside stays a traceback (below)."""
+
+    def read(error):
+        with runs.reading("the file cannot be read", "in FILE", "check it"):
+            raise error
+
+    for error, cause in ((KeyError("x"), "KeyError: 'x'"), (ValueError("bad\nmore"), "bad"), (OSError(2, "No"), "…")):
+        assert ends(lambda error=error: read(error)) == (2, 0)
+        expected = f"error: the file cannot be read ({cause}), in FILE, check it\n"
+        assert re.fullmatch(re.escape(expected).replace("…", ".*"), capsys.readouterr().err)
+    monkeypatch.setattr(sys, "argv", ["script", "--traceback"])
+    assert ends(lambda: read(KeyError("x"))) == (2, 0)
+    printed = capsys.readouterr().err
+    assert printed.startswith("Traceback ") and "KeyError: 'x'" in printed and printed.endswith("in FILE, check it\n")
+    assert ends(lambda: read(torch.OutOfMemoryError("full"))) == (1, 0)
+
+
+@pytest.mark.parametrize("variables", [{"RANK": "0"}, {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}])
+def test_processes_that_never_come(variables):
+    """RANK left over from elsewhere; a job whose other processes were never started."""
+    if len(variables) > 1:
+        variables["MASTER_PORT"] = str(free_port())
+    code = "from datetime import timedelta; from lib import runs; runs.MEETING_TIME = timedelta(seconds=2); "
+    code += "runs.run(lambda: runs.start_processes('cpu', 1))"
+    environment = {**os.environ, **variables}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60, cwd=ROOT, env=environment)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: the other processes do not come (")
 
 
 def test_full_memory_is_one_line(capsys, ends):

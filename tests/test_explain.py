@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 from itertools import product
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import warmup_distill
 from lib import runs
 from lib.runs import UserError
-from tools import explain
+from tools import explain, report
 
 PROMPT, REJECTED, CHOSEN = [1, 9, 6, 18], [7, 14, 5, 17, 8, 2], [7, 14, 5, 9, 2]
 LOG_Q, LOG_P = [-0.1, -0.2, -0.3, -0.1, -0.5, -0.01], [-0.1, -1.2, -0.2, -6.0, -5.5, -0.02]
@@ -261,3 +262,16 @@ def test_width_counts_columns_not_characters(capsys):
     explain.show("label", "x" * 100_000)
     out = capsys.readouterr().out
     assert len(out.splitlines()) <= 10 and "characters ..." in out
+
+
+def test_no_code_of_a_model_is_run(run, tmp_path, pair_of_models):
+    """Not even where the run itself was allowed to: only the command line of this start could say so."""
+    folder = shutil.copytree(pair_of_models["student"], tmp_path / "remote")
+    config = runs.read_json(folder / "config.json")
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}
+    runs.write_json(folder / "config.json", config)
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nraise RuntimeError\n")
+    with pytest.raises(UserError, match="no .* can be loaded"):
+        run([record()], trained=False, flags=["--student", str(folder), "--trust-remote-code"])
+    report.load_tokenizer(tmp_path / "out")
+    assert not (tmp_path / "ran").exists()

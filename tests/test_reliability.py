@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import kills
 import pytest
 import torch
-from conftest import ROOT, assert_identical, launch, launch_jobs, logged, weights
+from conftest import ROOT, assert_identical, launch, launch_jobs, logged, make_model, weights
 from safetensors.torch import load_file, save_file
 
 import dpo
@@ -435,6 +435,40 @@ def test_paths_in_data_are_never_opened(run, tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # Memory
 # ---------------------------------------------------------------------------------------------------------------------
+
+READ_AND_SHARD = """
+import resource
+import sys
+from types import SimpleNamespace
+import torch
+sys.path.insert(0, {root!r})
+from lib import models, runs, training
+
+def main():
+    world, tokenizer = runs.start_processes("cpu", 1), models.load_tokenizer({path!r})
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    before = peak()
+    args = SimpleNamespace(trust_remote_code=False, activation_checkpointing=False)
+    lm = training.load_trainable({path!r}, args, tokenizer, world)
+    training.shard(torch.nn.Sequential(lm), lm, torch.float32, world)
+    print("rank", world.rank, peak() - before, flush=True)
+
+runs.run(main)
+"""
+
+
+def test_one_copy_of_a_trained_model_in_memory(tmp_path, tokenizer):
+    """One rank reads it; the three others hold their quarter, and for a moment the largest weight."""
+    model = make_model("llama", 1, width=1536)
+    megabytes = sum(weight.numel() for weight in model.parameters()) * 4 / 2**20
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    script = tmp_path / "script.py"
+    script.write_text(READ_AND_SHARD.format(root=str(ROOT), path=str(tmp_path / "model")))
+    done = launch(4, script)
+    grown = {int(line.split()[1]): float(line.split()[2]) for line in done.stdout.splitlines() if "rank" in line}
+    assert megabytes > 120 and sorted(grown) == [0, 1, 2, 3], done.stderr[-3000:]
+    assert grown[0] > 0.9 * megabytes and max(grown[rank] for rank in (1, 2, 3)) < 0.6 * megabytes, grown
 
 
 def test_memory():
