@@ -1,0 +1,190 @@
+"""A pretended GPU: the project runs with --device cuda on a CPU build of torch, and what CUDA would refuse is refused.
+
+A `CudaTensor` says that it is on cuda:0 and keeps its values in a CPU tensor, its payload. For C++ it is a CPU tensor
+without storage, so each operation on it, those of the backward pass too, comes to `dispatch`, which computes on the
+payloads. Refused with a `DeviceError`: tensors of both devices in one operation, an index that is out of range, numpy.
+
+Not pretended: FSDP2 (`shard` only moves the model), NCCL (the CPU's gloo does it), several GPUs, streams, the foreach
+kernels of AdamW, bfloat16 by FSDP, CUDA's own rounding, memory and speed. A copy to the CPU carries no gradient.
+"""
+
+import contextlib
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, return_and_correct_aliasing
+from transformers import PreTrainedModel
+
+from lib import runs, training
+
+CUDA = torch.device("cuda:0")
+INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
+TAKES_SCALARS = {"fill_", "masked_fill", "masked_fill_"}  # beside what torch tags as pointwise
+
+
+class DeviceError(RuntimeError):
+    """What CUDA would refuse."""
+
+
+class CudaTensor(torch.Tensor):
+    """A tensor on cuda:0 whose values are in the CPU tensor `payload`."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    device = property(lambda self: CUDA)
+    is_cuda = property(lambda self: True)
+    is_cpu = property(lambda self: False)
+
+    @staticmethod
+    def __new__(cls, payload):
+        layout = {"strides": payload.stride(), "storage_offset": payload.storage_offset(), "dtype": payload.dtype}
+        tensor = torch.Tensor._make_wrapper_subclass(cls, payload.shape, device="cpu", **layout)
+        tensor.payload = payload
+        return tensor
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return dispatch(function, args, kwargs or {})
+
+    def __repr__(self, **kwargs):
+        return f"CudaTensor({self.payload})"
+
+    def to(self, *args, **kwargs):
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        if device is not None and device.type == "cpu":
+            return self.payload.to(dtype or self.dtype, copy=True)
+        return self if dtype is None else super().to(dtype)
+
+    def cpu(self):
+        return self.to("cpu")
+
+    def tolist(self):
+        return self.payload.tolist()
+
+    def __array__(self, *args, **kwargs):
+        raise DeviceError("can't convert a cuda tensor to numpy")
+
+    numpy = __array__
+
+
+def change(tree, kind, function):
+    """Lists, tuples and dicts with function(x) in place of each x that is a `kind`."""
+    if isinstance(tree, kind):
+        return function(tree)
+    if isinstance(tree, list | tuple):
+        return type(tree)([change(x, kind, function) for x in tree])
+    if isinstance(tree, dict):
+        return {key: change(x, kind, function) for key, x in tree.items()}
+    return tree
+
+
+def wrap(tree):
+    return change(tree, torch.Tensor, lambda x: x if isinstance(x, CudaTensor) else CudaTensor(x))
+
+
+def dispatch(function, args, kwargs):
+    """One operation of torch, on payloads."""
+    name, places = function._schema.name.split("::")[1], []
+
+    def unwrap(tensor):
+        places.append(tensor)
+        return tensor.payload if isinstance(tensor, CudaTensor) else tensor
+
+    payloads, options = [change(tree, torch.Tensor, unwrap) for tree in (args, kwargs)]
+    ours = any(isinstance(x, CudaTensor) for x in places)
+    if ours and not all(isinstance(x, CudaTensor) for x in places):
+        refuse_two_devices(function, name, args, places)
+    to_cuda = torch.device(options.get("device") or "cpu").type == "cuda"
+    if to_cuda:
+        options["device"] = "cpu"
+    try:
+        out = function(*payloads, **options)
+    except (IndexError, RuntimeError) as error:
+        if ours and ("out of range" in str(error) or "out of bounds" in str(error)):
+            raise DeviceError(f"{name}: device-side assert, {error}") from error
+        raise
+    if function.namespace == "c10d" or not (ours or to_cuda):
+        return out
+    if not ours:
+        return wrap(out)
+    if name == "copy_" and not isinstance(args[0], CudaTensor):
+        return args[0]
+    return return_and_correct_aliasing(function, args, kwargs, wrap(out))
+
+
+def refuse_two_devices(function, name, args, tensors):
+    """Raises DeviceError unless CUDA takes the tensors that are on the CPU beside those on cuda."""
+    on_cpu = [x for x in tensors if not isinstance(x, CudaTensor)]
+    if name in ("copy_", "_to_copy"):
+        on_cpu = []
+    elif name in INDEXING:  # an index may be on the CPU; what is indexed and new values may not
+        on_cpu = [x for x in on_cpu if any(x is y for y in (args[0], *args[2:3]))]
+    if torch.Tag.pointwise in function.tags or name in TAKES_SCALARS | INDEXING:
+        on_cpu = [x for x in on_cpu if x.dim()]
+    if on_cpu:
+        raise DeviceError(f"{name}: tensors of two devices, on the CPU {[tuple(x.shape) for x in on_cpu]}")
+
+
+class Operations(TorchDispatchMode):
+    """Sees what is made on cuda and what is moved there."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return dispatch(function, args, kwargs or {})
+
+
+def make_tensor(values, *, device=None, tensor=torch.tensor, **options):
+    """torch.tensor, whose device the dispatcher never sees."""
+    made = tensor(values, **options)
+    return CudaTensor(made) if torch.device(device or "cpu").type == "cuda" else made
+
+
+def move_module(module, device, to=torch.nn.Module.to):
+    """nn.Module.to; tied parameters stay tied."""
+    if torch.device(device).type == "cpu":
+        return to(module, device)
+    moved = {None: None}
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor not in moved:
+                    moved[tensor] = CudaTensor(tensor.detach().clone())
+                    if isinstance(tensor, torch.nn.Parameter):
+                        moved[tensor] = torch.nn.Parameter(moved[tensor], tensor.requires_grad)
+                tensors[name] = moved[tensor]
+    return module
+
+
+def shard(root, lm, dtype, world):
+    """In place of FSDP2."""
+    root.reshard = lambda: None
+    return root.to(world.device)
+
+
+@contextlib.contextmanager
+def simulated_cuda():
+    """Inside, torch has one GPU. Yields the mock of torch.backends.cuda.enable_cudnn_sdp."""
+    runs.start_processes("cpu", 1)  # the process group: gloo, not NCCL
+    load = PreTrainedModel.from_pretrained.__func__
+
+    def load_on_cpu(cls, *args, **kwargs):
+        with _disable_current_modes():
+            return load(cls, *args, **kwargs)
+
+    cuda = {
+        "is_available": True,
+        "device_count": 1,
+        "current_device": 0,
+        "is_bf16_supported": True,
+        "get_device_capability": (9, 0),
+    }
+    cuda |= {"set_device": None, "_lazy_init": None, "empty_cache": None, "max_memory_allocated": 0}
+    cuda |= {"current_stream": mock.Mock(), "stream": contextlib.nullcontext()}
+    with contextlib.ExitStack() as stack:
+        for name, value in cuda.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, return_value=value))
+        stack.enter_context(mock.patch.object(torch, "tensor", make_tensor))
+        stack.enter_context(mock.patch.object(torch.nn.Module, "to", move_module))
+        stack.enter_context(mock.patch.object(PreTrainedModel, "from_pretrained", classmethod(load_on_cpu)))
+        stack.enter_context(mock.patch.object(training, "shard", shard))
+        recorder = stack.enter_context(mock.patch.object(torch.backends.cuda, "enable_cudnn_sdp"))
+        stack.enter_context(Operations())
+        yield recorder
