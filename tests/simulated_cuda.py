@@ -12,8 +12,7 @@ import contextlib
 from unittest import mock
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, return_and_correct_aliasing
-from transformers import PreTrainedModel
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 
 from lib import runs, training
 
@@ -163,28 +162,16 @@ def shard(root, lm, dtype, world):
 def simulated_cuda():
     """Inside, torch has one GPU. Yields the mock of torch.backends.cuda.enable_cudnn_sdp."""
     runs.start_processes("cpu", 1)  # the process group: gloo, not NCCL
-    load = PreTrainedModel.from_pretrained.__func__
-
-    def load_on_cpu(cls, *args, **kwargs):
-        with _disable_current_modes():
-            return load(cls, *args, **kwargs)
-
-    cuda = {
-        "is_available": True,
-        "device_count": 1,
-        "current_device": 0,
-        "is_bf16_supported": True,
-        "get_device_capability": (9, 0),
-    }
-    cuda |= {"set_device": None, "_lazy_init": None, "empty_cache": None, "max_memory_allocated": 0}
+    nothing = ("set_device", "_lazy_init", "empty_cache", "is_current_stream_capturing", "max_memory_allocated")
+    cuda = dict.fromkeys(nothing, 0) | {"is_available": True, "device_count": 1, "current_device": 0}
+    cuda |= {"is_bf16_supported": True, "get_device_capability": (9, 0)}
     cuda |= {"current_stream": mock.Mock(), "stream": contextlib.nullcontext()}
-    with contextlib.ExitStack() as stack:
-        for name, value in cuda.items():
-            stack.enter_context(mock.patch.object(torch.cuda, name, return_value=value))
-        stack.enter_context(mock.patch.object(torch, "tensor", make_tensor))
-        stack.enter_context(mock.patch.object(torch.nn.Module, "to", move_module))
-        stack.enter_context(mock.patch.object(PreTrainedModel, "from_pretrained", classmethod(load_on_cpu)))
-        stack.enter_context(mock.patch.object(training, "shard", shard))
-        recorder = stack.enter_context(mock.patch.object(torch.backends.cuda, "enable_cudnn_sdp"))
-        stack.enter_context(Operations())
-        yield recorder
+    with (
+        mock.patch.multiple(torch.cuda, **{name: mock.Mock(return_value=value) for name, value in cuda.items()}),
+        mock.patch.object(torch, "tensor", make_tensor),
+        mock.patch.object(torch.nn.Module, "to", move_module),
+        mock.patch.object(training, "shard", shard),
+        mock.patch.object(torch.backends.cuda, "enable_cudnn_sdp") as enable_cudnn_sdp,
+        Operations(),
+    ):
+        yield enable_cudnn_sdp
