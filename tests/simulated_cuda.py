@@ -2,7 +2,8 @@
 
 A `CudaTensor` says that it is on cuda:0 and keeps its values in a CPU tensor, its payload. For C++ it is a CPU tensor
 without storage, so each operation on it, those of the backward pass too, comes to `dispatch`, which computes on the
-payloads. Refused with a `DeviceError`: tensors of both devices in one operation, an index that is out of range, numpy.
+payloads. Refused with a `DeviceError`: tensors of both devices in one operation, an index that is out of range, numpy,
+a row of attention that sees nothing.
 
 Not pretended: FSDP2 (`shard` only moves the model), NCCL (the CPU's gloo does it), several GPUs, streams, the foreach
 kernels of AdamW, bfloat16 by FSDP, CUDA's own rounding, memory and speed. A copy to the CPU carries no gradient.
@@ -12,6 +13,8 @@ import contextlib
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 
 from lib import runs, training
@@ -19,6 +22,7 @@ from lib import runs, training
 CUDA = torch.device("cuda:0")
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
 TAKES_SCALARS = {"fill_", "masked_fill", "masked_fill_"}  # beside what torch tags as pointwise
+WAITS = []  # operations that made the host wait for the device
 
 
 class DeviceError(RuntimeError):
@@ -44,9 +48,6 @@ class CudaTensor(torch.Tensor):
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         return dispatch(function, args, kwargs or {})
 
-    def __repr__(self, **kwargs):
-        return f"CudaTensor({self.payload})"
-
     def to(self, *args, **kwargs):
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         if device is not None and device.type == "cpu":
@@ -65,33 +66,31 @@ class CudaTensor(torch.Tensor):
     numpy = __array__
 
 
-def change(tree, kind, function):
-    """Lists, tuples and dicts with function(x) in place of each x that is a `kind`."""
-    if isinstance(tree, kind):
+def change(tree, function):
+    """Lists, tuples and dicts with function(x) in place of each tensor x."""
+    if isinstance(tree, torch.Tensor):
         return function(tree)
     if isinstance(tree, list | tuple):
-        return type(tree)([change(x, kind, function) for x in tree])
+        return type(tree)([change(x, function) for x in tree])
     if isinstance(tree, dict):
-        return {key: change(x, kind, function) for key, x in tree.items()}
+        return {key: change(x, function) for key, x in tree.items()}
     return tree
-
-
-def wrap(tree):
-    return change(tree, torch.Tensor, lambda x: x if isinstance(x, CudaTensor) else CudaTensor(x))
 
 
 def dispatch(function, args, kwargs):
     """One operation of torch, on payloads."""
-    name, places = function._schema.name.split("::")[1], []
+    name, found = function._schema.name.split("::")[1], []
 
     def unwrap(tensor):
-        places.append(tensor)
+        found.append(tensor)
         return tensor.payload if isinstance(tensor, CudaTensor) else tensor
 
-    payloads, options = [change(tree, torch.Tensor, unwrap) for tree in (args, kwargs)]
-    ours = any(isinstance(x, CudaTensor) for x in places)
-    if ours and not all(isinstance(x, CudaTensor) for x in places):
-        refuse_two_devices(function, name, args, places)
+    payloads, options = [change(tree, unwrap) for tree in (args, kwargs)]
+    ours = any(isinstance(x, CudaTensor) for x in found)
+    if ours and not all(isinstance(x, CudaTensor) for x in found):
+        refuse_two_devices(function, name, args, found)
+    if ours and name in ("nonzero", "_local_scalar_dense"):
+        WAITS.append(name)
     to_cuda = torch.device(options.get("device") or "cpu").type == "cuda"
     if to_cuda:
         options["device"] = "cpu"
@@ -104,10 +103,10 @@ def dispatch(function, args, kwargs):
     if function.namespace == "c10d" or not (ours or to_cuda):
         return out
     if not ours:
-        return wrap(out)
+        return change(out, CudaTensor)
     if name == "copy_" and not isinstance(args[0], CudaTensor):
         return args[0]
-    return return_and_correct_aliasing(function, args, kwargs, wrap(out))
+    return return_and_correct_aliasing(function, args, kwargs, change(out, CudaTensor))
 
 
 def refuse_two_devices(function, name, args, tensors):
@@ -130,10 +129,17 @@ class Operations(TorchDispatchMode):
         return dispatch(function, args, kwargs or {})
 
 
-def make_tensor(values, *, device=None, tensor=torch.tensor, **options):
-    """torch.tensor, whose device the dispatcher never sees."""
-    made = tensor(values, **options)
-    return CudaTensor(made) if torch.device(device or "cpu").type == "cuda" else made
+class Functions(TorchFunctionMode):
+    """Sees the device of torch.tensor and the mask of attention, which no operation has as they were given."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.tensor and torch.device(kwargs.get("device") or "cpu").type == "cuda":
+            return CudaTensor(function(*args, **{**kwargs, "device": "cpu"}))
+        mask = kwargs.get("attn_mask") if function is F.scaled_dot_product_attention else None
+        if mask is not None and not mask.any(-1).all().tolist():  # it gives 0 on the CPU, and may give NaN on cuda
+            raise DeviceError("attention: a row of the mask sees nothing")
+        return function(*args, **kwargs)
 
 
 def move_module(module, device, to=torch.nn.Module.to):
@@ -168,10 +174,10 @@ def simulated_cuda():
     cuda |= {"current_stream": mock.Mock(), "stream": contextlib.nullcontext()}
     with (
         mock.patch.multiple(torch.cuda, **{name: mock.Mock(return_value=value) for name, value in cuda.items()}),
-        mock.patch.object(torch, "tensor", make_tensor),
         mock.patch.object(torch.nn.Module, "to", move_module),
         mock.patch.object(training, "shard", shard),
         mock.patch.object(torch.backends.cuda, "enable_cudnn_sdp") as enable_cudnn_sdp,
+        Functions(),
         Operations(),
     ):
         yield enable_cudnn_sdp
