@@ -36,10 +36,14 @@ FLOAT = r"-?\d+\.\d+(?:e-\d+)?"
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
+    """Models, prompts of different lengths, preference pairs."""
     root = tmp_path_factory.mktemp("models")
     ids = [{"prompt_ids": [1, 4 + n], "chosen_ids": [7, 8, 2], "rejected_ids": [7, n + 9, 4, 2]} for n in range(4)]
     runs.write_jsonl(root / "pairs.jsonl", ids)
-    return make_inputs(root, 6) | {"pairs": root / "pairs.jsonl"}
+    paths = make_inputs(root, 6)
+    rows = [row | {"prompt": row["prompt"][n:]} for n, row in enumerate(runs.read_jsonl(paths["data"]))]
+    runs.write_jsonl(paths["data"], rows)
+    return paths | {"pairs": root / "pairs.jsonl"}
 
 
 @pytest.fixture
@@ -102,8 +106,6 @@ FAULTS = [
     ("indices on cuda, values on the CPU", "eval", (measure, "sampler"),
      lambda right, batch, seed, device, *rest: right(batch, seed, "cpu", *rest), "index: tensors of two devices"),
     ("numpy", "eval", (measure, "check_finite"), lambda right, logprobs, ids: logprobs.numpy(), "numpy"),
-    ("pairs on the CPU", "dpo", (dpo, "collate_pairs"),
-     lambda right, pairs, pad_id, shared, device: right(pairs, pad_id, shared, "cpu"), "embedding: tensors of two devices"),
     ("reference on the CPU", "dpo", (dpo, "batch_loss"),
      lambda right, sums, reference, *rest: right(sums, reference.cpu(), *rest), "two devices"),
     ("responses on the CPU", "kd-cache", (responses, "collate"),
