@@ -133,7 +133,9 @@ class Functions(TorchFunctionMode):
     """Sees the device of torch.tensor and the mask of attention, which no operation has as they were given."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        kwargs = {name: value for name, value in (kwargs or {}).items() if name != "pin_memory"}
+        if function is torch.Tensor.pin_memory:
+            return args[0]
         if function is torch.tensor and torch.device(kwargs.get("device") or "cpu").type == "cuda":
             return CudaTensor(function(*args, **{**kwargs, "device": "cpu"}))
         mask = kwargs.get("attn_mask") if function is F.scaled_dot_product_attention else None
@@ -158,7 +160,7 @@ def move_module(module, device, to=torch.nn.Module.to):
     return module
 
 
-def shard(root, lm, dtype, world):
+def shard(root, lm, dtype, world, shard_size):
     """In place of FSDP2."""
     root.reshard = lambda: None
     return root.to(world.device)

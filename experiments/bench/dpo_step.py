@@ -11,6 +11,7 @@ losses of all steps, to 1e-4 (in bfloat16 to 0.05).
 """
 
 import tempfile
+from types import SimpleNamespace
 
 import torch
 from harness import ROOT, SHAPES, Stages, compare, make_parser, random_model
@@ -19,6 +20,7 @@ import dpo
 from lib import models, runs, training
 
 BETA, LR = 0.1, 1e-5
+SCHEDULE = SimpleNamespace(lr=LR, lr_warmup_ratio=0, lr_final_ratio=1, max_grad_norm=1)
 
 
 def parse_args(argv=None):
@@ -106,7 +108,7 @@ def measure(args):
 
     def step():
         losses.append(our_step(model, pairs, reference) if args.kind == "ours" else trl_step(trainer, pairs, reference))
-        training.optimizer_step(model, optimizer, LR, 1.0)
+        training.optimizer_step(model, optimizer, 0, 1, SCHEDULE)
 
     for number in range(args.steps + 1):
         stages(f"step {number}" if number else "warm-up", step)

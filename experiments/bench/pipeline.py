@@ -21,7 +21,7 @@ import copy
 import sampling
 import splice
 import torch
-from dpo_step import LR, our_model, our_step, trl_step, trl_trainer
+from dpo_step import LR, SCHEDULE, our_model, our_step, trl_step, trl_trainer
 from harness import Stages, add_generation_arguments, compare, load, make_parser
 
 from lib import runs, training
@@ -76,7 +76,7 @@ def measure(args):
 
     def align():
         loss = sum(step(pairs[k : k + size]) for k in range(0, len(pairs), size))
-        training.optimizer_step(model, optimizer, LR, 1.0)
+        training.optimizer_step(model, optimizer, 0, 1, SCHEDULE)
         return loss
 
     loss = stages("dpo", align)

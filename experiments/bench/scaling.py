@@ -16,7 +16,7 @@ import time
 import sampling
 import splice
 import torch
-from dpo_step import LR, draw_pairs, our_model, our_step
+from dpo_step import LR, SCHEDULE, draw_pairs, our_model, our_step
 from harness import SHAPES, Stages, add_generation_arguments, compare, load, make_parser, random_model
 
 import kd
@@ -87,7 +87,7 @@ def training_stage(args, world, stages, name):
         total = 0
         for indices in training.micro_batches(range(args.pairs), [1] * args.pairs, args.micro_batch_size, world):
             total += step(model, part=[pairs[i] for i in indices], share=world.size * len(indices) / args.pairs)
-        training.optimizer_step(model, optimizer, LR, 1.0)
+        training.optimizer_step(model, optimizer, 0, 1, SCHEDULE)
         return world.sum({"total": total})["total"] / world.size
 
     take_step()
