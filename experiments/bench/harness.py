@@ -101,7 +101,7 @@ class Stages:
 
     def __call__(self, name, function):
         peak, done = [], threading.Event()
-        watcher = threading.Thread(target=self.watch, args=(peak, done))
+        watcher = threading.Thread(target=self.watch, args=(peak, done), daemon=True)
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         watcher.start()
