@@ -65,8 +65,11 @@ def test_commands_parse(command, monkeypatch):
     else:
         place = next(i for i, word in enumerate(words) if word.endswith(".py"))
         assert (ROOT / words[place]).is_file()
-        for flag, value in zip(words[1:place:2], words[2:place:2], strict=True):
+        launched = dict(zip(words[1:place:2], words[2:place:2], strict=True))
+        for flag, value in launched.items():
             assert words[0] == "torchrun" and flag.removeprefix("--") in TORCHRUN and not value.startswith("-")
+        processes = int(launched.get("--nnodes", 1)) * int(launched.get("--nproc_per_node", 1))
+        monkeypatch.setenv("WORLD_SIZE", str(processes))  # which --shard-size divides
         module, argv = words[place].removesuffix(".py").removeprefix("tests/"), words[place + 1 :]
         if module in SCRIPTS:
             importlib.import_module(module).parse_args(argv)  # with the checks that follow argparse's own
