@@ -304,20 +304,18 @@ def merge_pairs(args, tokenizer, prompts, out):
 
 def warnings_of(summary):
     """Lines about what commonly goes wrong with the pairs, with their numbers."""
-    rate, lines = summary["replaced"] / summary["samples"], []
+    rate, few, prompts = summary["replaced"] / summary["samples"], summary["prompts_with_pairs"], summary["prompts"]
+    endless, endless_chosen = summary["at_length_limit"], summary["chosen_at_length_limit"]
     replaced = f"the teacher corrects {rate:.1%} of the samples at eta {summary['eta']}"
-    if rate < 0.01:
-        lines.append(f"{replaced}: eta is too high, or there is little to correct (replacement_rate in mismatch.json)")
-    if rate > 0.99:
-        lines.append(f"{replaced}: eta may be too low; see replacement_rate in mismatch.json")
-    few, prompts = summary["prompts_with_pairs"], summary["prompts"]
-    if summary["pairs"] and prompts >= 10 and few < prompts / 10:
-        lines.append(f"all {summary['pairs']} pairs come from {few} of {prompts} prompts")
-    limits = [("at_length_limit", "samples", "samples"), ("chosen_at_length_limit", "pairs", "chosen responses")]
-    for key, of, what in limits:
-        if summary[key] > summary[of] / 2:
-            lines.append(f"{summary[key]} of {summary[of]} {what} have no end within --max-new-tokens")
-    return lines
+    no_end = "have no end within --max-new-tokens"
+    lines = {
+        f"{replaced}: eta is too high, or there is little to correct (replacement_rate in mismatch.json)": rate < 0.01,
+        f"{replaced}: eta may be too low; see replacement_rate in mismatch.json": rate > 0.99,
+        f"all {summary['pairs']} pairs come from {few} of {prompts} prompts": 0 < few < prompts / 10 and prompts >= 10,
+        f"{endless} of {summary['samples']} samples {no_end}": endless > summary["samples"] / 2,
+        f"{endless_chosen} of {summary['pairs']} chosen responses {no_end}": endless_chosen > summary["pairs"] / 2,
+    }
+    return [line for line, applies in lines.items() if applies]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,27 +325,21 @@ def warnings_of(summary):
 
 def parse_args(argv=None):
     parser = runs.ArgumentParser(__doc__)
-    parser.add_argument("--teacher", help="folder or hub id; without teacher, student and data: the toy")
-    parser.add_argument("--student", help="folder or hub id, same tokenizer as the teacher")
-    parser.add_argument("--toy", default=str(runs.ROOT / "toy"), help="folder made by toy/make.py")
-    parser.add_argument("--out", default="out/warmup", help="folder of the run; the warmed-up student is OUT/student")
     parser.add_argument("--pairs-only", action="store_true", help="stop after OUT/pairs.jsonl")
     runs.add_arguments(parser)
-    data.add_arguments(parser)
+    data.add_arguments(parser, "out/warmup")
     group = parser.add_argument_group("sample, check, splice")
     group.add_argument("--samples", type=runs.COUNT, default=8, help="N, responses a prompt; 8 in the paper")
     group.add_argument("--eta", type=runs.NATS, default=4.0, help="threshold of log q - log p, nats; 4 in the paper")
     group.add_argument("--temperature", type=runs.TEMPERATURE, default=1.0, help="of both models' sampling")
     group.add_argument("--top-p", type=runs.TOP_P, default=1.0, help="of both; margins use the full distribution")
-    group.add_argument("--max-new-tokens", type=runs.COUNT, default=256, help="longest response, also after the splice")
     replace_help = "the teacher writes from t* on, or from the token after it"
     group.add_argument("--replace", choices=["at", "after"], default="at", help=replace_help)
     group.add_argument("--teacher-decoding", choices=["sample", "greedy"], default="sample", help="in the splice")
-    group.add_argument("--keep", type=keep_name, default="all", help="which pairs: all, teacher, correct, reward:MODEL")
-    group.add_argument(
-        "--prompts-per-batch", type=runs.COUNT, default=32, help="prompts in one micro-batch of sampling"
+    keep = runs.ranged(
+        str, re.compile("all|teacher|correct|reward:.+").fullmatch, "all, teacher, correct or reward:MODEL"
     )
-    group.add_argument("--shard-teacher", action="store_true", help="for a teacher that does not fit; slow to decode")
+    group.add_argument("--keep", type=keep, default="all", help="which pairs: all, teacher, correct, reward:MODEL")
     group.add_argument("--reference", choices=["student", "teacher"], default="student", help="pi_ref of DPO")
     dpo.add_arguments(parser)
     training.add_arguments(parser, lr=5e-7)
@@ -357,13 +349,6 @@ def parse_args(argv=None):
         if not getattr(args, flag):
             raise UserError(f"--{flag} is missing", "on the command line", "give all three, or none for the toy")
     return args
-
-
-def keep_name(word):
-    """A `type` for argparse: a value of --keep."""
-    if word not in ("all", "teacher", "correct") and not re.fullmatch("reward:.+", word):
-        raise argparse.ArgumentTypeError(f"{word!r} is none of all, teacher, correct and reward:MODEL")
-    return word
 
 
 def main(argv=None):

@@ -38,8 +38,16 @@ ALPACA = (
 )
 
 
-def add_arguments(parser):
-    """The flags that say which data and how a prompt is made of it."""
+def add_arguments(parser, out=None):
+    """The flags that say which models and data, how a prompt is made of a row, and how long responses may be."""
+    group = parser.add_argument_group("models")
+    group.add_argument("--teacher", help="folder or hub id; without models and data: the toy")
+    group.add_argument("--student", help="folder or hub id, same tokenizer as the teacher; with the toy: its own")
+    group.add_argument("--toy", default=str(runs.ROOT / "toy"), help="folder made by toy/make.py")
+    group.add_argument("--out", default=out, help="folder of the run; the trained model is OUT/student")
+    group.add_argument("--shard-teacher", action="store_true", help="for a teacher that does not fit; slow to decode")
+    group.add_argument("--max-new-tokens", type=runs.COUNT, default=256, help="longest response, whoever wrote it")
+    group.add_argument("--prompts-per-batch", type=runs.COUNT, default=32, help="decoded at once, and in one file")
     group = parser.add_argument_group("data")
     group.add_argument("--data", help="hub id or local .json, .jsonl, .csv, .parquet file")
     group.add_argument("--data-config", help="configuration of a hub data set, such as `main` of openai/gsm8k")

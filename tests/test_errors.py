@@ -22,7 +22,7 @@ from lib.runs import UserError
 
 COMMAND_LINE = "on the command line"
 SEE_HELP = f"{COMMAND_LINE}, see SCRIPT --help"
-NO_KEEP = "none of all, teacher, correct and reward:MODEL"
+NO_KEEP = "not all, teacher, correct or reward:MODEL"
 
 
 @pytest.fixture(autouse=True)
@@ -155,7 +155,7 @@ NO_FLAGS = [
     (["--adam-betas", "nan", "0.9"], "argument --adam-betas: nan is not from 0 to below 1"),
     (["--replace", "before"], "argument --replace: invalid choice: 'before' (…)"),
     (["--dtype", "float16"], "argument --dtype: invalid choice: 'float16' (…)"),
-    *((["--keep", word], f"argument --keep: {word!r} is {NO_KEEP}") for word in ("best", "rewards:x", "reward:")),
+    *((["--keep", word], f"argument --keep: {word} is {NO_KEEP}") for word in ("best", "rewards:x", "reward:")),
 ]
 
 
