@@ -13,8 +13,8 @@ from lib import decode, runs
 from lib.decode import Tokens
 from lib.runs import DTYPES, UserError
 
-# Nats that the order of sums may change; what is wrong differs by whole nats
-MAX_DECODING_ERROR = {torch.float32: 0.01, torch.bfloat16: 1.0}
+# Nats that rounding may change on average: 0.05 in bfloat16 for Qwen2.5-1.5B, which through eager attention is off by 8
+MAX_DECODING_ERROR = {torch.float32: 0.001, torch.bfloat16: 0.25}
 
 
 def compute_dtype(name, device):
@@ -163,16 +163,17 @@ def check_model(model, tokenizer, path):
     with runs.reading("the model does not decode as lib/decode.py does", f"in {path}", todo):
         error = decoding_error(model, len(tokenizer))
     if not error < MAX_DECODING_ERROR[model.dtype]:
-        what = f"the model's log-probs with a cache and masks differ from a plain forward's by {error:.2g} nats"
+        what = f"the model's log-probs with a cache and masks differ by {error:.2g} nats from a plain forward's"
         raise UserError(what, f"in {path}", todo)
 
 
 @torch.no_grad()
 def decoding_error(model, vocab_size):
-    """The largest difference of log-probs (nats) between lib/decode.py and plain forwards of the whole model, on two rows.
+    """The mean difference of log-probs (nats) between lib/decode.py and plain forwards of the whole model, on two rows.
 
     The rows have unequal lengths and are prefilled, scored, rewound and continued by a token. A plain forward has one
     row, the model's own attention and logits, and no cache; with one token less it must not change: it sees no future.
+    Returns the largest of the means over each row's scores, a continued row's vocabulary, and what a token less changes.
     """
     device, generator = decode.device_of(model), torch.Generator().manual_seed(0)
     draw = lambda count: torch.randint(vocab_size, (count,), generator=generator).tolist()
@@ -195,7 +196,7 @@ def decoding_error(model, vocab_size):
         errors += [logprobs[i, : len(response)] - expected]
         errors += [whole[:-1] - plain(prompt + response[:-1])]
         errors += [continued[i] - plain(prompt + response[: keep[i]] + token[i : i + 1])[-1]]
-    return max(error.abs().max().item() for error in errors)
+    return max(error.abs().mean().item() for error in errors)
 
 
 def shared_tokenizer(student, teacher, trust_remote_code=False):
