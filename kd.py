@@ -140,26 +140,24 @@ class ChunkedHeadLoss(torch.autograd.Function):
         Returns the first loss's sum, to differentiate, and the sums of all of them (K,), to log.
         """
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        grad_hidden = torch.zeros_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=dtype)  # summed in float32 over the chunks
-        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=dtype)
+        grad_hidden, grad_weight, grad_bias = torch.zeros_like(hidden), None, None
+        add = lambda total, value: value if total is None else value.to(dtype).add_(total)  # over chunks, in float32
         sums = 0
         rows = math.ceil(chunk / 8)  # a loss makes many float32 tensors of its logits' size: few rows at a time
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
-            all_logits = F.linear(hidden[part], weight, bias)  # (m, V)
-            grad = torch.empty_like(all_logits)
-            for row in range(0, len(all_logits), rows):
-                logits = all_logits[row : row + rows].to(dtype).requires_grad_()
+            grad = F.linear(hidden[part], weight, bias)  # (m, V) logits, overwritten by their gradient
+            for row in range(0, len(grad), rows):
+                logits = grad[row : row + rows].to(dtype, copy=True).requires_grad_()
                 with torch.enable_grad():
                     losses = token_losses(logits, slice(start + row, start + row + len(logits)))
                     grad[row : row + rows] = torch.autograd.grad(losses[0].sum(), logits)[0]
                 sums = sums + torch.stack([values.detach().sum() for values in losses])
             # logits = h W^T + b:  dh = g W,  dW = g^T h,  db = sum g
             if bias is not None:
-                grad_bias += grad.sum(0, dtype=dtype)
+                grad_bias = add(grad_bias, grad.sum(0, dtype=dtype))
             grad_hidden[part] = grad @ weight
-            grad_weight += grad.T @ hidden[part]
+            grad_weight = add(grad_weight, grad.T @ hidden[part])
         grads = (grad_hidden, grad_weight, grad_bias)
         ctx.save_for_backward(*(None if grad is None else grad.to(weight.dtype) for grad in grads))
         ctx.mark_non_differentiable(sums)
@@ -167,7 +165,7 @@ class ChunkedHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, scale, _):
-        grads = [None if g is None else scale * g for g in ctx.saved_tensors]
+        grads = [None if g is None else g.mul_(scale) for g in ctx.saved_tensors]  # a second backward raises
         return (*grads, None, None)
 
 

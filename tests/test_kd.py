@@ -205,8 +205,10 @@ def test_weight_gradient_is_summed_in_float32():
     hidden = torch.ones(512, 1, dtype=torch.bfloat16)
     weight = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
     loss, _ = kd.ChunkedHeadLoss.apply(hidden, weight, None, lambda logits, part: (logits.sum(-1),), 1)
-    loss.backward()
+    loss.backward(retain_graph=True)
     assert weight.grad.item() == 512
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # gradients are scaled where they are
+        loss.backward()
 
 
 def test_no_full_logits():
