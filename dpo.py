@@ -324,7 +324,8 @@ def read_pairs(path, tokenizer, context=math.inf):
             what = f"the pair has {prompt + max(chosen, rejected)} tokens, the model's context {context}"
             raise UserError(what, where, "shorten or delete the line")
         counts = {"tokens": prompt + chosen + rejected, "chosen_tokens": chosen, "rejected_tokens": rejected}
-        prompt_id = pair["prompt_id"] if type(pair.get("prompt_id")) is int else number - 1
+        prompt_id = pair.get("prompt_id")
+        prompt_id = prompt_id if type(prompt_id) is int and 0 <= prompt_id < 1 << 63 else number - 1
         yield {**pair, **counts, "prompt_id": prompt_id}
 
 

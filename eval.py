@@ -58,8 +58,12 @@ def read_folder(name):
     results = {}
     for file in sorted(Path(name).glob("*-seed*.jsonl")):
         benchmark, _, seed = file.stem.rpartition("-seed")
-        if seed.isdigit():
-            results.setdefault(benchmark, {})[int(seed)] = runs.read_jsonl(file)
+        with runs.reading("not a response file of eval.py", f"in {file}", "name a folder in OUT/eval"):
+            results.setdefault(benchmark, {})[int(seed)] = [
+                {"prompt_id": int(row["prompt_id"]), "score": float(row["score"])}
+                | {"metric": row["metric"], "references": row["references"]}
+                for row in runs.read_jsonl(file)
+            ]
     if not results:
         raise UserError(f"{name} is no --model and no folder of response files", "in --compare", "name one of these")
     return results
@@ -102,13 +106,13 @@ def evaluate(path, sets, args, world, out, checker, teacher):
             question = {"teacher": args.distance, "eta": args.eta, "seed": args.seeds[0], "prompts": len(prompts)}
             question["content"] = [content, runs.fingerprint(args.distance)]
             file = folder / f"{name}-distance-{model_name(args.distance)}.json"
-            there = world.first(file.exists)
-            found = runs.read_json(file) if there else {}
+            there = world.first(lambda file=file: runs.read_jsonl(file, content) if file.exists() else [{}])
+            found = there[0]
             if not question.items() <= found.items():
                 found = measure.distance(model(), teacher(), *settings, args.seeds[0], world, args.eta, first_mismatch)
                 found = question | found
                 if world.rank == 0:
-                    runs.write_json(file, found)
+                    runs.write_jsonl(file, [found], content)
             table[name]["distance"] = found
     if world.rank == 0 and done:
         print(f"{path}: {done} response files were there already")

@@ -21,7 +21,6 @@ alone (`decode.uniform_noise`) and batches are cut from the prompts alone, so pa
 processes.
 """
 
-import argparse
 import json
 import math
 import re

@@ -233,7 +233,10 @@ def encode_prompts(examples, where, tokenizer, template, max_tokens, skipped):
     """
     kept = 0
     for prompt_id, example in enumerate(examples):
-        prompt = encode_prompt(example, prompt_id, tokenizer, template)
+        with runs.reading(
+            "the prompt cannot be encoded", f"{where} row {prompt_id}", "repair the row or the tokenizer"
+        ):
+            prompt = encode_prompt(example, prompt_id, tokenizer, template)
         if not prompt["ids"]:
             raise UserError("the prompt is empty", f"{where} row {prompt_id}", "repair the row or the chat template")
         if len(prompt["ids"]) > max_tokens:

@@ -34,6 +34,8 @@ def load_tokenizer(path, trust_remote_code=False):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a Qwen2 folder without one
             raise ValueError("no vocabulary")
+        if max(tokenizer.get_vocab().values()) >= len(tokenizer):
+            raise ValueError("its ids are not those from 0 on")
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no eos token", f"in {path}", "set eos_token in its tokenizer_config.json")
     if tokenizer.pad_token_id is None:
@@ -98,6 +100,8 @@ def load_reward_model(path, args, world):
         model = load_safetensors(auto_class, path, dtype, args.trust_remote_code)
         if model.config.num_labels != 1:
             raise ValueError(f"it has {model.config.num_labels} labels, not one")
+        if model.get_input_embeddings().weight.shape[0] < len(tokenizer):
+            raise ValueError("its tokenizer has more tokens than the model")
     return model.to(world.device).eval(), tokenizer
 
 
@@ -106,10 +110,10 @@ def model_eos_ids(paths, tokenizer, trust_remote_code=False):
     ids = {tokenizer.eos_token_id}
     for path in paths:
         eos = load_config(path, trust_remote_code).eos_token_id
-        with contextlib.suppress(OSError):  # there may be no generation_config.json
-            eos = transformers.GenerationConfig.from_pretrained(path).eos_token_id
+        with runs.reading("its generation config is wrong", f"in {path}", "repair it"), contextlib.suppress(OSError):
+            eos = transformers.GenerationConfig.from_pretrained(path).eos_token_id  # OSError: there is none
         eos = eos if isinstance(eos, list) else [eos]
-        if not all(isinstance(i, int | None) for i in eos):
+        if not all(i is None or type(i) is int and 0 <= i < 1 << 31 for i in eos):
             raise UserError(
                 f"eos_token_id is {eos}, no id or list of ids", f"in {path}", "repair its generation config"
             )
@@ -153,6 +157,12 @@ def check_same_tokenizer(student, teacher, student_path, teacher_path):
         raise UserError(what, where, todo)
 
 
+def decoder_blocks(lm):
+    """The list of transformer blocks of a Hugging Face causal language model."""
+    lists = (m for m in lm.base_model.modules() if isinstance(m, torch.nn.ModuleList))
+    return next(m for m in lists if len(m) == lm.config.num_hidden_layers)
+
+
 def check_model(model, tokenizer, path):
     """Raises UserError unless the model has a row for every token (more are padding, never used) and decodes exactly."""
     rows = model.get_output_embeddings().weight.shape[0]
@@ -161,6 +171,7 @@ def check_model(model, tokenizer, path):
         raise UserError(what, f"in {path}", "resize its embeddings or use its own tokenizer")
     todo = "use a decoder with full attention, plain logits and a standard cache, such as Llama or Qwen"
     with runs.reading("the model does not decode as lib/decode.py does", f"in {path}", todo):
+        decoder_blocks(model)
         error = decoding_error(model, len(tokenizer))
     if not error < MAX_DECODING_ERROR[model.dtype]:
         what = f"the model's log-probs with a cache and masks differ by {error:.2g} nats from a plain forward's"

@@ -31,6 +31,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).parent.parent
 MEETING_TIME = timedelta(minutes=10)  # for the processes of a job to find each other
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Something of the user's is where a file of this project belongs, or must not be touched
+PATH_ERRORS = {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG}
 # Arguments that may differ when a run continues: they change no pair and no weight by more than rounding
 FREE_ARGS = {"out", "toy", "device", "threads", "pairs_only", "save_every", "micro_batch_size", "shard_size"}
 FREE_ARGS |= {"activation_checkpointing", "accept_changes", "traceback", "shard_teacher"}
@@ -65,6 +67,12 @@ class ArgumentParser(argparse.ArgumentParser):
         formatter = argparse.ArgumentDefaultsHelpFormatter
         super().__init__(description=doc.split("\n\n")[0], formatter_class=formatter, allow_abbrev=False)
 
+    def parse_args(self, args=None, namespace=None):
+        found = super().parse_args(args, namespace)
+        if "" in vars(found).values():
+            self.error("an argument is empty")
+        return found
+
     def error(self, message):
         raise UserError(message.replace("\n", " "), "on the command line", f"see {self.prog} --help")
 
@@ -97,9 +105,12 @@ def run(main):
     except torch.OutOfMemoryError as error:
         status, todo = 1, "lower --micro-batch-size, --prompts-per-batch or add --activation-checkpointing"
         line = f"error: out of GPU memory ({one_line(error)[:160]}), in this process, {todo}"
-    except BaseException:  # noqa: BLE001 - a defect of ours, shown whole; torch has errors that are no Exception
-        status = 1
-        traceback.print_exc()
+    except BaseException as error:  # noqa: BLE001 - torch has errors that are no Exception
+        if isinstance(error, OSError) and error.errno in PATH_ERRORS:
+            status, line = 2, f"error: a path cannot be used ({error}), in this run, check it or give another --out"
+        else:  # a defect of ours, shown whole
+            status = 1
+            traceback.print_exc()
     if line is not None:
         say_from_one_rank(line)
     sys.stdout.flush()
@@ -245,12 +256,12 @@ def ranged(kind, good, text):
     return parse
 
 
-COUNT = ranged(int, lambda x: x >= 1, "1 or more")
-LIMIT = ranged(int, lambda x: x >= 0, "0 or more")
+COUNT = ranged(int, lambda x: 1 <= x < 1 << 31, "1 or more, below 2^31")
+LIMIT = ranged(int, lambda x: 0 <= x < 1 << 31, "0 or more, below 2^31")
 SEED = ranged(int, lambda x: 0 <= x < 1 << 62, "from 0 to 2^62 - 1")
 NATS = ranged(float, math.isfinite, "a finite number")
-ABOVE_0 = ranged(float, lambda x: 0 < x < math.inf, "above 0")
-NOT_NEGATIVE = ranged(float, lambda x: 0 <= x < math.inf, "0 or more")
+ABOVE_0 = ranged(float, lambda x: 0 < x <= 1e30, "above 0, at most 1e30")
+NOT_NEGATIVE = ranged(float, lambda x: 0 <= x <= 1e30, "0 or more, at most 1e30")
 SHARE = ranged(float, lambda x: 0 <= x <= 1, "from 0 to 1")
 OPEN_SHARE = ranged(float, lambda x: 0 < x < 1, "between 0 and 1")
 TOP_P = ranged(float, lambda x: 1e-6 <= x <= 1, "from 1e-6 to 1")  # float32 knows no smaller share
@@ -299,18 +310,20 @@ def claim(out, args, inputs):
     settings = {key: value for key, value in args.items() if key not in FREE_ARGS and key[:5] != "eval_"}
     versions = {"python": sys.version, "torch": torch.__version__, "transformers": transformers.__version__}
     record = {"args": args | {"out": str(out)}, "settings": settings, "versions": versions, "code": code_fingerprints()}
-    record |= {"inputs": {str(path): fingerprint(path) for path in inputs}, "commit": git_commit(), "accepted": []}
+    with reading("the inputs cannot be read", f"among {', '.join(map(str, inputs))}", "check the files"):
+        record |= {"inputs": {str(path): fingerprint(path) for path in inputs}, "commit": git_commit(), "accepted": []}
     record["key"] = seal(settings, record["inputs"])
     file = out / "args.json"
     # A run that has made nothing yet, since its model was not found, say, claims nothing
     begun = {"args.json", "eval", "compare.json"}
     made = [path for path in sorted(out.glob("[!.]*")) if path.suffix != ".arrow" and path.name not in begun]
-    made = [path for path in made if path.is_file() or any(path.iterdir())]
+    made = [path for path in made if not path.is_dir() or any(path.iterdir())]
     if (out.exists() and not out.is_dir()) or (made and not file.exists()):
         what = f"OUT holds {made[0].name}, which no run made" if made else "OUT is not a folder"
         raise UserError(what, f"at {out}", "give another --out")
     with reading("OUT cannot be used", f"at {out}", "give another --out"):
         out.mkdir(parents=True, exist_ok=True)
+        str(out).encode()  # Arrow files can have no other names
         lock(out / ".lock")
         for partial in out.glob(".*.*[0-9].partial"):  # of a killed run's `atomic_path`
             partial.unlink()
@@ -366,9 +379,9 @@ def fingerprint(path):
             return Path(cached).parent.name if isinstance(cached, str) else None
         return None
     endings = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")
-    for file in [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in endings):
+    for file in [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in endings and f.is_file()):
         size = file.stat().st_size
-        content.update(f"{file.name} {size} ".encode())
+        content.update(f"{file.name!r} {size} ".encode())
         with open(file, "rb") as stream:
             if file.suffix != ".safetensors":
                 content.update(hashlib.file_digest(stream, "sha256").digest())

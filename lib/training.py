@@ -29,12 +29,6 @@ from lib.runs import DTYPES, UserError
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def decoder_blocks(lm):
-    """The list of transformer blocks of a Hugging Face causal language model."""
-    lists = (m for m in lm.base_model.modules() if isinstance(m, torch.nn.ModuleList))
-    return next(m for m in lists if len(m) == lm.config.num_hidden_layers)
-
-
 def load_trainable(path, args, tokenizer, world):
     """A language model to train, on the CPU: float32 parameters, no dropout, activations checkpointed if so asked.
 
@@ -46,7 +40,7 @@ def load_trainable(path, args, tokenizer, world):
     else:
         lm = models.empty_model(path, torch.float32, args.trust_remote_code)
     if args.activation_checkpointing:
-        for block in decoder_blocks(lm):  # by torch: transformers has renamed its own switch
+        for block in models.decoder_blocks(lm):  # by torch: transformers has renamed its own switch
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     return lm
 
@@ -65,7 +59,7 @@ def shard(root, lm, dtype, world, shard_size=0):
     mesh = mesh["shard"] if size == world.size else mesh
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     whole = dict(lm.named_parameters())
-    for block in decoder_blocks(lm):
+    for block in models.decoder_blocks(lm):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(root, mesh=mesh, mp_policy=policy)
     if world.size > 1:
@@ -82,7 +76,7 @@ def shard_blocks(lm, world):
 
     All ranks must then take equally many forwards; `decode.decode` does, given `World.any`.
     """
-    mesh, blocks = init_device_mesh(world.device.type, (world.size,)), decoder_blocks(lm)
+    mesh, blocks = init_device_mesh(world.device.type, (world.size,)), models.decoder_blocks(lm)
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     # One root for all of them, which has no parameters of its own: blocks that are roots have a CUDA stream each
@@ -239,6 +233,12 @@ def training_state(model, optimizer):
     return tensors
 
 
+def checkpoints(folder):
+    """The checkpoints in a folder, sorted by step."""
+    steps = [int(path.name[5:]) for path in folder.glob("step-*") if path.name[5:].isdecimal()]
+    return [folder / f"step-{step:06d}" for step in sorted(steps)]
+
+
 def save_checkpoint(folder, model, optimizer, step, world):
     """Writes folder/step-000123, whole or not at all; older ones are then deleted.
 
@@ -261,9 +261,8 @@ def save_checkpoint(folder, model, optimizer, step, world):
         files = {file.name: runs.fingerprint(file) for file in sorted(partial.iterdir())}
         runs.write_json(partial / "files.json", {"key": runs.run_key(folder.parent), "step": step, "files": files})
         os.rename(partial, final)
-        for old in folder.glob("step-*"):
-            if old != final:
-                shutil.rmtree(old)
+        for old in checkpoints(folder)[:-1]:
+            shutil.rmtree(old)
     world.barrier()
 
 
@@ -272,9 +271,10 @@ def load_checkpoint(folder, model, optimizer, world):
 
     Raises UserError if it is of another run, or a file of it is missing or changed.
     """
-    newest = world.first(lambda: max(folder.glob("step-*"), default=None))
-    if newest is None:
+    newest = world.first(lambda: checkpoints(folder)[-1:])
+    if not newest:
         return 0
+    [newest] = newest
     step, todo = int(newest.name[5:]), "delete it, and training starts again from the initial student"
     with runs.reading("the checkpoint is damaged", f"in {newest}", todo):
         made = runs.read_json(newest / "files.json")

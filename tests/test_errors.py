@@ -92,41 +92,41 @@ SCRIPTS = ["warmup_distill", "dpo", "kd", "eval"]
 
 RUN_RANGES = [
     *(("seed", value, "from 0 to 2^62 - 1") for value in (-1, 1 << 62)),
-    ("threads", -1, "0 or more"),
+    ("threads", -1, "0 or more…"),
 ]
 TRAINING_RANGES = [
-    *((flag, 0, "1 or more") for flag in ("epochs", "batch-size", "micro-batch-size", "save-every")),
-    *(("lr", value, "above 0") for value in (0.0, -0.1, "nan", "inf")),
-    *(("max-grad-norm", value, "above 0") for value in (0.0, "nan")),
-    ("max-steps", -1, "0 or more"),
-    *(("weight-decay", value, "0 or more") for value in (-0.1, "nan", "inf")),
+    *((flag, 0, "1 or more…") for flag in ("epochs", "batch-size", "micro-batch-size", "save-every")),
+    *(("lr", value, "above 0…") for value in (0.0, -0.1, "nan", "inf")),
+    *(("max-grad-norm", value, "above 0…") for value in (0.0, "nan")),
+    ("max-steps", -1, "0 or more…"),
+    *(("weight-decay", value, "0 or more…") for value in (-0.1, "nan", "inf")),
     *((flag, v, "from 0 to 1") for flag in ("lr-warmup-ratio", "lr-final-ratio") for v in (-0.1, 1.1, "nan")),
 ]
 DPO_RANGES = [
-    *(("beta", value, "above 0") for value in (0.0, -0.1, "nan", "inf")),
+    *(("beta", value, "above 0…") for value in (0.0, -0.1, "nan", "inf")),
     *(("label-smoothing", value, "from 0 to below 0.5") for value in (-0.1, 0.5, "nan")),
-    *(("nll-weight", value, "0 or more") for value in (-1.0, "nan", "inf")),
+    *(("nll-weight", value, "0 or more…") for value in (-1.0, "nan", "inf")),
 ]
 SAMPLING_RANGES = [
-    *((flag, 0, "1 or more") for flag in ("samples", "max-new-tokens", "prompts-per-batch")),
+    *((flag, 0, "1 or more…") for flag in ("samples", "max-new-tokens", "prompts-per-batch")),
     *(("eta", value, "a finite number") for value in ("nan", "inf", "-inf")),
     *(("temperature", value, "from 1e-6 to 1e6") for value in (0.0, 1e-7, 1e7, "nan", "inf")),
     *(("top-p", value, "from 1e-6 to 1") for value in (1e-7, 1.5, -0.5, "nan")),
-    *((flag, -1, "0 or more") for flag in ("limit", "eval-limit")),
+    *((flag, -1, "0 or more…") for flag in ("limit", "eval-limit")),
 ]
 KD_RANGES = [
     *((flag, v, "from 0 to 1") for flag in ("kd-rate", "tail-mass", "on-policy") for v in (-0.1, 1.1, "nan")),
     *((flag, v, "between 0 and 1") for flag in ("jsd-beta", "skew-alpha") for v in (0.0, 1.0, "nan")),
-    *((flag, 0, "1 or more") for flag in ("refresh-every", "teacher-top-k", "max-new-tokens", "prompts-per-batch")),
+    *((flag, 0, "1 or more…") for flag in ("refresh-every", "teacher-top-k", "max-new-tokens", "prompts-per-batch")),
     ("temperature", 0.0, "from 1e-6 to 1e6"),
 ]
 EVAL_RANGES = [
     ("temperature", 0.0, "from 1e-6 to 1e6"),
     ("top-p", 1.5, "from 1e-6 to 1"),
     ("eta", "nan", "a finite number"),
-    ("limit", -1, "0 or more"),
+    ("limit", -1, "0 or more…"),
     ("no-repeat-ngram-size", 1, "0, or 2 or more"),
-    *((flag, 0, "1 or more") for flag in ("batch-size", "max-prompt-tokens", "resamples")),
+    *((flag, 0, "1 or more…") for flag in ("batch-size", "max-prompt-tokens", "resamples")),
 ]
 RANGES = {
     "warmup_distill": RUN_RANGES + TRAINING_RANGES + DPO_RANGES + SAMPLING_RANGES,
@@ -571,6 +571,13 @@ def test_other_exceptions_keep_their_traceback(capsys, ends, error):
     printed = capsys.readouterr().err
     assert printed.startswith("Traceback ") and printed.endswith(f"{type(error).__name__}: {error}\n")
     assert "error: " not in printed
+
+
+def test_a_path_that_cannot_be_used_is_one_line(capsys, ends, tmp_path):
+    """A folder stands where a file belongs, a name is too long, ...: not a defect, whoever meets it."""
+    for path in (tmp_path, tmp_path / ("n" * 300)):
+        assert ends(lambda path=path: path.read_bytes()) == (2, 0)
+        assert re.fullmatch(r"error: a path cannot be used \(.*\), in this run, check it .*\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("rank, end, seconds", [("0", "", 0), ("3", " (rank 3)", 4.75)])

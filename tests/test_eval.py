@@ -294,6 +294,19 @@ def test_compare_earlier_results_alone(one_process, english, tmp_path, capsys):
     assert f"{folders[1]} minus {folders[0]}, 200 resamples" in capsys.readouterr().out
 
 
+def test_damaged_results_are_refused(one_process, english, tmp_path):
+    """A distance that was edited; a folder whose rows are none of ours."""
+    out = shutil.copytree(one_process, tmp_path / "out")
+    file = next((out / "eval").glob("*/*-distance-*.json"))
+    file.write_text(file.read_text().replace('"kl_teacher_student": ', '"kl_teacher_student": 1'))
+    with pytest.raises(UserError, match="the line was changed, .*-distance-.* line 1, delete"):
+        evaluation.main(whole_command(english, out))
+    for rows in ([{"prompt_id": 0}], [{"prompt_id": 0, "score": "x", "metric": "rouge", "references": []}], [1]):
+        runs.write_jsonl(tmp_path / "sni-seed1.jsonl", rows)
+        with pytest.raises(UserError, match="not a response file of eval.py"):
+            evaluation.main(["--compare", str(tmp_path), str(tmp_path), "--out", str(tmp_path)])
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [

@@ -61,6 +61,10 @@ def edit_config(name="config.json", **values):
     return how
 
 
+def edit_generation(**values):
+    return edit_config("generation_config.json", **values)
+
+
 def put(name, text):
     return lambda folder: (folder / name).write_text(text)
 
@@ -105,6 +109,11 @@ BAD_MODELS = {
     "weights of another size": (edit_config(hidden_size=32, intermediate_size=64), NO_MODEL),
     "weights of a layer missing": (edit_config(**THIRD_LAYER), NO_MODEL),
     "config contradicts itself": (edit_config(layer_types=["x"]), "no … can be loaded (…), in {}, …"),
+    "no layers": (edit_config(num_hidden_layers=-1), "… in {}, …"),
+    "eos is text": (edit_generation(eos_token_id="2"), "eos_token_id is ['2'], no id or list of ids, in {}, repair …"),
+    "eos below 0": (edit_generation(eos_token_id=[2, -1]), "eos_token_id is [2, -1], no id or list of ids, in {}, …"),
+    "generation config": (put("generation_config.json", "[1]"), "its generation config is wrong (…), in {}, repair it"),
+    "generation settings": (edit_generation(max_new_tokens=-4), "its generation config is wrong (…), in {}, repair it"),
     "unknown architecture": (edit_config(model_type="zzz"), "no model can be loaded (…), in {}, …"),
     "config is no JSON": (put("config.json", "{"), NO_TOKENIZER),
     "no tokenizer": (remove("tokenizer.json", "tokenizer_config.json"), NO_TOKENIZER),

@@ -130,3 +130,10 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
     training.cut_metrics(path, 2)
     assert runs.read_jsonl(path) == [{"step": 1}, {"step": 2}]
+
+
+def test_checkpoints_are_sorted_by_step(tmp_path):
+    """By number, not by name; what else a user keeps there is none, and is never deleted."""
+    for name in ("step-000002", "step-000010", "step-1000000", "step-000003.bak", "step-x", ".step-000004.partial"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in training.checkpoints(tmp_path)] == ["step-000002", "step-000010", "step-1000000"]
