@@ -38,7 +38,7 @@ PRESETS = {"none": {}, "minillm": {"no_repeat_ngram_size": 6, "template": "alpac
 
 def model_name(path):
     """A model's path or hub id as the name of one folder: out/warmup/student -> out--warmup--student."""
-    return re.sub(r"[^\w.-]+", "--", str(path).strip("/"))
+    return re.sub(r"^\.+|[^\w.-]+", "--", str(path).strip("/"))
 
 
 def read_responses(file, content, metric, prompts):
@@ -59,11 +59,12 @@ def read_folder(name):
     for file in sorted(Path(name).glob("*-seed*.jsonl")):
         benchmark, _, seed = file.stem.rpartition("-seed")
         with runs.reading("not a response file of eval.py", f"in {file}", "name a folder in OUT/eval"):
-            results.setdefault(benchmark, {})[int(seed)] = [
-                {"prompt_id": int(row["prompt_id"]), "score": float(row["score"])}
-                | {"metric": row["metric"], "references": row["references"]}
-                for row in runs.read_jsonl(file)
-            ]
+            rows = results.setdefault(benchmark, {}).setdefault(int(seed), [])
+            for row in runs.read_jsonl(file):
+                if not 0 <= row["score"] <= 100:
+                    raise ValueError(f"a score is {row['score']}")
+                kept = {key: row[key] for key in ("score", "metric", "references")}
+                rows.append({"prompt_id": int(row["prompt_id"]), **kept})
     if not results:
         raise UserError(f"{name} is no --model and no folder of response files", "in --compare", "name one of these")
     return results
@@ -103,7 +104,8 @@ def evaluate(path, sets, args, world, out, checker, teacher):
         table[name] = {"metric": benchmark.metric, "skipped": skipped, "max_prompt_tokens": limit}
         table[name] |= scoring.summarise(results[name])
         if args.distance is not None:
-            question = {"teacher": args.distance, "eta": args.eta, "seed": args.seeds[0], "prompts": len(prompts)}
+            question = {"teacher": args.distance, "eta": args.eta, "seed": args.seeds[0]}
+            question["prompts"] = runs.seal([prompt["ids"] for prompt in prompts], "prompts")
             question["content"] = [content, runs.fingerprint(args.distance)]
             file = folder / f"{name}-distance-{model_name(args.distance)}.json"
             there = world.first(lambda file=file: runs.read_jsonl(file, content) if file.exists() else [{}])
@@ -166,7 +168,9 @@ def print_table(table):
         print("\n{b} minus {a}, {resamples} resamples".format(**table["compare"]))
         for name, c in table["compare"]["sets"].items():
             numbers = f"{c['difference']:+.2f} [{c['low']:+.2f}, {c['high']:+.2f}]"
-            print(f"{name}: {numbers}, {c['share']:.1%} of resamples in favour, {c['examples']} examples")
+            print(
+                f"{runs.printable(name)}: {numbers}, {c['share']:.1%} of resamples in favour, {c['examples']} examples"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -324,7 +324,7 @@ def main(argv=None):
     inputs = [path for path in (args.student, args.teacher, args.data) if path]
     out = runs.start_run(args.out, args, world, inputs)  # after all that can be wrong with the arguments
     teacher = None
-    if not world.first(lambda: (out / "student").exists()):
+    if not world.first(lambda: training.is_trained(out)):
         prompts = data.write_prompts(args, tokenizer, out, world)
         examples = responses.write_examples(args, world, tokenizer, tokens, prompts, out)
         if args.teacher_cache:

@@ -199,7 +199,8 @@ def pair_filter(args, world, tokenizer):
         else:
             whole = data.with_bos(reward_tokenizer, prompt["text"] + response)
         ids = reward_tokenizer(whole, add_special_tokens=False, return_tensors="pt").input_ids
-        logits = reward_model(ids.to(world.device)).logits  # (1, 1)
+        with runs.reading("the reward model fails", f"for prompt {prompt['prompt_id']}", "check --keep"):
+            logits = reward_model(ids.to(world.device)).logits  # (1, 1)
         measure.check_finite(logits, [prompt["prompt_id"]])
         return logits.item()
 
@@ -261,9 +262,9 @@ def merge_pairs(args, tokenizer, prompts, out):
         for start in range(0, len(prompts), args.prompts_per_batch):
             shard = out / "pairs" / f"{start // args.prompts_per_batch:05d}.jsonl"
             records = runs.read_jsonl(shard, runs.run_key(out))
-            prompt_ids = prompts[start : start + args.prompts_per_batch]["prompt_id"]
-            expected = [prompt_id for prompt_id in prompt_ids for _ in range(args.samples)]
-            if [record["prompt_id"] for record in records] != expected:
+            batch = prompts[start : start + args.prompts_per_batch]
+            expected = [prompt for prompt in zip(batch["prompt_id"], batch["ids"]) for _ in range(args.samples)]
+            if [(record["prompt_id"], record["prompt_ids"]) for record in records] != expected:
                 what = "the file is cut, or of other prompts or --samples"
                 raise UserError(what, f"in {shard}", "delete it and run again: it is made again")
             counts["prompts_with_pairs"] += len({r["prompt_id"] for r in records if r["status"] == "kept"})

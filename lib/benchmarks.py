@@ -129,6 +129,6 @@ def encode(examples, tokenizer, template, max_tokens):
     """
     chat = template == "chat" or (template == "auto" and tokenizer.chat_template)
     if all(e["templated"] and (not chat or "### Instruction:" in e["instruction"]) for e in examples):
-        examples, template = [{**e, "instruction": e["templated"]} for e in examples], "none"
+        examples, template = [{**e, "instruction": e["templated"], "input": ""} for e in examples], "none"
     skipped = []
     return list(data.encode_prompts(examples, "in --data", tokenizer, template, max_tokens, skipped)), len(skipped)

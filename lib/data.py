@@ -141,7 +141,7 @@ def examples_of(rows, names, where, prompt_column=None, response_column=None, re
     """Rows with the columns `names` -> examples, as `read_examples` yields them; the responses are not checked."""
     if not names:
         raise UserError("no rows", where, "give data with at least one row")
-    messages = "messages" if "messages" in names and not prompt_column else None
+    messages = "messages" if "messages" in names and not (prompt_column or response_column) else None
     prompt = prompt_column or next((c for c in PROMPT_COLUMNS if c in names), None)
     response = response_column or next((c for c in response_columns if c in names and c != prompt), None)
     context = next((c for c in INPUT_COLUMNS if c in names and c not in (prompt, response)), None)
@@ -190,16 +190,19 @@ def prompt_text(example, tokenizer, template):
         if not tokenizer.chat_template:
             raise UserError("the tokenizer has no chat template", "for --template chat", "use --template alpaca")
         return render_chat(tokenizer, messages_of(example), add_generation_prompt=True)
-    text = example["instruction"]
-    if template != "none":
-        text = (ALPACA_INPUT if example["input"] else ALPACA).format(**example)
-    return with_bos(tokenizer, text)
+    if template == "none":
+        return with_bos(tokenizer, content_of(example))
+    return with_bos(tokenizer, (ALPACA_INPUT if example["input"] else ALPACA).format(**example))
+
+
+def content_of(example):
+    """An instruction and its input as one text."""
+    return "\n\n".join(filter(None, [example["instruction"], example["input"]]))
 
 
 def messages_of(example):
     """An example's conversation up to its response."""
-    content = "\n\n".join(filter(None, [example["instruction"], example["input"]]))
-    return example["messages"] or [{"role": "user", "content": content}]
+    return example["messages"] or [{"role": "user", "content": content_of(example)}]
 
 
 def render_chat(tokenizer, messages, add_generation_prompt=False):

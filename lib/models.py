@@ -1,6 +1,5 @@
 """Models and tokenizers: loading them, refusing what would be computed wrongly, checking that two have the same tokens."""
 
-import contextlib
 import hashlib
 import json
 import math
@@ -8,6 +7,7 @@ import math
 import torch
 import transformers
 from transformers import AutoTokenizer
+from transformers.utils import cached_file
 
 from lib import decode, runs
 from lib.decode import Tokens
@@ -50,11 +50,13 @@ def load_config(path, trust_remote_code=False):
 
 
 def load_safetensors(auto_class, path, dtype, trust_remote_code, **options):
-    """`from_pretrained` from safetensors alone. Raises ValueError where a weight is missing: it would be random."""
+    """`from_pretrained` from safetensors alone. Raises ValueError where a weight is missing, and would be random."""
     options |= {"dtype": dtype, "use_safetensors": True, "trust_remote_code": trust_remote_code}
     model, info = auto_class.from_pretrained(path, output_loading_info=True, **options)
     if info["missing_keys"]:
         raise ValueError(f"no weights for {min(info['missing_keys'])}")
+    if info["unexpected_keys"]:  # it would be another model without them
+        raise ValueError(f"the config has no place for the weights {min(info['unexpected_keys'])}")
     return model
 
 
@@ -110,8 +112,9 @@ def model_eos_ids(paths, tokenizer, trust_remote_code=False):
     ids = {tokenizer.eos_token_id}
     for path in paths:
         eos = load_config(path, trust_remote_code).eos_token_id
-        with runs.reading("its generation config is wrong", f"in {path}", "repair it"), contextlib.suppress(OSError):
-            eos = transformers.GenerationConfig.from_pretrained(path).eos_token_id  # OSError: there is none
+        with runs.reading("its generation config is wrong", f"in {path}", "repair it"):
+            if cached_file(path, "generation_config.json", _raise_exceptions_for_missing_entries=False):
+                eos = transformers.GenerationConfig.from_pretrained(path).eos_token_id
         eos = eos if isinstance(eos, list) else [eos]
         if not all(i is None or type(i) is int and 0 <= i < 1 << 31 for i in eos):
             raise UserError(
@@ -123,7 +126,13 @@ def model_eos_ids(paths, tokenizer, trust_remote_code=False):
 
 def context_length(path, trust_remote_code=False):
     """The most tokens that a model can read, as its configuration says; infinite where that says nothing."""
-    return getattr(load_config(path, trust_remote_code), "max_position_embeddings", None) or math.inf
+    config = load_config(path, trust_remote_code)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if (
+        rope.get("rope_type") == "longrope"
+    ):  # after these, other frequencies hold for all tokens of a batch: no cache can
+        return rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
+    return getattr(config, "max_position_embeddings", None) or math.inf
 
 
 def prompt_limit(paths, most, new_tokens, trust_remote_code=False):
@@ -173,7 +182,9 @@ def check_model(model, tokenizer, path):
     with runs.reading("the model does not decode as lib/decode.py does", f"in {path}", todo):
         decoder_blocks(model)
         error = decoding_error(model, len(tokenizer))
-    if not error < MAX_DECODING_ERROR[model.dtype]:
+    if not math.isfinite(error):
+        raise UserError("the model's log-probs are NaN or infinite", f"in {path}", "check its weights")
+    if error > MAX_DECODING_ERROR[model.dtype]:
         what = f"the model's log-probs with a cache and masks differ by {error:.2g} nats from a plain forward's"
         raise UserError(what, f"in {path}", todo)
 

@@ -136,7 +136,7 @@ def teacher_responses(args, world, tokenizer, tokens, prompts, folder):
         for k in range(count):
             file, batch = folder / f"{k:05d}.jsonl", prompts.select(range(k * size, min((k + 1) * size, len(prompts))))
             rows = runs.read_jsonl(file, key)
-            if [row["prompt_id"] for row in rows] != batch["prompt_id"][:]:
+            if [row["prompt"] for row in rows] != batch["text"][:]:
                 raise UserError("the responses are to other prompts", f"in {file}", "delete it: it is then made again")
             yield from (prompt | {"response": row["response_ids"]} for prompt, row in zip(batch, rows))
 

@@ -49,8 +49,12 @@ class UserError(Exception):
         super().__init__(what, where, what_to_do)
 
     def __str__(self):
-        text = ", ".join(map(str, self.args))  # it may quote a file: no line ends, no control characters
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        return printable(", ".join(map(str, self.args)))
+
+
+def printable(text):
+    """Text that may come from a file, for a terminal: line ends and control characters are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class Stopped(Exception):
@@ -118,13 +122,19 @@ def run(main):
     os._exit(status)
 
 
+def from_environment(name, default):
+    """The number that torchrun has set, or `default`."""
+    word = os.environ.get(name, "")
+    return int(word) if word.isdecimal() else default
+
+
 def say_from_one_rank(line):
     """Prints `line` on stderr, and puts it at the end of torchrun's report. Usually all ranks meet the same error: the
     others wait until torchrun, which sees rank 0 end, ends them. One that is alone with its error prints it.
     """
-    rank = int(os.environ.get("RANK", "0"))
+    rank = from_environment("RANK", 0)
     if rank > 0:
-        time.sleep(4 + int(os.environ["LOCAL_RANK"]) / 4)
+        time.sleep(4 + from_environment("LOCAL_RANK", 0) / 4)
         line += f" (rank {rank})"
     tqdm.write(line, file=sys.stderr)
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
@@ -200,7 +210,7 @@ def start_processes(device, threads):
     if device == "cuda":
         if not torch.cuda.is_available():
             raise UserError("no GPU can be used", "--device cuda", "use --device cpu or install a CUDA build of torch")
-        local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        local_rank, count = from_environment("LOCAL_RANK", 0), torch.cuda.device_count()
         if local_rank >= count:
             raise UserError(f"there is no GPU number {local_rank}", f"on a machine of {count}", "start fewer processes")
         torch.cuda.set_device(local_rank)
@@ -258,6 +268,7 @@ def ranged(kind, good, text):
 
 COUNT = ranged(int, lambda x: 1 <= x < 1 << 31, "1 or more, below 2^31")
 LIMIT = ranged(int, lambda x: 0 <= x < 1 << 31, "0 or more, below 2^31")
+THREADS = ranged(int, lambda x: 0 <= x <= 1024, "from 0 to 1024")
 SEED = ranged(int, lambda x: 0 <= x < 1 << 62, "from 0 to 2^62 - 1")
 NATS = ranged(float, math.isfinite, "a finite number")
 ABOVE_0 = ranged(float, lambda x: 0 < x <= 1e30, "above 0, at most 1e30")
@@ -275,7 +286,7 @@ def add_arguments(parser):
     group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda if there is one")
     dtype_help = "of the arithmetic, auto: bfloat16 on cuda, float32 on cpu; trained weights are float32 in any case"
     group.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help=dtype_help)
-    group.add_argument("--threads", type=LIMIT, default=0, help="CPU threads of each process; 0: torch's choice")
+    group.add_argument("--threads", type=THREADS, default=0, help="CPU threads of each process; 0: torch's choice")
     group.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with a model")
     group.add_argument("--traceback", action="store_true", help="show where an error in a file or argument was found")
     accept_help = "continue in an OUT of other arguments, inputs or code; what is there is kept as it is"
@@ -347,7 +358,7 @@ def refuse_differences(folder, ours, theirs, accept):
         what = f"what is there was made otherwise ({changes})"
         raise UserError(what, f"in {folder}", "give another folder, or --accept-changes to keep what is there")
     if different:
-        print(f"accepted in {folder}: {changes}")
+        print(printable(f"accepted in {folder}: {changes}"))
     return changes
 
 

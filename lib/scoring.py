@@ -169,13 +169,13 @@ def interval(difference, means):
 
 
 def example_scores(results):
-    """{seed: rows} of one set -> {prompt_id: (metric and references, the mean score over the seeds)}."""
+    """{seed: rows} of one set -> {prompt_id: (number of rows, metric and references, the mean score over the seeds)}."""
     by_prompt = {}
     for rows in results.values():
         for row in rows:
             by_prompt.setdefault(row["prompt_id"], []).append(row)
-    question = lambda row: (row["metric"], row["references"])
-    return {i: (question(rows[0]), statistics.fmean(r["score"] for r in rows)) for i, rows in by_prompt.items()}
+    question = lambda rows: (len(rows), rows[0]["metric"], rows[0]["references"])
+    return {i: (question(rows), statistics.fmean(r["score"] for r in rows)) for i, rows in by_prompt.items()}
 
 
 def compare(a, b, resamples, seed):

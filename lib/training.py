@@ -205,7 +205,7 @@ def add_arguments(parser, lr):
     group.add_argument("--max-steps", type=runs.LIMIT, default=0, help="optimizer steps; 0: as --epochs says")
     group.add_argument("--batch-size", type=runs.COUNT, default=64, help="examples a step, over all ranks")
     group.add_argument("--micro-batch-size", type=runs.COUNT, default=4, help="examples in one forward")
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = max(1, runs.from_environment("WORLD_SIZE", 1))
     divisor = runs.ranged(
         int, lambda x: x >= 0 and not (x and processes % x), f"0 or a divisor of {processes} processes"
     )
@@ -237,6 +237,11 @@ def checkpoints(folder):
     """The checkpoints in a folder, sorted by step."""
     steps = [int(path.name[5:]) for path in folder.glob("step-*") if path.name[5:].isdecimal()]
     return [folder / f"step-{step:06d}" for step in sorted(steps)]
+
+
+def is_trained(out):
+    """Whether OUT/student, which `save_model` writes last, is there."""
+    return any((out / "student").glob("*.safetensors"))
 
 
 def save_checkpoint(folder, model, optimizer, step, world):
@@ -296,6 +301,8 @@ def save_model(folder, root, lm, tokenizer, dtype, world):
     if world.rank == 0:
         prefix = next(name for name, module in root.named_modules() if module is lm) + "."
         state = {key.removeprefix(prefix): value.to(dtype) for key, value in state.items()}
+        if not all(value.isfinite().all() for value in state.values()):
+            raise UserError("the trained weights are NaN or infinite", f"for {folder}", "lower --lr or --weight-decay")
         for tied in lm.all_tied_weights_keys:  # gathered twice; from_pretrained ties them again
             state.pop(tied, None)
         partial = folder.with_name(f".{folder.name}.partial")

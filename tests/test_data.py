@@ -244,7 +244,7 @@ def test_alpaca_template(template, chat):
     assert text("Add {them}.", "1 and 2") == WITH_INPUT and text("Add {them}.") == WITHOUT_INPUT
     found = text("S\n\nAdd {them}.", messages=[SYSTEM, turn("user", "Add {them}.")])
     assert found == WITHOUT_INPUT.replace("Add", "S\n\nAdd")
-    assert data.prompt_text(example(" Q\n{x} ", "I"), tokenizer, "none") == " Q\n{x} ", "the text as it is"
+    assert data.prompt_text(example(" Q\n{x} ", "I"), tokenizer, "none") == " Q\n{x} \n\nI", "the text as it is"
 
 
 CHATS = [

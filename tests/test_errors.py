@@ -92,7 +92,7 @@ SCRIPTS = ["warmup_distill", "dpo", "kd", "eval"]
 
 RUN_RANGES = [
     *(("seed", value, "from 0 to 2^62 - 1") for value in (-1, 1 << 62)),
-    ("threads", -1, "0 or more…"),
+    ("threads", -1, "from 0 to 1024"),
 ]
 TRAINING_RANGES = [
     *((flag, 0, "1 or more…") for flag in ("epochs", "batch-size", "micro-batch-size", "save-every")),

@@ -35,12 +35,13 @@ def run(tmp_path, pair_of_models, tokenizer, capsys):
         out = tmp_path / "out"
         (out / "pairs").mkdir(parents=True, exist_ok=True)
         for k, records in enumerate(shards):
-            runs.write_jsonl(out / "pairs" / f"{k:05d}.jsonl", records)
+            runs.write_jsonl(out / "pairs" / f"{k:05d}.jsonl", records, "key")
         if trained:
             make_model("llama", 9, tie_word_embeddings=True).save_pretrained(out / "student")
         models = [word for name, path in pair_of_models.items() for word in (f"--{name}", path)]
         args = warmup_distill.parse_args([*models, "--data", "none.jsonl", "--out", str(out), *flags])
-        runs.write_json(out / "args.json", {"args": vars(args)})
+        inputs = {args.student: runs.fingerprint(args.student)}
+        runs.write_json(out / "args.json", {"args": vars(args), "key": "key", "inputs": inputs})
         explain.explain(out, prompt_id, sample_id)
         return capsys.readouterr().out.splitlines()
 

@@ -447,7 +447,7 @@ def test_merge_pairs_by_hand(tmp_path, tokenizer):
         record(2, 1, "identical", 0, [25.0]),
         record(2, 2, "filtered", 2, [-30.0, -9.75, 9.0]),
     ]
-    prompts = datasets.Dataset.from_dict({"prompt_id": [1, 2]})
+    prompts = datasets.Dataset.from_dict({"prompt_id": [1, 2], "ids": [[5, 1], [5, 2]]})
     args = SimpleNamespace(eta=4.0, samples=3, prompts_per_batch=1)
     (tmp_path / "pairs").mkdir()
     for name, rows in (("00000", records[:3]), ("00001", records[3:])):

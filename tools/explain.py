@@ -38,11 +38,12 @@ def read_samples(out, prompt_id):
         raise UserError("there are no samples to explain", f"in {out}", "give the OUT of warmup_distill.py")
     seen = set()
     for file in files:
-        records = runs.read_jsonl(file)
+        records = runs.read_jsonl(file, runs.run_key(Path(out)))
         with report.reading("a file", f"in {file}"):
             found = [record for record in records if record["prompt_id"] == prompt_id]
             for record in found:
                 report.STATUSES.index(record["status"])  # ValueError for one that is no word of ours
+                record["sample_id"] = int(record["sample_id"])
         if found:
             return sorted(found, key=lambda record: record["sample_id"])
         seen.update(record["prompt_id"] for record in records)
@@ -307,8 +308,13 @@ def explain(out, prompt_id, sample_id=None, device="cpu"):
     record = pick_sample(records, sample_id)
     with report.reading("a run of warmup_distill.py", f"in {out / 'args.json'}"):
         args = Namespace(**runs.read_json(out / "args.json")["args"])
+        if runs.read_json(out / "args.json")["inputs"][args.student] != runs.fingerprint(args.student):
+            raise ValueError("its student is another model now")
         show("run", safe(str(out)))
-        show("settings", f"eta {args.eta:g}, beta {args.beta:g}, N {args.samples:d}, reference: the {args.reference}")
+        show(
+            "settings",
+            f"eta {args.eta:g}, beta {args.beta:g}, N {args.samples:d}, reference: the {safe(args.reference)[1:-1]}",
+        )
     tokenizer = models.load_tokenizer(args.student)
     explain_prompt(records, tokenizer)
     explain_check(record, args.eta, tokenizer)
