@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from conftest import make_model, with_bias
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GenerationConfig
 
 from lib import decode
 
@@ -91,12 +90,12 @@ def slow_draw(logits, noise, temperature=1.0, top_p=1.0):
     return bisect.bisect_right(cdf, noise * cdf[-1])
 
 
-@torch.no_grad()
 def all_logits(model, ids):
     """The logits of one sequence (T, V), cut to the vocabulary: a full forward, no cache, no padding."""
-    return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :, :VOCAB].float()
+    return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :, :VOCAB]
 
 
+@torch.no_grad()
 def slow_decode(model, prompt, pick, budget, eos_ids):
     """pick(logits, step) -> token. Returns token ids and log-probs under the untempered distribution."""
     tokens, logprobs = [], []
@@ -114,7 +113,7 @@ def slow_sampler(prompt, sample, start=0, *options):
 
 
 def slow_score(model, prompt, response):
-    """Log-probs of a response's tokens from one full forward over this sequence alone."""
+    """Log-probs of a response's tokens from one full forward over this sequence alone; with gradients."""
     at = torch.arange(len(response))
     logprobs = all_logits(model, prompt + response).log_softmax(-1)
     return logprobs[len(prompt) - 1 + at, torch.tensor(response, dtype=torch.long)]
@@ -159,19 +158,7 @@ def assert_near(actual, expected, tolerance=1e-5):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def chi_square_p(counts, expected):
-    """P(chi-square >= what these counts give): the upper incomplete gamma function at half the degrees of freedom."""
-    counts, expected = counts.double(), torch.as_tensor(expected, dtype=torch.float64)
-    statistic = ((counts - expected) ** 2 / expected).sum()
-    freedom = torch.tensor((counts.numel() - 1) / 2, dtype=torch.float64)
-    return torch.special.gammaincc(freedom, statistic / 2).item()
-
-
 FIELDS = ["seed", "stage", "prompt", "sample", "position"]
-
-
-def one_noise(seed, stage, *place):
-    return decode.uniform_noise(seed, stage, *(torch.tensor([x]) for x in place)).item()
 
 
 def draws_along(field, count=1 << 15):
@@ -183,13 +170,17 @@ def draws_along(field, count=1 << 15):
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_noise_is_uniform_along_each_field(field):
-    """Chi-square (p > 0.001) of pairs at distances 1 to 3 on 16 x 16 cells: uniform, and neighbours are independent."""
+    """Chi-square of pairs at distances 1 to 3 on 16 x 16 cells: uniform, and neighbours are independent.
+
+    With 255 degrees of freedom its mean is 255, its variance 510, and it is nearly normal.
+    """
     u = draws_along(field)
     assert len(u.unique()) == len(u)  # 52 bits: a repeat among 2^15 draws has probability 1e-7
     cells = (16 * u.view(-1, 4)).long()
     for distance in (1, 2, 3):
         counts = torch.bincount(16 * cells[:, 0] + cells[:, distance], minlength=256)
-        assert 0.001 < chi_square_p(counts, len(cells) / 256) < 0.999
+        chi_square = (counts - len(cells) / 256).square().sum() / (len(cells) / 256)
+        assert abs(chi_square - 255) < 3.3 * math.sqrt(510)
 
 
 def test_noise_of_neighbouring_samples_and_positions_is_independent():
@@ -220,10 +211,11 @@ def test_noise_equals_python_integers(seed, stage, rows):
 
 def test_noise_pinned():
     """A change to any of these numbers changes every sample of every run that was ever made."""
-    assert one_noise(0, 0, 0, 0, 0) == 0.1296456182997474
-    assert one_noise(0, 1, 0, 0, 0) == 0.8847898165349131
-    assert one_noise(42, 1, 7472, 7, 511) == 0.32914885037539765
-    assert one_noise(2**62 - 1, 1, 5, 0, 1) == 0.6173751517331749
+    places = torch.tensor([[0, 0, 0], [7472, 7, 511], [5, 0, 1]]).T
+    assert decode.uniform_noise(0, 0, *places)[0] == 0.1296456182997474
+    assert decode.uniform_noise(0, 1, *places)[0] == 0.8847898165349131
+    assert decode.uniform_noise(42, 1, *places)[1] == 0.32914885037539765
+    assert decode.uniform_noise(2**62 - 1, 1, *places)[2] == 0.6173751517331749
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -384,18 +376,6 @@ def test_sampling_equals_no_cache(models, family, temperature, top_p):
     assert_same(fast, [slow_decode(model, p, slow_sampler(*place, *options), 12, EOS) for p, place in rows])
 
 
-def test_greedy_equals_generate(models):
-    """transformers' own loop on the same left-padded batch."""
-    model, width = models["llama"], max(map(len, PROMPTS))
-    batch = torch.tensor([[PAD] * (width - len(p)) + p for p in PROMPTS])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in PROMPTS])
-    config = GenerationConfig(do_sample=False, max_new_tokens=15, eos_token_id=EOS, pad_token_id=PAD)
-    theirs = model.generate(batch, attention_mask=mask, generation_config=config)[:, width:].tolist()
-    for (a, _), b in zip(fast_decode(model, prefill(model), decode.greedy, 15), theirs, strict=True):
-        assert a == b[: len(a)] and set(b[len(a) :]) <= {PAD}
-        assert len(a) == 15 or a[-1] in EOS
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_expand_equals_no_cache(models, family):
     """Row i becomes rows i*n .. i*n + n-1, each sampling on its own."""
@@ -439,16 +419,6 @@ def test_each_query_sees_a_column(models, masks):
     rows, hidden, _ = decode.score(models["llama"], prefill(models["llama"]), RESPONSES, TOKENS)
     fast_decode(models["llama"], decode.rewind(rows, torch.zeros(5).long(), hidden), decode.greedy, 3, [])
     assert len(masks) == 4 and all(mask.any(-1).all() for mask in masks)
-
-
-@pytest.mark.parametrize("eos", [[3], [7], [20], [13, 4], list(range(VOCAB))], ids=str)
-def test_response_ends_at_the_first_eos_of_any_kind(models, eos):
-    """The response is the one without EOS, cut after the first place of any EOS id."""
-    model = models["llama"]
-    free = fast_decode(model, prefill(model), fast_sampler(), 14, [])
-    cuts = [next((i + 1 for i, t in enumerate(ids) if t in eos), len(ids)) for ids, _ in free]
-    expected = [(ids[:cut], logprobs[:cut]) for (ids, logprobs), cut in zip(free, cuts)]
-    assert_same(fast_decode(model, prefill(model), fast_sampler(), 14, eos), expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -535,7 +505,6 @@ def test_rewind_equals_a_fresh_prefill(models, family, limit):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-# In bfloat16 a different summation order moves a log-prob by some 2^-8 of its size
 # In bfloat16 a different summation order moves a log-prob by some 2^-8 of its size
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.15)])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])

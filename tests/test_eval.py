@@ -1,7 +1,6 @@
 """eval.py and lib/measure.py: every number counted again, files that no process count changes, what is refused."""
 
 import inspect
-import json
 import random
 import shutil
 
@@ -28,30 +27,17 @@ def run_decode(model, prompts, choose, budget, eos=2):
     return decode.decode(model, decode.prefill(model, prompts, tokens), choose, torch.tensor(budget), tokens)[0]
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_no_repeat_ngram(size):
-    """Sampled responses complete no n-gram that stands before it in prompt and response; without the flag they do."""
-    model, noise = make_model("llama", 3), random.Random(0)
+@pytest.mark.parametrize("size", [0, 2, 3])
+def test_no_repeat_ngram_is_transformers_rule(size):
+    """Greedy responses of unequal prompts and budgets are those of generate(), whose reach into the prompt included."""
+    model, noise, budget = make_model("llama", 3), random.Random(0), [60, 60, 20, 40]
     prompts = [[noise.randrange(4, 22) for _ in range(n)] for n in (1, 5, 30, 12)]
-    ids = torch.arange(len(prompts))
-    sampled = decode.sampler(7, 0, ids, ids * 0, ids * 0)
-    repeats = {}
-    for name, choose in (("free", sampled), ("barred", measure.no_repeat_ngram(sampled, prompts, size))):
-        repeats[name] = 0
-        for prompt, response in zip(prompts, run_decode(model, prompts, choose, [60] * 4)):
-            text = prompt + response
-            ngrams = [tuple(text[k : k + size]) for k in range(len(text) - size + 1)]
-            repeats[name] += sum(ngrams[k] in ngrams[:k] for k in range(max(0, len(prompt) - size + 1), len(ngrams)))
-    assert repeats["barred"] == 0 < repeats["free"]
-
-
-def test_no_repeat_ngram_is_transformers_rule():
-    """The same greedy response as generate(no_repeat_ngram_size=3), its reach into the prompt included."""
-    model, prompt = make_model("llama", 3), [5, 6, 7, 5, 6, 7, 8, 9, 8, 9, 8]
-    ours = run_decode(model, [prompt], measure.no_repeat_ngram(decode.greedy, [prompt], 3), [50], eos=999)
-    options = {"max_new_tokens": 50, "do_sample": False, "no_repeat_ngram_size": 3, "eos_token_id": None}
-    theirs = model.generate(torch.tensor([prompt]), **options)
-    assert ours == [theirs[0, len(prompt) :].tolist()]
+    choose = measure.no_repeat_ngram(decode.greedy, prompts, size) if size else decode.greedy
+    options = {"max_new_tokens": 60, "do_sample": False, "no_repeat_ngram_size": size, "eos_token_id": None}
+    theirs = [model.generate(torch.tensor([p]), **options)[0, len(p) :].tolist() for p in prompts]
+    ours = run_decode(model, prompts, choose, budget, eos=999)
+    assert ours == [response[:n] for response, n in zip(theirs, budget)]
+    assert size or all(len(set(zip(r, r[1:], r[2:]))) < len(r) - 2 for r in ours), "they no longer repeat a 3-gram"
 
 
 def test_no_repeat_ngram_needs_only_torch():
@@ -105,11 +91,6 @@ def test_distance_against_whole_forwards(distance, student_and_teacher):
     assert result["replaced_tokens"] == pytest.approx(wanted["above"] / tokens)
     assert result["replaced_samples"] == pytest.approx(wanted["samples"] / len(PROMPTS))
     assert result["response_tokens"] == pytest.approx(tokens / len(PROMPTS))
-
-
-def test_distance_of_a_model_from_itself(distance, student_and_teacher):
-    result = distance(student_and_teacher[0], student_and_teacher[0])
-    assert result.pop("response_tokens") > 0 and set(result.values()) == {0.0}
 
 
 @pytest.mark.parametrize("t_star, share", [(-1, 0.0), (0, 1.0)])
@@ -285,12 +266,8 @@ def test_compare_earlier_results_alone(one_process, english, tmp_path, capsys):
     folders = [one_process / "eval" / evaluation.model_name(english / m) for m in "ab"]
     before = runs.read_json(one_process / "eval/table.json")
     evaluation.main(["--compare", *map(str, folders), "--resamples", "200", "--out", str(tmp_path)])
-    table = json.loads((tmp_path / "eval/compare.json").read_text())
-    assert table["compare"]["sets"] == before["compare"]["sets"] and set(table["compare"]["sets"]) == {
-        "sni",
-        "gsm8k",
-        "all",
-    }
+    table = runs.read_json(tmp_path / "eval/compare.json")
+    assert table["compare"]["sets"] == before["compare"]["sets"] and len(before["compare"]["sets"]) == 3
     assert f"{folders[1]} minus {folders[0]}, 200 resamples" in capsys.readouterr().out
 
 
@@ -298,7 +275,6 @@ def test_compare_earlier_results_alone(one_process, english, tmp_path, capsys):
     "argv, message",
     [
         ("", "--model and --data go together"),
-        ("--model m", "--model and --data go together"),
         ("--compare a b --distance t", "--distance needs"),
         ("--compare /nowhere b", "no folder of response files"),
         ("--model m --data dolly dolly", "--data is dolly dolly"),
