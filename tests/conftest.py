@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from hypothesis import settings
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from lib import runs
 from toy import make as toy
@@ -31,9 +31,10 @@ def make_model(family, seed, width=16, layers=2, rows=None, std=0.3, **kwargs):
     """A random model of the toy's vocabulary; `std` is large so that its predictions are far from uniform."""
     torch.manual_seed(seed)
     config_class, model_class = {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-        "gpt2": (GPT2Config, GPT2LMHeadModel),  # learned positions, and dropout unless it is turned off
+        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+        "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+        # Learned positions, and dropout unless it is turned off
+        "gpt2": (transformers.GPT2Config, transformers.GPT2LMHeadModel),
     }[family]
     settings = {
         "vocab_size": rows or len(toy.make_tokenizer()),
@@ -84,6 +85,12 @@ def inputs(tmp_path_factory):
 def pair_of_models(inputs):
     """Folders of a student and a teacher."""
     return {"student": inputs["student"], "teacher": inputs["teacher"]}
+
+
+@pytest.fixture
+def plain_models(pair_of_models):
+    """The student and the teacher as transformers loads them."""
+    return [transformers.AutoModelForCausalLM.from_pretrained(pair_of_models[name]) for name in ("student", "teacher")]
 
 
 @pytest.fixture(scope="session")

@@ -269,7 +269,7 @@ def test_sharded_models_are_freed(pair_of_models, tmp_path, monkeypatch, referen
     assert not any(there())
 
 
-def test_train_equals_a_plain_loop(pair_of_models, tmp_path):
+def test_train_equals_a_plain_loop(pair_of_models, plain_models, tmp_path):
     """Four steps over 11 pairs (the third batch is short) against two rows a pair, AdamW and no FSDP.
 
     test_distributed.py has each flag alone. With another model as the reference, the first step's loss says all that the
@@ -283,7 +283,7 @@ def test_train_equals_a_plain_loop(pair_of_models, tmp_path):
     flags += " --max-steps 4 --max-grad-norm 3 --weight-decay 0.1 --activation-checkpointing"
     steps = train(tmp_path / "out", student, flags, pairs)
 
-    lm, frozen = (AutoModelForCausalLM.from_pretrained(p) for p in (student, reference))
+    lm, frozen = plain_models
     start = {key: parameter.detach().clone() for key, parameter in lm.named_parameters()}
     optimizer = torch.optim.AdamW(lm.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
     for step, metrics in enumerate(steps):
@@ -304,17 +304,15 @@ def test_train_equals_a_plain_loop(pair_of_models, tmp_path):
         assert (trained[key] - parameter).norm() < 1e-2 * (parameter - start[key]).norm(), key
 
 
-def test_logged_numbers(pair_of_models, tmp_path):
+def test_logged_numbers(pair_of_models, plain_models, tmp_path):
     """Rewards, margin, wins and log-probs of a first step over all twelve pairs, from the twin's log-probs.
 
     With an NLL term the shared tokens are counted, so rewards and log-probs are those of whole responses.
     """
-    paths = pair_of_models["student"], pair_of_models["teacher"]
-    flags = f"--max-steps 1 --batch-size 12 --micro-batch-size 4 --nll-weight 1 --beta 0.2 --reference {paths[1]}"
-    [metrics] = train(tmp_path / "out", paths[0], flags)
-    lms = [AutoModelForCausalLM.from_pretrained(path) for path in paths]
+    flags = f"--reference {pair_of_models['teacher']} --max-steps 1 --batch-size 12 --nll-weight 1 --beta 0.2"
+    [metrics] = train(tmp_path / "out", pair_of_models["student"], flags)
     with torch.no_grad():
-        rows = [[two_row_logps(lm, p, key) for lm in lms for key in RESPONSES] for p in DOZEN]
+        rows = [[two_row_logps(lm, p, key) for lm in plain_models for key in RESPONSES] for p in DOZEN]
     policy_chosen, policy_rejected, *reference = torch.tensor(rows).T  # (12,) each
     chosen, rejected = 0.2 * (policy_chosen - reference[0]), 0.2 * (policy_rejected - reference[1])
     means = {"chosen_reward": chosen, "rejected_reward": rejected, "margin": chosen - rejected}

@@ -10,7 +10,6 @@ from conftest import launch, make_model
 from safetensors.torch import load_file, save_file
 from test_data import byte_tokenizer
 from test_scoring import GSM8K_ROWS, minillm_row
-from transformers import AutoModelForCausalLM
 
 import eval as evaluation
 from lib import decode, measure, models, runs, scoring
@@ -52,11 +51,6 @@ PROMPTS = [{"prompt_id": k, "ids": [1, *range(4, 5 + 2 * k)]} for k in range(5)]
 
 
 @pytest.fixture
-def student_and_teacher(pair_of_models):
-    return [AutoModelForCausalLM.from_pretrained(pair_of_models[name]).eval() for name in ("student", "teacher")]
-
-
-@pytest.fixture
 def distance(tokenizer):
     """distance(student, teacher, the rule) of 12 tokens, prompts by twos."""
 
@@ -67,17 +61,17 @@ def distance(tokenizer):
     return run
 
 
-def test_distance_against_whole_forwards(distance, student_and_teacher):
+def test_distance_against_whole_forwards(distance, plain_models):
     """A slow twin: the same samples, one at a time and without a cache; KL as sums over the vocabulary, in float64."""
-    result, wanted = distance(*student_and_teacher), dict.fromkeys(("forward", "reverse", "above", "samples"), 0.0)
+    result, wanted = distance(*plain_models), dict.fromkeys(("forward", "reverse", "above", "samples"), 0.0)
     tokens = 0
     for prompt in PROMPTS:
         ids = torch.tensor([prompt["prompt_id"]])
         choose = decode.sampler(SEED, decode.EVAL_STAGE, ids, ids * 0, ids * 0)
-        response = run_decode(student_and_teacher[0], [prompt["ids"]], choose, [12])[0]
+        response = run_decode(plain_models[0], [prompt["ids"]], choose, [12])[0]
         whole, first = torch.tensor([prompt["ids"] + response]), len(prompt["ids"]) - 1
         with torch.no_grad():
-            q, p = (m(whole).logits[0, first:-1, :22].double().softmax(-1) for m in student_and_teacher)
+            q, p = (m(whole).logits[0, first:-1, :22].double().softmax(-1) for m in plain_models)
         margins = [(q[t, y] / p[t, y]).log().item() for t, y in enumerate(response)]
         cells = [(t, v) for t in range(len(response)) for v in range(22)]
         wanted["forward"] += sum((p[t, v] * (p[t, v] / q[t, v]).log()).item() for t, v in cells)
@@ -94,7 +88,7 @@ def test_distance_against_whole_forwards(distance, student_and_teacher):
 
 
 @pytest.mark.parametrize("t_star, share", [(-1, 0.0), (0, 1.0)])
-def test_the_rule_is_an_argument(distance, student_and_teacher, t_star, share):
+def test_the_rule_is_an_argument(distance, plain_models, t_star, share):
     """It is asked once a response, with log-probs (1, T), mask and eta; it decides replaced_samples and nothing else."""
     asked = []
 
@@ -103,20 +97,20 @@ def test_the_rule_is_an_argument(distance, student_and_teacher, t_star, share):
         asked.append((len(mask), eta))
         return torch.tensor([t_star])
 
-    found, usual = distance(*student_and_teacher, rule), distance(*student_and_teacher)
+    found, usual = distance(*plain_models, rule), distance(*plain_models)
     assert found == usual | {"replaced_samples": share} and asked == [(1, ETA)] * len(PROMPTS)
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_distance_with_a_nan_names_the_prompt(distance, student_and_teacher, which):
+def test_distance_with_a_nan_names_the_prompt(distance, plain_models, which):
     """A token that is in prompt 4 alone has a NaN embedding; EOS comes first, so that it is in no response."""
-    model = student_and_teacher[which]
+    model = plain_models[which]
     model.base_model.embed_tokens.weight = torch.nn.Parameter(model.base_model.embed_tokens.weight.clone())
     model.base_model.embed_tokens.weight.data[12] = torch.nan
     ends = lambda logits, indices, step: torch.full_like(indices, 2)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="NaN or infinite, for prompt 4, use"):
         patch.setattr(measure, "sampler", lambda *_: ends)
-        distance(*student_and_teacher)
+        distance(*plain_models)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
