@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 import torch
 from conftest import make_model
+from test_decode import slow_score
 from transformers import AutoModelForCausalLM
 
 import warmup_distill
@@ -53,15 +54,6 @@ def numbers(lines, label):
     return [float(word) for word in line[len(label) :].split()]
 
 
-def twin(path, response, average=False):
-    """log pi(response | prompt), token by token, each from a forward of its own."""
-    lm, logps = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64), []
-    for t, token in enumerate(response):
-        logits = lm(input_ids=torch.tensor([PROMPT + response[:t]])).logits[0, -1, :22]
-        logps.append(logits.log_softmax(-1)[token].item())
-    return sum(logps) / (len(logps) if average else 1)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The tour
 # ---------------------------------------------------------------------------------------------------------------------
@@ -91,11 +83,14 @@ two rows          (4 + 5) + (4 + 6) = 19; saved 7, 37%"""
 
 @pytest.mark.parametrize("average, reference, eps", [*product([False, True], ["student", "teacher"], [0.0, 0.2])])
 def test_dpo_terms(run, pair_of_models, tmp_path, average, reference, eps):
-    """Plain and exact agree, and are those of a twin that computes every token alone, in float64."""
+    """Plain and exact agree, and are those of a whole forward for each response, in float64."""
     flags = ["--beta", "0.5", "--reference", reference, "--logprobs", "mean" if average else "sum"]
     lines = run([record()], flags=[*flags, "--label-smoothing", str(eps)])
-    logps = lambda path: [twin(path, response, average) for response in (CHOSEN, REJECTED)]
-    policy, ref = logps(tmp_path / "out" / "student"), logps(pair_of_models[reference])
+    policy, ref = [], []
+    for path, logps in ((tmp_path / "out" / "student", policy), (pair_of_models[reference], ref)):
+        lm = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+        of_tokens = [slow_score(lm, PROMPT, response) for response in (CHOSEN, REJECTED)]
+        logps += [(x.mean() if average else x.sum()).item() for x in of_tokens]
     z = 0.5 * ((policy[0] - ref[0]) - (policy[1] - ref[1]))
     sigma = 1 / (1 + math.exp(-z))
     names = ("log pi(y+ | x)", "log pi(y- | x)", "log pi_ref(y+ | x)", "log pi_ref(y- | x)")
