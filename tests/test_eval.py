@@ -125,8 +125,8 @@ def english(tmp_path_factory):
     for name, seed in (("a", 1), ("b", 2)):
         make_model("llama", seed, rows=len(tokenizer), max_position_embeddings=1024).save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
-    rows = [minillm_row(f"Say {k}", [f"{k}", f"number {k}"]) for k in range(7)] + [minillm_row("x" * 500, "x")]
-    runs.write_jsonl(root / "sni.jsonl", rows)
+    rows = [minillm_row(f"Say {k}", [f"{k}", f"number {k}"]) for k in range(1, 8)]
+    runs.write_jsonl(root / "sni.jsonl", [minillm_row("x" * 500, "x"), *rows])  # the first is over the limit
     runs.write_jsonl(root / "gsm8k.jsonl", GSM8K_ROWS)
     return root
 
@@ -168,8 +168,8 @@ def test_files_and_table(one_process, english):
         for file in files:
             name, seed = file.stem.split("-seed")
             rows = runs.read_jsonl(file)
-            assert [row["prompt_id"] for row in rows] == list(range({"sni": 7, "gsm8k": 3}[name]))
-            for k, row in enumerate(rows):
+            assert [row["prompt_id"] for row in rows] == list({"sni": range(1, 8), "gsm8k": range(3)}[name])
+            for k, row in enumerate(rows, rows[0]["prompt_id"]):
                 references = [f"{k}", f"number {k}"] if name == "sni" else [GSM8K_ROWS[k]["answer"]]
                 assert row["references"] == references and row["prompt"].endswith("### Response:\n")
                 assert name != "sni" or row["score"] == scoring.rouge_l(row["response"], references)
