@@ -87,11 +87,6 @@ COLUMNS = [
 ]
 
 
-@pytest.mark.parametrize("row, expected", COLUMNS, ids=["+".join(row) for row, _ in COLUMNS])
-def test_usual_columns_are_found(tmp_path, row, expected):
-    assert read(write(tmp_path, row)) == [expected]
-
-
 NAMED = [
     ({"text": "Q", "label": "A"}, "--prompt-column text --response-column label", example("Q", "", "A")),
     ({"question": "no", "text": "Q", "answer": "A"}, "--prompt-column text", example("Q", "", "A")),
@@ -103,9 +98,9 @@ NAMED = [
 ]
 
 
-@pytest.mark.parametrize("row, flags, expected", NAMED)
-def test_columns_named_by_flag(tmp_path, row, flags, expected):
-    """A column that is the prompt or the response is not the prompt's input as well."""
+@pytest.mark.parametrize("row, flags, expected", [*((row, "", found) for row, found in COLUMNS), *NAMED])
+def test_columns(tmp_path, row, flags, expected):
+    """Usual names, and names by flag. A column that is the prompt or the response is not the prompt's input as well."""
     assert read(write(tmp_path, row), *flags.split()) == [expected]
 
 

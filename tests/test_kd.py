@@ -89,39 +89,27 @@ def test_loss_is_the_published_formula(name, options, scale):
     assert torch.equal(kd.LOSSES[name](*half, **options), kd.LOSSES[name](*(x.float() for x in half), **options))
 
 
-HALF, QUARTER = (1 / 2, 1 / 2), (1 / 4, 3 / 4)  # p and q; their mean is (3/8, 5/8)
-
-
+# p, q, what they give. The mean of HALF and QUARTER is (3/8, 5/8)
+HALF, QUARTER = (1 / 2, 1 / 2), (1 / 4, 3 / 4)
 BY_HAND = [
-    ("forward_kl", {}, math.log(4 / 3) / 2),  # 1/2 log 2 + 1/2 log 2/3
-    ("reverse_kl", {}, math.log(1 / 2) / 4 + 3 * math.log(3 / 2) / 4),
-    ("tvd", {}, 1 / 4),
-    ("skew_forward_kl", {"alpha": 0.5}, math.log(4 / 3) / 2 + math.log(4 / 5) / 2),
-    ("skew_reverse_kl", {"alpha": 0.5}, math.log(2 / 3) / 4 + 3 * math.log(6 / 5) / 4),
-    ("jsd", {}, math.log(4 / 3) / 4 + math.log(4 / 5) / 4 + math.log(2 / 3) / 8 + 3 * math.log(6 / 5) / 8),
+    ("forward_kl", {}, HALF, QUARTER, math.log(4 / 3) / 2),  # 1/2 log 2 + 1/2 log 2/3
+    ("reverse_kl", {}, HALF, QUARTER, math.log(1 / 2) / 4 + 3 * math.log(3 / 2) / 4),
+    ("tvd", {}, HALF, QUARTER, 1 / 4),
+    ("skew_forward_kl", {"alpha": 0.5}, HALF, QUARTER, math.log(4 / 3) / 2 + math.log(4 / 5) / 2),
+    ("skew_reverse_kl", {"alpha": 0.5}, HALF, QUARTER, math.log(2 / 3) / 4 + 3 * math.log(6 / 5) / 4),
+    ("jsd", {}, HALF, QUARTER, math.log(16 / 15) / 4 + math.log(2 / 3) / 8 + 3 * math.log(6 / 5) / 8),
 ]
+# p's tail is {.15, .05} (mass .2; with .3 it would be .5), its head {.5, .3}. q is off in the head alone: forward KL; in
+# the tail alone: reverse KL; in both: gaps .2 + .1 and .05 + .15
+P, TAIL = (0.15, 0.5, 0.05, 0.3), {"tail_mass": 0.4}
+for q, head in [((0.15, 0.2, 0.05, 0.6), 1.0), ((0.05, 0.5, 0.15, 0.3), 0.0), ((0.1, 0.3, 0.2, 0.4), 0.6)]:
+    BY_HAND.append(("adaptive_kl", TAIL, P, q, head * kl(P, q) + (1 - head) * kl(q, P)))
 
 
-@pytest.mark.parametrize("name, options, value", BY_HAND)
-def test_loss_by_hand(name, options, value):
-    found = kd.LOSSES[name](logits_of(QUARTER, shift=3.0), logits_of(HALF, shift=-1.0), **options)
-    assert found.tolist() == pytest.approx([value], rel=1e-12)
-
-
-@pytest.mark.parametrize(
-    "q, head, tail",
-    [
-        ((0.2, 0.6, 0.15, 0.05), 1.0, 0.0),  # q is off in the head alone: forward KL
-        ((0.5, 0.3, 0.05, 0.15), 0.0, 1.0),  # in the tail alone: reverse KL
-        ((0.3, 0.4, 0.1, 0.2), 0.6, 0.4),  # gaps .2 + .1 and .05 + .15
-    ],
-)
-def test_adaptive_kl_by_hand(q, head, tail):
-    """p = (.5, .3, .15, .05), tail_mass .4: the tail is {.15, .05} (mass .2; with .3 it would be .5), the head {.5, .3}."""
-    p, order = (0.5, 0.3, 0.15, 0.05), [2, 0, 3, 1]  # the order of the tokens does not matter
-    for a, b in [(q, p), ([q[i] for i in order], [p[i] for i in order])]:
-        value = kd.adaptive_kl(logits_of(a), logits_of(b), tail_mass=0.4).item()
-        assert value == pytest.approx(head * kl(p, q) + tail * kl(q, p), rel=1e-9)
+@pytest.mark.parametrize("name, options, p, q, value", BY_HAND)
+def test_loss_by_hand(name, options, p, q, value):
+    found = kd.LOSSES[name](logits_of(q, shift=3.0), logits_of(p, shift=-1.0), **options)
+    assert found.tolist() == pytest.approx([value], rel=1e-9)
 
 
 @pytest.mark.parametrize("name, options", [(name, o) for name, o in OPTIONS if name != "adaptive_kl"])
