@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_model, weights, with_bias
+from conftest import logged, make_model, weights, with_bias
 from test_data import BOS, CHAT, EOS, byte_tokenizer, turn, write
 from test_decode import VOCAB, slow_score
 from transformers import AutoModelForCausalLM
@@ -265,39 +265,44 @@ def test_sharded_models_are_freed(pair_of_models, tmp_path, monkeypatch, referen
     assert not any(there())
 
 
-def test_train_equals_a_plain_loop(pair_of_models, plain_models, tmp_path):
-    """Four steps over 11 pairs (the third batch is short) against two rows a pair, AdamW and no FSDP.
+def assert_plain_loop(out, lm, losses_of, batches, max_grad_norm, weight_decay=0.0):
+    """A run of four steps with --lr 2e-3 against AdamW on `lm`, without FSDP. losses_of(batch): {metric: its value}.
 
-    test_distributed.py has each flag alone. With another model as the reference, the first step's loss says all that the
-    flags change. Gradient norms are those before clipping, which only some of the steps need, and steps 2 to 4 run on
-    weights that the steps before them made. AdamW divides by the gradient's size, so the few weights with hardly any
-    gradient move by rounding: the trained weights are compared as a whole.
+    Gradient norms are those before clipping, which only some of the steps need, and steps 2 to 4 run on weights that the
+    steps before them made. AdamW divides by the gradient's size, so the few weights with hardly any gradient move by
+    rounding: the trained weights are compared as a whole.
     """
+    start = {key: parameter.detach().clone() for key, parameter in lm.named_parameters()}
+    optimizer = torch.optim.AdamW(lm.parameters(), betas=(0.9, 0.95), weight_decay=weight_decay)
+    # One step of warm-up at the peak, then the cosine's beginning, middle and end
+    for metrics, batch, factor in zip(logged(out), batches, (1, 1, 0.55, 0.1), strict=True):
+        losses = losses_of(batch)
+        optimizer.zero_grad()
+        losses["loss"].backward()
+        norm = torch.nn.utils.clip_grad_norm_(lm.parameters(), max_grad_norm)
+        optimizer.param_groups[0]["lr"] = 2e-3 * factor
+        optimizer.step()
+        expected = {key: value.item() for key, value in losses.items()} | {"lr": 2e-3 * factor}
+        assert {key: metrics[key] for key in expected} == pytest.approx(expected, rel=2e-4)
+        assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=2e-3)
+    trained = weights(out)
+    for key, parameter in lm.named_parameters():
+        assert (trained[key] - parameter).norm() < 1e-2 * (parameter - start[key]).norm(), key
+
+
+def test_train_equals_a_plain_loop(pair_of_models, plain_models, tmp_path):
+    """Four steps over 11 pairs (the third batch is short) against two rows a pair. With another model as the reference,
+    the first step's loss says all that the flags change; test_distributed.py has each flag alone."""
     student, reference, pairs = pair_of_models["student"], pair_of_models["teacher"], DOZEN[:11]
     options = {"beta": 0.3, "label_smoothing": 0.2, "average": True, "nll_weight": 2.0}
     flags = f"--reference {reference} --beta 0.3 --label-smoothing 0.2 --logprobs mean --nll-weight 2 --seed 9"
     flags += " --max-steps 4 --max-grad-norm 3 --weight-decay 0.1 --activation-checkpointing"
-    steps = train(tmp_path / "out", student, flags, pairs)
-
+    train(tmp_path / "out", student, flags, pairs)
     lm, frozen = plain_models
-    start = {key: parameter.detach().clone() for key, parameter in lm.named_parameters()}
-    optimizer = torch.optim.AdamW(lm.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
-    for step, metrics in enumerate(steps):
-        batch = [pairs[i] for i in training.batch_of_step(step, 11, 4, 9)]
-        assert len(batch) == (3 if step == 2 else 4)
-        loss = two_row_loss(lm, frozen, batch, **options)
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(lm.parameters(), 3.0)
-        # 4 steps: one of warm-up at the peak, then the cosine's beginning, middle and end
-        optimizer.param_groups[0]["lr"] = 2e-3 * [1, 1, 0.55, 0.1][step]
-        optimizer.step()
-        assert metrics["loss"] == pytest.approx(loss.item(), rel=2e-4)
-        assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=2e-3)
-        assert metrics["lr"] == pytest.approx(optimizer.param_groups[0]["lr"])
-    trained = weights(tmp_path / "out")
-    for key, parameter in lm.named_parameters():
-        assert (trained[key] - parameter).norm() < 1e-2 * (parameter - start[key]).norm(), key
+    batches = [[pairs[i] for i in training.batch_of_step(step, 11, 4, 9)] for step in range(4)]
+    assert [len(batch) for batch in batches] == [4, 4, 3, 4]
+    losses = lambda batch: {"loss": two_row_loss(lm, frozen, batch, **options)}
+    assert_plain_loop(tmp_path / "out", lm, losses, batches, max_grad_norm=3.0, weight_decay=0.1)
 
 
 def test_logged_numbers(pair_of_models, plain_models, tmp_path):

@@ -156,20 +156,20 @@ def test_variants_parse(monkeypatch, task):
         parsed[folder] = lab.MAINS[script].parse_args(lab.flags({**settings, "out": folder}))
         raise StopIteration  # parsed is enough
 
-    def only_parse(run, *arguments, **settings):
+    def only_parse(folder, work, *rest, **more):
         with pytest.raises(StopIteration):
-            run(*arguments, **settings)
+            work()
 
     monkeypatch.setattr(lab, "call", parse)
+    monkeypatch.setattr(lab, "resumable", only_parse)
     for name, changes in dpo_sensitivity.variants().items():
-        of_pairs = {key: value for key, value in changes.items() if key in dpo_sensitivity.PAIR_FLAGS}
-        of_dpo = {key: value for key, value in changes.items() if key not in of_pairs}
-        only_parse(task.warmup, f"pairs/{name}", pairs_only=True, **of_pairs)
-        only_parse(task.dpo, f"dpo/{name}", "pairs", **of_dpo)
-    only_parse(task.warmup, "no-splice", eta=-1e9)
+        of_pairs = {key: changes.pop(key) for key in dpo_sensitivity.PAIR_FLAGS if key in changes}
+        task.warmup(f"pairs/{name}", pairs_only=True, **of_pairs)
+        task.dpo(f"dpo/{name}", "pairs", **changes)
+    task.warmup("no-splice", eta=-1e9)
     for condition, (losses, budget, flags) in toy_ablation.CONDITIONS.items():
         for loss in losses:
-            only_parse(task.kd, f"{condition}/{loss}", task.paths["student"], loss=loss, max_steps=budget, **flags)
+            task.kd(f"{condition}/{loss}", task.paths["student"], loss=loss, max_steps=budget, **flags)
     assert {args.seed for args in parsed.values()} == {3} and len(parsed) > 80
     assert parsed[task.folder / "dpo/sft"].beta == 1e-9 and parsed[task.folder / "no-splice"].eta == -1e9
     # The sensitivity's first row is the toy's default
@@ -199,9 +199,8 @@ def test_a_run_of_each_kind(task):
     tokens = sum(len(pairs[i]["prompt_ids"] + pairs[i]["chosen_ids"]) for batch in batches for i in batch)
     assert again["student_tokens"] - sft["student_tokens"] == warm["dpo_tokens"] - tokens > 0
     few |= {"limit": 8, "max_new_tokens": 40}
-    gold, teacher, student = (
-        task.kd(mode, folder / "student", mode=mode, **few) for mode in ("gold", "teacher", "student")
-    )
+    modes = ("gold", "teacher", "student")
+    gold, teacher, student = (task.kd(mode, folder / "student", mode=mode, **few) for mode in modes)
     assert {path.name for path in (task.folder / "gold").iterdir()} == {"result.json"}
     assert gold["student_tokens"] == gold["teacher_tokens"] > 0
     assert teacher["teacher_tokens"] > teacher["student_tokens"] + 8 * 2  # it read the prompts and wrote the responses
