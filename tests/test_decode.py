@@ -7,7 +7,6 @@ tokens, and log-probs to 1e-5.
 import bisect
 import itertools
 import math
-import random
 
 import pytest
 import torch
@@ -221,10 +220,19 @@ def draw(logits, noise, temperature=1.0, top_p=1.0):
 
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 1.0), (1.0, 0.8), (1.5, 0.3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sample_token_equals_python_floats(temperature, top_p, dtype):
-    """300 random rows, each with its own logits, against the twin's inverse CDF; no probability is rounded to bfloat16."""
-    logits = (3 * torch.randn(300, 40, generator=torch.Generator().manual_seed(1))).to(dtype)
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 40])
+def test_sample_token_equals_python_floats(temperature, top_p, dtype, size):
+    """300 random rows, each with its own possible tokens, against the twin's inverse CDF, at both ends of the noise, too.
+
+    No probability is rounded to bfloat16. No two logits of a row are equal: which of them top-p keeps is not defined.
+    """
+    generator = torch.Generator().manual_seed(1)
+    logits = 0.25 * torch.rand(300, size, generator=generator).argsort(-1)
+    impossible = torch.rand(300, size, generator=generator) < 0.4
+    impossible[torch.arange(300), torch.randint(size, (300,), generator=generator)] = False
+    logits = logits.masked_fill(impossible, -math.inf).to(dtype)
     noise = draws_along("sample", count=300)
+    noise[:50], noise[50:100] = 0.0, ALMOST_ONE
     slow = [slow_draw(row, u, temperature, top_p) for row, u in zip(logits.tolist(), noise.tolist())]
     assert decode.sample_token(logits, noise, temperature, top_p).tolist() == slow
 
@@ -238,12 +246,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p, kept):
     assert counts[1] > 0 and (counts[3] > 0) == (kept > 1)
 
 
-def test_sample_token_at_the_edges():
-    """Noise 0 is the first possible token, just under 1 the last, on 2,000 distributions of any rounding. Huge logits."""
-    logits = 5 * torch.randn(2000, 50, generator=torch.Generator().manual_seed(2))
-    for noise, token in ((0.0, 0), (ALMOST_ONE, 49)):
-        noises = torch.full((2000,), noise, dtype=torch.float64)
-        assert (decode.sample_token(logits, noises, 1.0, 1.0) == token).all()
+def test_sample_token_of_huge_logits():
     noise = [0.0, 0.3, 0.49, 0.51, ALMOST_ONE]
     for top_p in (1.0, 0.9):
         assert draw([1e30, -1e30, 1e30], noise, top_p=top_p).tolist() == [0, 0, 0, 2, 2]
@@ -259,18 +262,6 @@ def test_sample_token_keeps_the_tail_of_a_large_vocabulary():
     logits[0] = math.log(1 - 2e-5)
     tokens = draw(logits.tolist(), 1 - 1e-5 + 1e-9 * torch.arange(100).double())
     assert tokens.min() > 0 and len(tokens.unique()) >= 98 and tokens.diff().max() <= 2
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8, 9, 15, 16, 17])
-def test_sample_token_on_every_small_table(size):
-    """Weights 0 and 1 in every pattern (sampled from 2^10 on), on a grid that meets every boundary and both sides of it."""
-    tables = itertools.product([0, 1], repeat=size)
-    tables = [t for t in tables if any(t)] if size < 10 else random.Random(size).sample([*tables][1:], 500)
-    for table in tables:
-        possible = [i for i, weight in enumerate(table) if weight]
-        noise = torch.tensor([0.0, *((i + e) / len(possible) for i in range(len(possible)) for e in (0.01, 0.99))])
-        tokens = draw([math.log(weight) if weight else -math.inf for weight in table], [*noise, ALMOST_ONE]).tolist()
-        assert tokens == [possible[0], *(i for i in possible for _ in range(2)), possible[-1]]
 
 
 @pytest.mark.parametrize("size, scale", [(1000, 1), (1024, 5), (49_152, 1), (151_936, 3), (151_936, 0)])
