@@ -117,22 +117,20 @@ def assert_identical(ours, whole):
     assert logged(ours) == logged(whole) and not list(ours.rglob("*.partial"))
 
 
+QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # for the environment of a process
+
+
+def command_of(processes, script, args):
+    """The words that start a script of the repository, under torchrun if `processes` > 0."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [sys.executable, *(launcher if processes else []), str(ROOT / script), *map(str, args)]
+
+
 def launch(processes, script, *args, timeout=300, cwd=None, env=None):
     """Runs a script of the repository, under torchrun if `processes` > 0; returns the CompletedProcess, text captured."""
-    command = [sys.executable]
-    if processes:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += [str(ROOT / script), *map(str, args)]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONWARNINGS": "error::FutureWarning",
-    }
-    environment.update(env or {})
-    return subprocess.run(
-        command, check=False, capture_output=True, text=True, timeout=timeout, cwd=cwd, env=environment
-    )
+    environment = {**os.environ, **QUIET, "PYTHONWARNINGS": "error::FutureWarning", **(env or {})}
+    options = {"capture_output": True, "text": True, "timeout": timeout, "cwd": cwd}
+    return subprocess.run(command_of(processes, script, args), check=False, env=environment, **options)
 
 
 def launch_jobs(file, jobs):

@@ -28,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from conftest import logged, make_inputs
+from conftest import QUIET, command_of, logged, make_inputs
 
 from lib import runs
 
@@ -76,9 +76,7 @@ class Start:
 
     def __init__(self, processes, script, args, log):
         self.token, self.log = uuid.uuid4().hex, Path(log)
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command = [sys.executable, *(launcher if processes else []), str(ROOT / script), *map(str, args)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "KILLS_TOKEN": self.token}
+        command, environment = command_of(processes, script, args), {**os.environ, **QUIET, "KILLS_TOKEN": self.token}
         with open(self.log, "wb") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
 

@@ -449,14 +449,22 @@ REFUSED = [
     *[({**IDS, key: []}, f"{key} is empty") for key in IDS],
     *[({**IDS, key: value}, f"{key} is not a list of ids below 258") for key in IDS for value in NO_IDS],
 ]
+# Qwen3 style: the generation prompt opens an empty thought that a finished turn does not have. Where the response begins
+# is then unknown, and taking the whole conversation for it would train on the prompt
+THINKING = TEMPLATE.replace("[assistant]{% endif %}", "[assistant]<think>{% endif %}")
+CONVERSATION = {"prompt": [ASK], "chosen": [GOOD], "rejected": [BAD]}
+REFUSED = [(row, expected, TEMPLATE) for row, expected in REFUSED] + [
+    (CONVERSATION, "the pair is a conversation, the tokenizer has no chat template", None),
+    (CONVERSATION, "chat template writes a prompt otherwise than as the beginning of its conversation", THINKING),
+]
 
 
-@pytest.mark.parametrize("row, expected", REFUSED, ids=[json.dumps(row) for row, _ in REFUSED])
-def test_rows_that_are_no_pair(tmp_path, row, expected):
+@pytest.mark.parametrize("row, expected, template", REFUSED, ids=[json.dumps(row) for row, *_ in REFUSED])
+def test_rows_that_are_no_pair(tmp_path, row, expected, template):
     """Named by their line. The tokenizer has 258 tokens: 256 bytes and two specials."""
     path = write(tmp_path, IDS, row)
     with pytest.raises(UserError, match=f"{expected}, in {path} line 2, "):
-        read(path, byte_tokenizer(chat_template=TEMPLATE))
+        read(path, byte_tokenizer(chat_template=template))
 
 
 def test_a_pair_beyond_the_context(tmp_path):
@@ -466,19 +474,6 @@ def test_a_pair_beyond_the_context(tmp_path):
     assert len(list(dpo.read_pairs(path, byte_tokenizer(), size))) == 1
     with pytest.raises(UserError, match=f"the pair has {size} tokens, the model's context {size - 1}, in .* line 1"):
         list(dpo.read_pairs(path, byte_tokenizer(), size - 1))
-
-
-# Qwen3 style: the generation prompt opens an empty thought that a finished turn does not have. Where the response begins
-# is then unknown, and taking the whole conversation for it would train on the prompt
-THINKING = TEMPLATE.replace("[assistant]{% endif %}", "[assistant]<think>{% endif %}")
-NO_TEMPLATE = "the pair is a conversation, the tokenizer has no chat template, in .* line 1, give text"
-
-
-@pytest.mark.parametrize("template, expected", [(None, NO_TEMPLATE), (THINKING, "chat template writes a prompt")])
-def test_templates_that_are_refused(tmp_path, template, expected):
-    path = write(tmp_path, {"prompt": [ASK], "chosen": [GOOD], "rejected": [BAD]})
-    with pytest.raises(UserError, match=expected):
-        read(path, byte_tokenizer(chat_template=template))
 
 
 def test_files_that_cannot_be_read(tmp_path):

@@ -4,6 +4,7 @@ import math
 import re
 import shutil
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -231,18 +232,14 @@ def test_hostile_text_does_nothing():
 def test_hostile_tokens_do_nothing(capsys):
     """A tokenizer that decodes to control characters and to parts of characters."""
 
-    class Tokenizer:
-        def decode(self, ids):
-            return "".join({0: "\x1b[2J", 1: "\ufffd", 2: "\u202e"}.get(i, "x") for i in ids)
-
-        def convert_ids_to_tokens(self, token_id):
-            return "<0xE6>\x1b"
-
+    texts = {0: "\x1b[2J", 1: "\ufffd", 2: "\u202e", 3: "x"}
+    decode = lambda ids: "".join(texts[i] for i in ids)
+    tokenizer = SimpleNamespace(decode=decode, convert_ids_to_tokens=lambda token_id: "<0xE6>\x1b")
     responses = {"response_ids": [0, 1, 2, 3], "student_logprobs": [0.0] * 4, "teacher_logprobs": [0.0, 0.0, -9.0, 0.0]}
     sample = record(t_star=2, prefix_len=2, chosen_ids=[0, 1, 3], prompt_ids=[0, 2], **responses)
-    explain.explain_prompt([sample], Tokenizer())
-    explain.explain_check(sample, 4.0, Tokenizer())
-    explain.explain_splice(sample, Tokenizer())
+    explain.explain_prompt([sample], tokenizer)
+    explain.explain_check(sample, 4.0, tokenizer)
+    explain.explain_splice(sample, tokenizer)
     out = capsys.readouterr().out
     assert r"'\x1b[2J'" in out and r"'<0xE6>\x1b'" in out and r"'\u202e'" in out
     assert all(c.isprintable() or c == "\n" for c in out)
