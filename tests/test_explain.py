@@ -1,4 +1,4 @@
-"""tools/explain.py: what the tour prints is what is in the shards, and its DPO terms are those of a slow twin in this file."""
+"""tools/explain.py: what the tour prints is what is in the shards, and its DPO terms are those of a slow twin."""
 
 import math
 import re
