@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from hypothesis import settings
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from lib import runs
 from toy import make as toy
@@ -31,9 +31,10 @@ def make_model(family, seed, width=16, layers=2, rows=None, std=0.3, **kwargs):
     """A random model of the toy's vocabulary; `std` is large so that its predictions are far from uniform."""
     torch.manual_seed(seed)
     config_class, model_class = {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-        "gpt2": (GPT2Config, GPT2LMHeadModel),  # learned positions, and dropout unless it is turned off
+        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+        "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+        # Learned positions, and dropout unless it is turned off
+        "gpt2": (transformers.GPT2Config, transformers.GPT2LMHeadModel),
     }[family]
     settings = {
         "vocab_size": rows or len(toy.make_tokenizer()),
@@ -86,6 +87,12 @@ def pair_of_models(inputs):
     return {"student": inputs["student"], "teacher": inputs["teacher"]}
 
 
+@pytest.fixture
+def plain_models(pair_of_models):
+    """The student and the teacher as transformers loads them."""
+    return [transformers.AutoModelForCausalLM.from_pretrained(pair_of_models[name]) for name in ("student", "teacher")]
+
+
 @pytest.fixture(scope="session")
 def prompts_file(inputs):
     """40 problems of the toy's task as JSONL."""
@@ -110,22 +117,20 @@ def assert_identical(ours, whole):
     assert logged(ours) == logged(whole) and not list(ours.rglob("*.partial"))
 
 
+QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # for the environment of a process
+
+
+def command_of(processes, script, args):
+    """The words that start a script of the repository, under torchrun if `processes` > 0."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [sys.executable, *(launcher if processes else []), str(ROOT / script), *map(str, args)]
+
+
 def launch(processes, script, *args, timeout=300, cwd=None, env=None):
     """Runs a script of the repository, under torchrun if `processes` > 0; returns the CompletedProcess, text captured."""
-    command = [sys.executable]
-    if processes:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += [str(ROOT / script), *map(str, args)]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONWARNINGS": "error::FutureWarning",
-    }
-    environment.update(env or {})
-    return subprocess.run(
-        command, check=False, capture_output=True, text=True, timeout=timeout, cwd=cwd, env=environment
-    )
+    environment = {**os.environ, **QUIET, "PYTHONWARNINGS": "error::FutureWarning", **(env or {})}
+    options = {"capture_output": True, "text": True, "timeout": timeout, "cwd": cwd}
+    return subprocess.run(command_of(processes, script, args), check=False, env=environment, **options)
 
 
 def launch_jobs(file, jobs):

@@ -28,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from conftest import logged, make_inputs
+from conftest import QUIET, command_of, logged, make_inputs
 
 from lib import runs
 
@@ -76,9 +76,7 @@ class Start:
 
     def __init__(self, processes, script, args, log):
         self.token, self.log = uuid.uuid4().hex, Path(log)
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command = [sys.executable, *(launcher if processes else []), str(ROOT / script), *map(str, args)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "KILLS_TOKEN": self.token}
+        command, environment = command_of(processes, script, args), {**os.environ, **QUIET, "KILLS_TOKEN": self.token}
         with open(self.log, "wb") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
 
@@ -104,14 +102,14 @@ class Start:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
-    def wait_for_all(self, deadline=DEADLINE):
+    def wait_for_all(self):
         """Seconds until no process of this start is left. Raises TimeoutError, after ending them, if some stay."""
         began = time.monotonic()
         while self.process.poll() is None or self.pids():
-            if time.monotonic() - began > deadline:
+            if time.monotonic() - began > DEADLINE:
                 left = self.pids()
                 self.kill("everything", left)
-                raise TimeoutError(f"processes {left} are left after {deadline} s: {self.end_of_log()}")
+                raise TimeoutError(f"processes {left} are left after {DEADLINE} s: {self.end_of_log()}")
             time.sleep(0.1)
         return time.monotonic() - began
 
@@ -171,17 +169,8 @@ def plan(kills, processes, seed):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The unbroken run, the broken one, their comparison
+# The unbroken run, the broken one, their results
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def run_unbroken(processes, job, log):
-    """Runs all commands to their end, each of which is status 0 and without a complaint."""
-    for script, args, _ in job:
-        start = Start(processes, script, args, log)
-        start.wait_for_all(600)
-        assert start.process.returncode == 0, start.end_of_log()
-        assert not re.search("destroy_process_group|Traceback|Warning", log.read_text()), start.end_of_log()
 
 
 def strike(start, waiting, out):
@@ -208,20 +197,24 @@ def strike(start, waiting, out):
     return None
 
 
-def run_broken(processes, job, moments, log):
-    """Starts each command until it ends by itself; every start before that is killed. Returns one dict a kill."""
+def run(processes, job, moments, log):
+    """Starts each command until it ends by itself; every start before that is killed. Returns one dict a kill.
+
+    In a run without kills nothing is left over, and nobody complains.
+    """
     seen = []
     for number, (script, args, out) in enumerate(job):
         waiting = [moment for moment in moments if moment.command == number]
-        while True:
-            start = Start(processes, script, args, log)
-            kill = strike(start, waiting, out)
-            if kill is None:
-                assert start.process.wait(600) == 0, start.end_of_log()
-                break
+        start = Start(processes, script, args, log)
+        while (kill := strike(start, waiting, out)) is not None:
             seen.append({"command": script, **kill})
             words = f"{kill['killed']:10s} killed, the others gone {kill['ended after']:4.1f} s later"
             print(f"{len(seen):3d} {script:17s} {kill['stage']:22s} {words}", flush=True)
+            start = Start(processes, script, args, log)
+        start.wait_for_all()
+        assert start.process.returncode == 0, start.end_of_log()
+        complaint = re.search("destroy_process_group|Traceback|Warning", log.read_text())
+        assert moments or not complaint, start.end_of_log()
     return seen
 
 
@@ -233,11 +226,6 @@ def results(job):
             found[f"{out.name}/{file.relative_to(out)}"] = file.read_bytes()
         found[f"{out.name}/metrics"] = logged(out)
     return found
-
-
-def differences(broken, whole):
-    """Names of the results that are not equal."""
-    return sorted(name for name in broken.keys() | whole.keys() if broken.get(name) != whole.get(name))
 
 
 def main():
@@ -252,12 +240,13 @@ def main():
         inputs = make_inputs(root, 64)
         # kd.py's student is named by its path, which is an argument: both runs have the same path, one after another
         job = commands(inputs, root / "run")
-        run_unbroken(args.processes, job, root / "log")
+        run(args.processes, job, [], root / "log")
         whole, unbroken = results(job), time.monotonic() - began
         (root / "run").rename(root / "unbroken")
         print(f"the unbroken run took {unbroken:.0f} s", flush=True)
-        kills = run_broken(args.processes, job, plan(args.kills, args.processes, args.seed), root / "log")
-        different = differences(results(job), whole)
+        kills = run(args.processes, job, plan(args.kills, args.processes, args.seed), root / "log")
+        broken = results(job)
+    different = sorted(name for name in broken.keys() | whole.keys() if broken.get(name) != whole.get(name))
     result = {
         "command": f"python tests/kills.py --kills {args.kills} --seed {args.seed} --processes {args.processes}",
         "kills": len(kills),

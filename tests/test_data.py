@@ -28,9 +28,8 @@ def byte_tokenizer(add_bos=True, chat_template=None):
     backend.decoder = decoders.ByteLevel()
     if add_bos:
         backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", chat_template=chat_template
-    )
+    specials = {"bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=chat_template, **specials)
 
 
 def parse(path, *flags):
@@ -88,11 +87,6 @@ COLUMNS = [
 ]
 
 
-@pytest.mark.parametrize("row, expected", COLUMNS, ids=["+".join(row) for row, _ in COLUMNS])
-def test_usual_columns_are_found(tmp_path, row, expected):
-    assert read(write(tmp_path, row)) == [expected]
-
-
 NAMED = [
     ({"text": "Q", "label": "A"}, "--prompt-column text --response-column label", example("Q", "", "A")),
     ({"question": "no", "text": "Q", "answer": "A"}, "--prompt-column text", example("Q", "", "A")),
@@ -104,15 +98,10 @@ NAMED = [
 ]
 
 
-@pytest.mark.parametrize("row, flags, expected", NAMED)
-def test_columns_named_by_flag(tmp_path, row, flags, expected):
-    """A column that is the prompt or the response is not the prompt's input as well."""
+@pytest.mark.parametrize("row, flags, expected", [*((row, "", found) for row, found in COLUMNS), *NAMED])
+def test_columns(tmp_path, row, flags, expected):
+    """Usual names, and names by flag. A column that is the prompt or the response is not the prompt's input as well."""
     assert read(write(tmp_path, row), *flags.split()) == [expected]
-
-
-def test_null_input_is_no_input_and_null_response_is_none(tmp_path):
-    rows = [{"prompt": "1", "input": None, "response": None}, {"prompt": "2", "input": "I", "response": "A"}]
-    assert read(write(tmp_path, *rows)) == [example("1"), example("2", "I", "A")]
 
 
 def test_limit(tmp_path):
@@ -153,19 +142,20 @@ AS_WRITTEN = {
     "words that pandas takes for nothing": ("a.csv", "prompt,response\nNA,null\n", [example("NA", response="null")]),
     "an empty field is none": ("a.csv", "prompt,input,response\n1,,\n", [example("1")]),
     "numbers and dates are text": ("a.csv", "prompt,response\n007,1.50\n", [example("007", response="1.50")]),
-    "dates": (
-        "a.jsonl",
-        '{"prompt": "2024-01-01"}\n{"prompt": "2024-01-02"}\n',
-        [example("2024-01-01"), example("2024-01-02")],
-    ),
+    "dates": ("a.jsonl", '{"prompt": "2024-01-01"}\n', [example("2024-01-01")]),
     "a byte order mark": ("a.jsonl", '\ufeff{"prompt": "1"}\n', [example("1")]),
     "a byte order mark before a list": ("a.json", '\ufeff [{"prompt": "1"}]', [example("1")]),
     "a byte order mark in CSV": ("a.csv", "\ufeffprompt\n1\n", [example("1")]),
     "lines in a .json": ("a.json", '{"prompt": "1"}\n{"prompt": "2"}\n', [example("1"), example("2")]),
     "a column that only later rows have": (
         "a.jsonl",
-        '{"prompt": "1"}\n{"prompt": "2", "input": "I"}\n',
-        [example("1"), example("2", "I")],
+        '{"prompt": "1"}\n{"prompt": "2", "input": "I", "response": "A"}\n',
+        [example("1"), example("2", "I", "A")],
+    ),
+    "nulls": (
+        "a.jsonl",
+        '{"prompt": "1", "input": null, "response": null}\n{"prompt": "2", "input": "I", "response": "A"}\n',
+        [example("1"), example("2", "I", "A")],
     ),
     "a name that is a pattern": ("a[1]*.jsonl", '{"prompt": "1"}\n', [example("1")]),
 }
@@ -213,9 +203,7 @@ def test_what_cannot_be_read_strictly_is_refused(tmp_path, name):
 
 def test_an_empty_prompt_is_refused(tmp_path):
     """A chat template may write nothing."""
-    with pytest.raises(
-        runs.UserError, match="the prompt is empty, in --data row 0, repair the row or the chat template"
-    ):
+    with pytest.raises(runs.UserError, match="the prompt is empty, in --data row 0, repair the row or the chat"):
         encode([example("Q")], byte_tokenizer(add_bos=False, chat_template="{{ '' }}"))
 
 
@@ -223,10 +211,8 @@ def test_an_empty_prompt_is_refused(tmp_path):
 # Templates
 # ---------------------------------------------------------------------------------------------------------------------
 
-TASK, REQUEST = (
-    "Below is an instruction that describes a task",
-    "Write a response that appropriately completes the request.",
-)
+TASK = "Below is an instruction that describes a task"
+REQUEST = "Write a response that appropriately completes the request."
 CONTEXT = ", paired with an input that provides further context"
 WITHOUT_INPUT = f"{TASK}. {REQUEST}\n\n### Instruction:\nAdd {{them}}.\n\n### Response:\n"
 WITH_INPUT = WITHOUT_INPUT.replace(TASK, TASK + CONTEXT).replace("### R", "### Input:\n1 and 2\n\n### R")
@@ -278,26 +264,18 @@ def test_date_in_a_chat_template_is_pinned():
 def test_bos_once_where_the_tokenizer_wants_it(template, add_bos):
     """Where the tokenizer adds bos by itself, or the chat template writes it: one, at the start. Otherwise none.
 
-    Prompts that were rendered beforehand, with --template none, often begin with bos: it is not doubled.
+    `text` has its special tokens written out, so that it tokenizes, without added ones, to `ids`. Prompts that were
+    rendered beforehand, with --template none, often begin with bos: it is not doubled.
     """
     tokenizer = byte_tokenizer(add_bos, chat_template=CHAT)
-    ids = lambda text, template: encode([example(text)], tokenizer, template)[0][0]["ids"]
-    found = ids("1+2=", template)
-    wanted = int(add_bos or template == "chat")
-    assert found.count(BOS) == wanted and (found[0] == BOS) == (wanted == 1)
-    assert EOS not in found, "the prompt goes on with the response"
-    found = ids("<s>1+2=", "none")
-    assert found[0] == BOS and found.count(BOS) == 1
-
-
-@pytest.mark.parametrize("template", ["none", "alpaca", "chat"])
-def test_text_and_ids_agree(template):
-    """`text` has its special tokens written out, so that it tokenizes, without added ones, to `ids`."""
-    tokenizer = byte_tokenizer(chat_template=CHAT)
     [prompt], skipped = encode([example("é 1\n2", "I", "gold")], tokenizer, template)
-    assert skipped == 0 and prompt["gold"] == "gold"
-    assert prompt["ids"] == tokenizer(prompt["text"], add_special_tokens=False).input_ids
-    assert tokenizer.decode(prompt["ids"]) == prompt["text"]
+    ids, wanted = prompt["ids"], int(add_bos or template == "chat")
+    assert ids.count(BOS) == wanted and (ids[0] == BOS) == (wanted == 1)
+    assert EOS not in ids, "the prompt goes on with the response"
+    assert tokenizer(prompt["text"], add_special_tokens=False).input_ids == ids
+    assert tokenizer.decode(ids) == prompt["text"] and prompt["gold"] == "gold" and skipped == 0
+    ids = encode([example("<s>1+2=")], tokenizer, "none")[0][0]["ids"]
+    assert ids[0] == BOS and ids.count(BOS) == 1
 
 
 @pytest.mark.parametrize("add_bos", [True, False])
@@ -376,7 +354,6 @@ BAD_PROMPTS = {
     "all too long": ([{"prompt": "1234"}, {"prompt": "12345"}], "all prompts are over --max-prompt-tokens 4, in .+"),
     "huge": ([{"prompt": [None, 1 << 63]}], ".+, in .+data.jsonl.*, .+"),
     "objects": ([OBJECTS], ".+, in .+data.jsonl.*, .+"),
-    "blank": ([{"prompt": "1"}, {"prompt": " "}], "column prompt is empty, in .+ row 1, repair .+"),
 }
 
 

@@ -1,13 +1,15 @@
-"""tools/explain.py: what the tour prints is what is in the shards, and its DPO terms are those of a slow twin in this file."""
+"""tools/explain.py: what the tour prints is what is in the shards, and its DPO terms are those of a slow twin."""
 
 import math
 import re
 import shutil
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_model
+from test_decode import slow_score
 from transformers import AutoModelForCausalLM
 
 import warmup_distill
@@ -54,15 +56,6 @@ def numbers(lines, label):
     return [float(word) for word in line[len(label) :].split()]
 
 
-def twin(path, response, average=False):
-    """log pi(response | prompt), token by token, each from a forward of its own."""
-    lm, logps = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64), []
-    for t, token in enumerate(response):
-        logits = lm(input_ids=torch.tensor([PROMPT + response[:t]])).logits[0, -1, :22]
-        logps.append(logits.log_softmax(-1)[token].item())
-    return sum(logps) / (len(logps) if average else 1)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The tour
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,11 +85,14 @@ two rows          (4 + 5) + (4 + 6) = 19; saved 7, 37%"""
 
 @pytest.mark.parametrize("average, reference, eps", [*product([False, True], ["student", "teacher"], [0.0, 0.2])])
 def test_dpo_terms(run, pair_of_models, tmp_path, average, reference, eps):
-    """Plain and exact agree, and are those of a twin that computes every token alone, in float64."""
+    """Plain and exact agree, and are those of a whole forward for each response, in float64."""
     flags = ["--beta", "0.5", "--reference", reference, "--logprobs", "mean" if average else "sum"]
     lines = run([record()], flags=[*flags, "--label-smoothing", str(eps)])
-    logps = lambda path: [twin(path, response, average) for response in (CHOSEN, REJECTED)]
-    policy, ref = logps(tmp_path / "out" / "student"), logps(pair_of_models[reference])
+    policy, ref = [], []
+    for path, logps in ((tmp_path / "out" / "student", policy), (pair_of_models[reference], ref)):
+        lm = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+        of_tokens = [slow_score(lm, PROMPT, response) for response in (CHOSEN, REJECTED)]
+        logps += [(x.mean() if average else x.sum()).item() for x in of_tokens]
     z = 0.5 * ((policy[0] - ref[0]) - (policy[1] - ref[1]))
     sigma = 1 / (1 + math.exp(-z))
     names = ("log pi(y+ | x)", "log pi(y- | x)", "log pi_ref(y+ | x)", "log pi_ref(y- | x)")
@@ -237,18 +233,14 @@ def test_hostile_text_does_nothing():
 def test_hostile_tokens_do_nothing(capsys):
     """A tokenizer that decodes to control characters and to parts of characters."""
 
-    class Tokenizer:
-        def decode(self, ids):
-            return "".join({0: "\x1b[2J", 1: "\ufffd", 2: "\u202e"}.get(i, "x") for i in ids)
-
-        def convert_ids_to_tokens(self, token_id):
-            return "<0xE6>\x1b"
-
+    texts = {0: "\x1b[2J", 1: "\ufffd", 2: "\u202e", 3: "x"}
+    decode = lambda ids: "".join(texts[i] for i in ids)
+    tokenizer = SimpleNamespace(decode=decode, convert_ids_to_tokens=lambda token_id: "<0xE6>\x1b")
     responses = {"response_ids": [0, 1, 2, 3], "student_logprobs": [0.0] * 4, "teacher_logprobs": [0.0, 0.0, -9.0, 0.0]}
     sample = record(t_star=2, prefix_len=2, chosen_ids=[0, 1, 3], prompt_ids=[0, 2], **responses)
-    explain.explain_prompt([sample], Tokenizer())
-    explain.explain_check(sample, 4.0, Tokenizer())
-    explain.explain_splice(sample, Tokenizer())
+    explain.explain_prompt([sample], tokenizer)
+    explain.explain_check(sample, 4.0, tokenizer)
+    explain.explain_splice(sample, tokenizer)
     out = capsys.readouterr().out
     assert r"'\x1b[2J'" in out and r"'<0xE6>\x1b'" in out and r"'\u202e'" in out
     assert all(c.isprintable() or c == "\n" for c in out)

@@ -36,9 +36,7 @@ ROUGE = [
 
 def test_rouge_l():
     for response, references, expected in ROUGE:
-        score, failed = scoring.score_response(response, references, "rouge", None)
-        assert score == scoring.rouge_l(response, references) == pytest.approx(100 * expected), response
-        assert not failed
+        assert scoring.score_response(response, references, "rouge", None) == (pytest.approx(100 * expected), False)
 
 
 # response, gold, whether math-verify calls it right, whether the cheap check does
@@ -265,18 +263,6 @@ def test_no_network_is_one_line(name, pair_of_models, tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: ") and f"give --data {name}=FILE" in done.stderr
     assert not (tmp_path / "out").exists()
-
-
-def test_a_prompt_over_the_limit_is_skipped_and_never_cut(tmp_path):
-    rows = [minillm_row("Say hi", "hi"), minillm_row("Say " + "very " * 99, "v"), minillm_row("Bye", "bye", "now")]
-    examples, tokenizer = load(tmp_path / "dolly.jsonl", rows), byte_tokenizer(False)
-    prompts, skipped = benchmarks.encode(examples, tokenizer, "auto", 300)
-    assert skipped == 1
-    assert [p["prompt_id"] for p in prompts] == [0, 2]  # the others keep their numbers, and with them their noise
-    for prompt in prompts:
-        assert tokenizer.decode(prompt["ids"]) == prompt["text"] and prompt["text"].endswith("### Response:\n")
-    with pytest.raises(UserError, match="all prompts are over"):
-        benchmarks.encode(examples, tokenizer, "auto", 20)
 
 
 def test_which_template_a_model_sees(tmp_path):
