@@ -58,7 +58,9 @@ def table(header, rows, result, text):
     """Markdown, with a line that says how the table came to be."""
     record = result["record"]
     machine = f"{record['cores']} cores of {record['cpu']}, torch {record['torch']}"
-    commit = record["commit"][:7] + (" with scripts not yet committed" if record["commit"].endswith("+") else "")
+    commit = record["commit"][:7] + (
+        " with scripts not yet committed" if record["commit"].endswith(("+", "-dirty")) else ""
+    )
     made = f"`{record['command']}`, {text}; {machine}, transformers {record['transformers']}; commit {commit}"
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(["| " + " | ".join(map(str, line)) + " |" for line in lines]) + f"\n\n{made}, {record['date']}."

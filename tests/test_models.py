@@ -109,6 +109,11 @@ BAD_MODELS = {
     "weights of another size": (edit_config(hidden_size=32, intermediate_size=64), NO_MODEL),
     "weights of a layer missing": (edit_config(**THIRD_LAYER), NO_MODEL),
     "config contradicts itself": (edit_config(layer_types=["x"]), "no … can be loaded (…), in {}, …"),
+    "a layer more than the config": (edit_config(num_hidden_layers=1), "no … can be loaded (…), in {}, …"),
+    "cut generation config": (
+        put("generation_config.json", '{"eos_'),
+        "its generation config is wrong (…), in {}, repair it",
+    ),
     "no layers": (edit_config(num_hidden_layers=-1), "… in {}, …"),
     "eos is text": (edit_generation(eos_token_id="2"), "eos_token_id is ['2'], no id or list of ids, in {}, repair …"),
     "eos below 0": (edit_generation(eos_token_id=[2, -1]), "eos_token_id is [2, -1], no id or list of ids, in {}, …"),
@@ -373,3 +378,21 @@ def test_eager_attention_in_the_config_is_refused(broken, pair_of_models):
         match="log-probs with a cache and masks differ by .* nats from a plain forward's, in .*broken, use a decoder",
     ):
         load(pair_of_models["student"], folder)
+
+
+def test_longrope_ends_where_its_frequencies_change(broken, pair_of_models):
+    """Beyond, all tokens of a batch get other frequencies, those in the cache too, which nothing computes again."""
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    folder = broken(edit_config(rope_parameters=rope, max_position_embeddings=128))
+    assert models.context_length(folder) == 32 and models.prompt_limit([folder], 100, 12) == 20
+
+
+def test_ids_with_holes_are_refused(broken):
+    """len(tokenizer) would be below its highest id, and cut tokens off."""
+    folder = broken(lambda folder: None)
+    text = json.loads((folder / "tokenizer.json").read_text())
+    text["model"]["vocab"][max(text["model"]["vocab"], key=text["model"]["vocab"].get)] = 29
+    (folder / "tokenizer.json").write_text(json.dumps(text))
+    with pytest.raises(runs.UserError, match="no tokenizer can be loaded .its ids are not those from 0 on"):
+        models.load_tokenizer(folder)

@@ -44,9 +44,6 @@ MISMATCHES = [
 ]
 
 
-# Response [5, 6, 7] spliced: position, continuation, what comes out
-
-
 def test_first_mismatch():
     """Each row alone; all in one batch, in which they do not touch each other. `splice` is in test_properties.py."""
     for rows in [*([row] for row in MISMATCHES), MISMATCHES]:
