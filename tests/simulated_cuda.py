@@ -48,11 +48,11 @@ class CudaTensor(torch.Tensor):
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         return dispatch(function, args, kwargs or {})
 
-    def to(self, *args, **kwargs):
+    def to(self, *args, copy=False, **kwargs):
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         if device is not None and device.type == "cpu":
             return self.payload.to(dtype or self.dtype, copy=True)
-        return self if dtype is None else super().to(dtype)
+        return self if dtype is None else super().to(dtype, copy=copy)
 
     def cpu(self):
         return self.to("cpu")
@@ -172,8 +172,8 @@ def simulated_cuda():
     runs.start_processes("cpu", 1)  # the process group: gloo, not NCCL
     nothing = ("set_device", "_lazy_init", "empty_cache", "is_current_stream_capturing", "max_memory_allocated")
     cuda = dict.fromkeys(nothing, 0) | {"is_available": True, "device_count": 1, "current_device": 0}
-    cuda |= {"is_bf16_supported": True, "get_device_capability": (9, 0)}
-    cuda |= {"current_stream": mock.Mock(), "stream": contextlib.nullcontext()}
+    cuda |= {"is_bf16_supported": True, "get_device_capability": (9, 0), "current_stream": mock.Mock()}
+    cuda["stream"] = contextlib.nullcontext()
     with (
         mock.patch.multiple(torch.cuda, **{name: mock.Mock(return_value=value) for name, value in cuda.items()}),
         mock.patch.object(torch.nn.Module, "to", move_module),
