@@ -118,8 +118,7 @@ def measure(args):
 
 def main(argv=None):
     args = parse_args(argv)
-    tolerance = 1e-4 if args.dtype == "float32" else 0.05
-    return compare(__file__, argv, args, measure, ["ours", "trl"], abs_tol=tolerance)
+    return compare(__file__, argv, args, measure, ["ours", "trl"], abs_tol=1e-4 if args.dtype == "float32" else 0.05)
 
 
 if __name__ == "__main__":

@@ -36,9 +36,8 @@ def generation_stages(args, world, stages):
     """Steps 1 to 3 over this rank's share of the micro-batches; returns a sum that depends on every rank's tokens."""
     student, teacher = load(None, args, seed=0), load(None, args, seed=1)
     torch.manual_seed(0)
-    prompts = [
-        sampling.draw_prompts(args.prompts, args.prompt_length, SHAPES[args.shape][-1]) for _ in range(args.batches)
-    ]
+    vocab_size = SHAPES[args.shape][-1]
+    prompts = [sampling.draw_prompts(args.prompts, args.prompt_length, vocab_size) for _ in range(args.batches)]
     lengths = torch.full((args.prompts * args.samples,), args.max_new_tokens, device=student.device)
     t_star = lengths // 2  # every row is spliced there
     mine = range(world.rank, args.batches, world.size)
@@ -111,8 +110,7 @@ def measure(args):
 def main(argv=None):
     args = parse_args(argv)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-    launch = lambda processes: [*torchrun, processes]
-    return compare(__file__, argv, args, measure, ["1", "2"], launch=launch, rel_tol=1e-3)
+    return compare(__file__, argv, args, measure, ["1", "2"], launch=lambda n: [*torchrun, n], rel_tol=1e-3)
 
 
 if __name__ == "__main__":
