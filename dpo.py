@@ -242,8 +242,8 @@ def train(args, world, tokenizer, pairs, student_path, reference_path, out):
                     totals[name] = totals.get(name, 0) + weight * value
             updated = training.optimizer_step(model, optimizer, step, total_steps, args)
             totals = world.sum(totals)
-            metrics = {"stage": "dpo", "step": step + 1, **step_metrics(totals, pair_count, chosen_tokens, args)}
-            metrics |= updated
+            means = step_metrics(totals, pair_count, chosen_tokens, args)
+            metrics = {"stage": "dpo", "step": step + 1, **means, **updated}
             training.log_step(out, metrics, pairs[batch]["prompt_id"], totals["tokens"], started, world)
             if not warned and reference_path == student_path:
                 warned = warn_if_chosen_falls(metrics, args, chosen_tokens / pair_count, world)

@@ -48,7 +48,7 @@ def read_responses(file, content, metric, prompts):
     rows, todo = runs.read_jsonl(file, content), "delete it or give another --out"
     keys = ("prompt_id", "prompt", "references", "metric")
     wanted = [(p["prompt_id"], p["text"], p["gold"], metric) for p in prompts]
-    if [tuple(row.get(key) for key in keys) if isinstance(row, dict) else None for row in rows] != wanted:
+    if [tuple(row.get(key) for key in keys) for row in rows] != wanted:
         raise UserError("the responses are to other prompts or scored otherwise", f"in {file}", todo)
     return rows
 
@@ -82,7 +82,7 @@ def evaluate(path, sets, args, world, out, checker, teacher):
         models.check_same_tokenizer(tokenizer, theirs, path, args.distance)
     model = functools.cache(lambda: models.load_frozen(path, args, world, tokenizer))
     folder, table, results, done = out / model_name(path), {}, {}, 0
-    content = runs.fingerprint(path)  # of the model as it is trained now
+    content = str(runs.fingerprint(path))  # of the model as it is trained now
     if world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
     for benchmark, examples in sets:
@@ -108,8 +108,7 @@ def evaluate(path, sets, args, world, out, checker, teacher):
             question["prompts"] = runs.seal([prompt["ids"] for prompt in prompts], "prompts")
             question["content"] = [content, runs.fingerprint(args.distance)]
             file = folder / f"{name}-distance-{model_name(args.distance)}.json"
-            there = world.first(lambda file=file: runs.read_jsonl(file, content) if file.exists() else [{}])
-            found = there[0]
+            found = world.first(lambda file=file: runs.read_jsonl(file, content)[0] if file.exists() else {})
             if not question.items() <= found.items():
                 found = measure.distance(model(), teacher(), *settings, args.seeds[0], world, args.eta, first_mismatch)
                 found = question | found
@@ -168,9 +167,8 @@ def print_table(table):
         print("\n{b} minus {a}, {resamples} resamples".format(**table["compare"]))
         for name, c in table["compare"]["sets"].items():
             numbers = f"{c['difference']:+.2f} [{c['low']:+.2f}, {c['high']:+.2f}]"
-            print(
-                f"{runs.printable(name)}: {numbers}, {c['share']:.1%} of resamples in favour, {c['examples']} examples"
-            )
+            favour = f"{c['share']:.1%} of resamples in favour, {c['examples']} examples"
+            print(f"{runs.printable(name)}: {numbers}, {favour}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

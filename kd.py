@@ -253,9 +253,8 @@ def train(args, world, tokenizer, tokens, examples, teacher, student_path, out):
                     totals[name] = totals[name] + share * value
             updated = training.optimizer_step(model, optimizer, step, total_steps, args)
             totals = world.sum(totals)
-            metrics = {"stage": "kd", "step": step + 1}
-            metrics |= {name: totals[name] / token_count for name in ("loss", "ce", "kd")}
-            metrics |= {**updated, "response_tokens": token_count}
+            means = {name: totals[name] / token_count for name in ("loss", "ce", "kd")}
+            metrics = {"stage": "kd", "step": step + 1, **means, **updated, "response_tokens": token_count}
             training.log_step(out, metrics, columns["prompt_id"], totals["tokens"], started, world)
             bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("loss", "ce", "kd")})
             # On-policy samples are in no checkpoint, so it must be one where new samples are drawn
@@ -280,9 +279,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("loss")
     group.add_argument("--loss", choices=list(LOSSES), default="forward_kl", help="divergence of teacher and student")
     group.add_argument("--kd-rate", type=runs.SHARE, default=0.5, help="r in (1-r) CE + r KD; 0: SFT, no teacher")
-    group.add_argument(
-        "--temperature", type=runs.TEMPERATURE, default=1.0, help="of both models' logits; no factor T^2"
-    )
+    group.add_argument("--temperature", type=runs.TEMPERATURE, default=1.0, help="of both's logits; no factor T^2")
     group.add_argument("--jsd-beta", type=runs.OPEN_SHARE, default=0.5, help="beta of jsd")
     group.add_argument("--skew-alpha", type=runs.OPEN_SHARE, default=0.1, help="alpha of the two skewed losses")
     group.add_argument("--tail-mass", type=runs.SHARE, default=0.5, help="share of p that is adaptive_kl's tail")

@@ -252,7 +252,7 @@ def merge_pairs(args, tokenizer, prompts, out):
 
     One shard is in memory at a time. Raises UserError if one is cut.
     """
-    fingerprint = models.tokenizer_fingerprint(tokenizer)
+    fingerprint, key = models.tokenizer_fingerprint(tokenizer), runs.run_key(out)
     text = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
     counts, t_stars = Counter(), Counter()
     etas, bins = torch.tensor(ETA_GRID), torch.tensor(MARGIN_BINS)
@@ -261,7 +261,7 @@ def merge_pairs(args, tokenizer, prompts, out):
     with runs.atomic_path(out / "pairs.jsonl") as partial, open(partial, "w", encoding="utf-8") as file:
         for start in range(0, len(prompts), args.prompts_per_batch):
             shard = out / "pairs" / f"{start // args.prompts_per_batch:05d}.jsonl"
-            records = runs.read_jsonl(shard, runs.run_key(out))
+            records = runs.read_jsonl(shard, key)
             batch = prompts[start : start + args.prompts_per_batch]
             expected = [prompt for prompt in zip(batch["prompt_id"], batch["ids"]) for _ in range(args.samples)]
             if [(record["prompt_id"], record["prompt_ids"]) for record in records] != expected:
@@ -336,10 +336,9 @@ def parse_args(argv=None):
     replace_help = "the teacher writes from t* on, or from the token after it"
     group.add_argument("--replace", choices=["at", "after"], default="at", help=replace_help)
     group.add_argument("--teacher-decoding", choices=["sample", "greedy"], default="sample", help="in the splice")
-    keep = runs.ranged(
-        str, re.compile("all|teacher|correct|reward:.+").fullmatch, "all, teacher, correct or reward:MODEL"
-    )
-    group.add_argument("--keep", type=keep, default="all", help="which pairs: all, teacher, correct, reward:MODEL")
+    choices = "all, teacher, correct or reward:MODEL"
+    keep = runs.ranged(str, re.compile("all|teacher|correct|reward:.+").fullmatch, choices)
+    group.add_argument("--keep", type=keep, default="all", help=f"which pairs: {choices}")
     group.add_argument("--reference", choices=["student", "teacher"], default="student", help="pi_ref of DPO")
     dpo.add_arguments(parser)
     training.add_arguments(parser, lr=5e-7)

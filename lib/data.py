@@ -236,12 +236,11 @@ def encode_prompts(examples, where, tokenizer, template, max_tokens, skipped):
     """
     kept = 0
     for prompt_id, example in enumerate(examples):
-        with runs.reading(
-            "the prompt cannot be encoded", f"{where} row {prompt_id}", "repair the row or the tokenizer"
-        ):
+        place = f"{where} row {prompt_id}"
+        with runs.reading("the prompt cannot be encoded", place, "repair the row or the tokenizer"):
             prompt = encode_prompt(example, prompt_id, tokenizer, template)
         if not prompt["ids"]:
-            raise UserError("the prompt is empty", f"{where} row {prompt_id}", "repair the row or the chat template")
+            raise UserError("the prompt is empty", place, "repair the row or the chat template")
         if len(prompt["ids"]) > max_tokens:
             skipped.append(prompt_id)
         else:

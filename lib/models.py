@@ -117,9 +117,7 @@ def model_eos_ids(paths, tokenizer, trust_remote_code=False):
                 eos = transformers.GenerationConfig.from_pretrained(path).eos_token_id
         eos = eos if isinstance(eos, list) else [eos]
         if not all(i is None or type(i) is int and 0 <= i < 1 << 31 for i in eos):
-            raise UserError(
-                f"eos_token_id is {eos}, no id or list of ids", f"in {path}", "repair its generation config"
-            )
+            raise UserError(f"eos_token_id is {eos}, no id or list of ids", f"in {path}", "repair its configuration")
         ids.update(eos)
     return sorted(ids - {None})
 
@@ -128,9 +126,7 @@ def context_length(path, trust_remote_code=False):
     """The most tokens that a model can read, as its configuration says; infinite where that says nothing."""
     config = load_config(path, trust_remote_code)
     rope = getattr(config, "rope_parameters", None) or {}
-    if (
-        rope.get("rope_type") == "longrope"
-    ):  # after these, other frequencies hold for all tokens of a batch: no cache can
+    if rope.get("rope_type") == "longrope":  # beyond, other frequencies hold for cached tokens, too
         return rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
     return getattr(config, "max_position_embeddings", None) or math.inf
 
@@ -180,7 +176,7 @@ def check_model(model, tokenizer, path):
         raise UserError(what, f"in {path}", "resize its embeddings or use its own tokenizer")
     todo = "use a decoder with full attention, plain logits and a standard cache, such as Llama or Qwen"
     with runs.reading("the model does not decode as lib/decode.py does", f"in {path}", todo):
-        decoder_blocks(model)
+        decoder_blocks(model)  # StopIteration: it has none
         error = decoding_error(model, len(tokenizer))
     if not math.isfinite(error):
         raise UserError("the model's log-probs are NaN or infinite", f"in {path}", "check its weights")

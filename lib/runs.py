@@ -220,12 +220,10 @@ def start_processes(device, threads):
     if not dist.is_initialized():
         store, rank, size = dist.HashStore(), 0, 1
         if "RANK" in os.environ:
-            with reading(
-                "the other processes do not come", "in the environment's RANK and MASTER_ADDR", "use torchrun"
-            ):
-                if (
-                    os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-                ):  # ask at once whether torchrun is still there
+            where = "in the environment's RANK and MASTER_ADDR"
+            with reading("the other processes do not come", where, "use torchrun"):
+                # Is torchrun itself still there? The rendezvous would wait for it
+                if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
                     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
                     socket.create_connection(place, timeout=60).close()
                 store, rank, size = next(dist.rendezvous("env://", timeout=MEETING_TIME))

@@ -206,9 +206,8 @@ def add_arguments(parser, lr):
     group.add_argument("--batch-size", type=runs.COUNT, default=64, help="examples a step, over all ranks")
     group.add_argument("--micro-batch-size", type=runs.COUNT, default=4, help="examples in one forward")
     processes = max(1, runs.from_environment("WORLD_SIZE", 1))
-    divisor = runs.ranged(
-        int, lambda x: x >= 0 and not (x and processes % x), f"0 or a divisor of {processes} processes"
-    )
+    divides = lambda x: x >= 0 and not (x and processes % x)
+    divisor = runs.ranged(int, divides, f"0 or a divisor of {processes} processes")
     shard_help = "processes that share a copy of the trained weights, such as the GPUs of a node; 0: all"
     group.add_argument("--shard-size", type=divisor, default=0, help=shard_help)
     group.add_argument("--activation-checkpointing", action="store_true", help="less memory, a third more time")

@@ -311,10 +311,8 @@ def explain(out, prompt_id, sample_id=None, device="cpu"):
         if runs.read_json(out / "args.json")["inputs"][args.student] != runs.fingerprint(args.student):
             raise ValueError("its student is another model now")
         show("run", safe(str(out)))
-        show(
-            "settings",
-            f"eta {args.eta:g}, beta {args.beta:g}, N {args.samples:d}, reference: the {safe(args.reference)[1:-1]}",
-        )
+        reference = safe(args.reference)[1:-1]
+        show("settings", f"eta {args.eta:g}, beta {args.beta:g}, N {args.samples:d}, reference: the {reference}")
     tokenizer = models.load_tokenizer(args.student)
     explain_prompt(records, tokenizer)
     explain_check(record, args.eta, tokenizer)
