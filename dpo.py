@@ -120,10 +120,11 @@ class PairModel(torch.nn.Module):
 
     def forward(self, token_ids, positions, attention, source, target, row, part):
         """Takes what `collate_pairs` returns. Returns (B, 3) summed log-probs: shared, chosen suffix, rejected suffix."""
-        hidden = self.lm.base_model(
-            input_ids=token_ids, attention_mask=attention[:, None], position_ids=positions, use_cache=False
-        ).last_hidden_state  # (B, L, D)
         weight, bias = decode.lm_head(self.lm, self.vocab_size)
+        mask = decode.additive_mask(attention, weight.dtype)
+        hidden = self.lm.base_model(
+            input_ids=token_ids, attention_mask=mask, position_ids=positions, use_cache=False
+        ).last_hidden_state  # (B, L, D)
         chunk = decode.head_chunk(self.vocab_size)
         logprobs = decode.token_logprobs(hidden.flatten(0, 1)[source], weight, bias, target, chunk)  # (M,)
         return torch.zeros(len(token_ids), 3, device=logprobs.device).index_put((row, part), logprobs, accumulate=True)

@@ -134,8 +134,10 @@ class ChunkedHeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, token_losses, chunk):
-        """hidden (M, D). weight (V, D). bias (V,) or None. token_losses(logits (m, V), slice of M) -> K losses, each (m,).
+    def forward(ctx, hidden, weight, bias, chunk_losses, chunk):
+        """hidden (M, D). weight (V, D). bias (V,) or None.
+
+        chunk_losses(slice of M), called once a chunk, returns a function (logits (m, V), slice of the chunk) -> K losses, each (m,).
 
         Returns the first loss's sum, to differentiate, and the sums of all of them (K,), to log.
         """
@@ -146,13 +148,15 @@ class ChunkedHeadLoss(torch.autograd.Function):
         rows = math.ceil(chunk / 8)  # a loss makes many float32 tensors of its logits' size: few rows at a time
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
+            token_losses = chunk_losses(part)  # the teacher's head runs here
             grad = F.linear(hidden[part], weight, bias)  # (m, V) logits, overwritten by their gradient
             for row in range(0, len(grad), rows):
                 logits = grad[row : row + rows].to(dtype, copy=True).requires_grad_()
                 with torch.enable_grad():
-                    losses = token_losses(logits, slice(start + row, start + row + len(logits)))
+                    losses = token_losses(logits, slice(row, row + len(logits)))
                     grad[row : row + rows] = torch.autograd.grad(losses[0].sum(), logits)[0]
                 sums = sums + torch.stack([values.detach().sum() for values in losses])
+            del token_losses  # and with it the teacher's logits
             # logits = h W^T + b:  dh = g W,  dW = g^T h,  db = sum g
             if bias is not None:
                 grad_bias = add(grad_bias, grad.sum(0, dtype=dtype))
@@ -183,14 +187,19 @@ class KDModel(torch.nn.Module):
         Returns the loss summed over tokens, to differentiate, and {"loss", "ce", "kd"}: sums over tokens, to log.
         """
 
-        def token_losses(logits, part):
-            p_logits = None if teacher_logits is None else teacher_logits(part)
-            return total_loss(logits, p_logits, target[part], *self.options)
+        def chunk_losses(part):
+            all_p_logits = None if teacher_logits is None else teacher_logits(part)
+
+            def token_losses(q_logits, rows):
+                p_logits = None if teacher_logits is None else all_p_logits[rows].float()
+                return total_loss(q_logits, p_logits, target[part][rows], *self.options)
+
+            return token_losses
 
         weight, bias = decode.lm_head(self.lm, self.vocab_size)
         hidden = responses.response_hidden(self.lm, token_ids, source)
         chunk = 2 * decode.head_chunk(self.vocab_size)
-        loss, (total, ce, kd) = ChunkedHeadLoss.apply(hidden, weight, bias, token_losses, chunk)
+        loss, (total, ce, kd) = ChunkedHeadLoss.apply(hidden, weight, bias, chunk_losses, chunk)
         return loss, {"loss": total, "ce": ce, "kd": kd}
 
 

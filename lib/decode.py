@@ -14,9 +14,9 @@ The random number of a sampled token depends on the sample and its position alon
 does not depend on its rank, nor, up to the rounding of logits, on its batch (bfloat16 rounds enough to change a token).
 
 This file imports torch and transformers alone, and can be copied as it is. A model needs what a Hugging Face decoder
-has: `base_model` (called with input_ids, a 4-D boolean attention_mask, position_ids and the cache, whose `update` each
-layer calls; returns last_hidden_state) and `get_output_embeddings()` (weight, bias). Its logits must be the plain
-product of the two, its attention sdpa or one that takes a boolean mask (eager adds it as 0 and 1, which is wrong).
+has: `base_model` (called with input_ids, a 4-D attention_mask of 0 and -inf, position_ids and the cache, whose `update`
+each layer calls; returns last_hidden_state) and `get_output_embeddings()` (weight, bias). Its logits must be the plain
+product of the two, its attention one that adds such a mask (sdpa, eager).
 """
 
 import inspect
@@ -226,11 +226,19 @@ def device_of(model):
     return model.get_output_embeddings().weight.device
 
 
+def additive_mask(attention, dtype):
+    """(B, T, C) bool -> (B, 1, T, C): 0 where a token may attend, else -inf. Models take it as it is.
+
+    Every kind of attention adds it rightly, and it is made once: sdpa would make it of a bool mask in each layer.
+    """
+    return torch.zeros_like(attention, dtype=dtype).masked_fill(~attention, -math.inf)[:, None]
+
+
 def forward_tokens(model, cache, token_ids, attention, positions):
-    """One forward of the model without its head: (B, T) tokens, (B, T, C) attention -> (B, T, D) hidden states."""
+    """One forward of the model without its head: (B, T) tokens, (B, T, C) bool attention -> (B, T, D) hidden states."""
     output = model.base_model(
         input_ids=token_ids,
-        attention_mask=attention[:, None],  # 4-D bool: taken by sdpa as it is
+        attention_mask=additive_mask(attention, model.get_output_embeddings().weight.dtype),
         position_ids=positions,
         use_cache=True,
         **{CACHE: cache},

@@ -13,7 +13,7 @@ from lib import decode, runs
 from lib.decode import Tokens
 from lib.runs import DTYPES, UserError
 
-# Nats that rounding may change on average: 0.05 in bfloat16 for Qwen2.5-1.5B, which through eager attention is off by 8
+# Nats that rounding may change on average: 0.05 in bfloat16 for Qwen2.5-1.5B, which with a wrong mask is off by 8
 MAX_DECODING_ERROR = {torch.float32: 0.001, torch.bfloat16: 0.25}
 
 

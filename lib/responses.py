@@ -203,7 +203,7 @@ class LiveTeacher:
     def __call__(self, inputs, indices):
         """inputs: from `collate`. indices: of the examples, unused. Returns a function slice of M -> logits (m, V)."""
         hidden = response_hidden(self.lm, inputs["token_ids"], inputs["source"])
-        return lambda part: decode.next_logits(self.lm, hidden[part], self.vocab_size)
+        return lambda part: F.linear(hidden[part], *decode.lm_head(self.lm, self.vocab_size))
 
 
 class CachedTeacher:
@@ -224,7 +224,7 @@ class CachedTeacher:
             inputs = collate(sequences, tokens.pad_id, world.device)
             logits, chunk = teacher(inputs, None), decode.head_chunk(self.vocab_size)
             starts = range(0, len(inputs["source"]), chunk)
-            parts = [top_k_logprobs(logits(slice(start, start + chunk)), self.k) for start in starts]
+            parts = [top_k_logprobs(logits(slice(start, start + chunk)).float(), self.k) for start in starts]
             tensors = {name: torch.cat(part).cpu() for name, part in zip(self.FIELDS, zip(*parts))}
             token_owners = [i for i, response in zip(batch["prompt_id"], batch["response"]) for _ in response]
             measure.check_finite(tensors["logprobs"], token_owners)

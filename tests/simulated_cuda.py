@@ -139,7 +139,7 @@ class Functions(TorchFunctionMode):
         if function is torch.tensor and torch.device(kwargs.get("device") or "cpu").type == "cuda":
             return CudaTensor(function(*args, **{**kwargs, "device": "cpu"}))
         mask = kwargs.get("attn_mask") if function is F.scaled_dot_product_attention else None
-        if mask is not None and not mask.any(-1).all().tolist():  # it gives 0 on the CPU, and may give NaN on cuda
+        if mask is not None and not (mask == 0).any(-1).all().tolist():  # 0 on the CPU, perhaps NaN on cuda
             raise DeviceError("attention: a row of the mask sees nothing")
         return function(*args, **kwargs)
 

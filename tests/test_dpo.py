@@ -117,6 +117,7 @@ MODELS = {
     "llama_tied": lambda seed: make_model("llama", seed, tie_word_embeddings=True),
     "llama_bias": lambda seed: with_bias(make_model("llama", seed, rows=32)),
     "qwen2": lambda seed: make_model("qwen2", seed, rows=32),
+    "eager": lambda seed: make_model("llama", seed, attn_implementation="eager"),
 }
 
 

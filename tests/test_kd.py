@@ -160,7 +160,10 @@ def test_chunked_is_dense(dtype, tolerance, chunk, with_bias):
     hidden, weight, bias = leaf(1, 10, 8), leaf(2, 31, 8), leaf(3, 31) if with_bias else None
     teacher, targets = random_logits(10, 31, seed=4).to(dtype), torch.arange(10)
     leaves = [x for x in (hidden, weight, bias) if x is not None]
-    losses = lambda logits, part: kd.total_loss(logits, teacher[part], targets[part], kd.jsd, 0.4, 1.5)
+
+    def losses(part):
+        return lambda logits, rows: kd.total_loss(logits, teacher[part][rows], targets[part][rows], kd.jsd, 0.4, 1.5)
+
     found, sums = kd.ChunkedHeadLoss.apply(hidden, weight, bias, losses, chunk)
     grads = torch.autograd.grad(3 * found, leaves)
     exact = [x.detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_() for x in leaves]
@@ -177,7 +180,7 @@ def test_weight_gradient_is_summed_in_float32():
     """512 chunks that each add 1 to a bfloat16 weight: bfloat16 would stop at 256, as 256 + 1 rounds to 256."""
     hidden = torch.ones(512, 1, dtype=torch.bfloat16)
     weight = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
-    loss, _ = kd.ChunkedHeadLoss.apply(hidden, weight, None, lambda logits, part: (logits.sum(-1),), 1)
+    loss, _ = kd.ChunkedHeadLoss.apply(hidden, weight, None, lambda part: lambda logits, rows: (logits.sum(-1),), 1)
     loss.backward(retain_graph=True)
     assert weight.grad.item() == 512
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # gradients are scaled where they are
@@ -196,7 +199,11 @@ def test_no_full_logits():
 
     hidden, weight = random_logits(64, 2).requires_grad_(), random_logits(100, 2, seed=1).requires_grad_()
     targets, teacher = torch.zeros(64, dtype=torch.long), random_logits(64, 2, seed=2)
-    losses = lambda logits, part: kd.total_loss(logits, teacher[part] @ weight.T, targets[part], kd.tvd, 0.5, 1.0)
+
+    def losses(part):
+        p_logits = teacher[part] @ weight.T
+        return lambda logits, rows: kd.total_loss(logits, p_logits[rows], targets[part][rows], kd.tvd, 0.5, 1.0)
+
     with Record():
         kd.ChunkedHeadLoss.apply(hidden, weight, None, losses, 8)[0].backward()
     assert max(sizes) == 8 * 100

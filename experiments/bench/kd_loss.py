@@ -47,12 +47,16 @@ def trl_loss(name, logits, teacher_logits):
 
 def mean_loss(args, hidden, weight, teacher_hidden, teacher_weight, targets):
     """The loss of `args.kind`, ready for backward. hidden: (M, D); weight: (V, D); targets: (M,)."""
-    teacher = lambda part: F.linear(teacher_hidden[part], teacher_weight).float()
+    teacher = lambda part: F.linear(teacher_hidden[part], teacher_weight)
     if args.kind == "ours":
-        chunk_losses = lambda logits, part: token_losses(args, logits, teacher(part), targets[part])
+
+        def chunk_losses(part):
+            p_logits = teacher(part)
+            return lambda logits, rows: token_losses(args, logits, p_logits[rows].float(), targets[part][rows])
+
         chunk = 2 * decode.head_chunk(len(weight))  # as in kd.KDModel
         return kd.ChunkedHeadLoss.apply(hidden, weight, None, chunk_losses, chunk)[0] / len(hidden)
-    logits, teacher_logits = F.linear(hidden, weight).float(), teacher(slice(None))
+    logits, teacher_logits = F.linear(hidden, weight).float(), teacher(slice(None)).float()
     if args.kind == "dense":
         return token_losses(args, logits, teacher_logits, targets)[0].mean()
     return trl_loss(args.loss, logits, teacher_logits)
