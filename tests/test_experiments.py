@@ -297,7 +297,7 @@ def test_kinds_compute_the_same(module, kinds, stages, capsys):
 
 def test_compare_in_processes_prints_json_last(capsys):
     """It checks, too, that the kinds compute the same."""
-    found = kd_loss.main(["--dtype", "float32", "--repeat", "1", "--tokens", "11", "--vocab", "50", "--width", "8"])
+    found = kd_loss.main(["--kd-rate", "0.5", "--repeat", "1", "--tokens", "11", "--vocab", "50", "--width", "8"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "check: ours and dense agree in loss, gradient_norms"
     assert json.loads(lines[-1])["stages"].keys() == found.keys() == {"ours", "dense"}
@@ -317,7 +317,7 @@ def test_dpo_step_accumulates_to_the_whole():
     pairs, reference = dpo_step.draw_pairs(4, 97, 5, 2, 4), 3 * torch.randn(4, 2)
     found = []
     for size in (4, 2):
-        model = dpo_step.our_model(harness.random_model("tiny"), args)
+        model = dpo_step.our_model(harness.random_model(args), args)
         parts = [slice(k, k + size) for k in range(0, 4, size)]
         loss = sum(dpo_step.our_step(model, pairs[part], reference[part], size / 4) for part in parts)
         found.append(torch.cat([torch.tensor([loss]), *(p.grad.flatten() for p in model.parameters())]))
@@ -331,10 +331,9 @@ def test_pipeline_and_scaling_in_one_process(capsys):
     result = json.loads(capsys.readouterr().out)
     assert result["stages"].keys() == {"sample", "check", "splice", "dpo", "all"}
     assert result["check"]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    sizes = ["--pairs", "4", "--batches", "2", "--samples", "2"]
-    command = [sys.executable, FOLDER / "bench/scaling.py", *TINY, *SHORT, *sizes, "--kind", "1"]
+    command = [sys.executable, FOLDER / "bench/scaling.py", *TINY, "--pairs", "4", "--tokens", "8", "--kind", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result["stages"].keys() == {"sample", "check", "splice", "dpo", "kd"}
+    assert result["stages"].keys() == {"dpo", "kd"}
     assert all(math.isfinite(loss) for loss in result["check"]["losses"])

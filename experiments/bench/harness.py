@@ -3,13 +3,17 @@
 A benchmark is a script with a function measure(args) that does the work of `args.kind` and returns `Stages.result`.
 `compare` runs it for each kind in turn, each time in a process of its own, and raises AssertionError unless all kinds
 computed the same. It prints minimum, median and maximum of seconds and GiB, and the ratio to the first kind, which is
-this project; the last line is JSON.
+this project; then the machine's limits, and as the last line JSON, which --results adds to a file.
+
+Memory: glibc gives large blocks back to the kernel as soon as they are free, and the next tensor begins with page
+faults. All kinds keep freed memory unless --page-faults is given (KEEP_MEMORY, on Linux).
 """
 
 import argparse
 import importlib.util
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -18,12 +22,14 @@ import time
 from pathlib import Path
 
 import torch
+from torch.utils.benchmark import Timer
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parent.parent.parent
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "1099511627776"}
 sys.path.insert(0, str(ROOT))
 
-from lib import decode, models, runs
+from lib import decode, runs
 
 # hidden size, intermediate size, layers, heads, KV heads, vocabulary
 SHAPES = {
@@ -31,20 +37,22 @@ SHAPES = {
     "smollm2-135m": (576, 1536, 30, 9, 3, 49152),
     "smollm2-6-layers": (576, 1536, 6, 9, 9, 49152),
     "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 151936),
-    "qwen2.5-1.5b": (1536, 8960, 28, 12, 2, 151936),
 }
 
 
-def make_parser(doc, shape=None, dtype="bfloat16", repeat=3):
+def make_parser(doc, shape=None, dtype="float32", repeat=5):
     """A parser with the flags that all benchmarks share."""
     parser = argparse.ArgumentParser(description=doc.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--dtype", choices=list(runs.DTYPES), default=dtype)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=repeat, help="runs of each kind")
+    parser.add_argument("--page-faults", action="store_true", help="freed memory goes back to the kernel, as usual")
+    parser.add_argument("--results", help="add the last line to this file")
     parser.add_argument("--kind", help="one run of this kind, in this process")
     if shape:
         parser.add_argument("--shape", choices=list(SHAPES), default=shape, help="of the random models")
+        parser.add_argument("--vocab", type=int, help="another vocabulary for --shape")
     return parser
 
 
@@ -57,21 +65,15 @@ def add_generation_arguments(parser, prompts=2, max_new_tokens=128):
     parser.add_argument("--hazard", type=float, default=0.02, help="probability that a token is a response's last")
 
 
-def random_model(shape, dtype=torch.float32, device="cpu", seed=0, std=0.05):
-    """A random Llama of one of SHAPES, its head tied to its embeddings."""
-    width, intermediate, depth, heads, kv_heads, vocab_size = SHAPES[shape]
+def random_model(args, seed=0, dtype=None, std=0.05):
+    """A random Llama of `args.shape` on `args.device`, in --dtype, its head tied to its embeddings."""
+    width, intermediate, depth, heads, kv_heads, vocab_size = SHAPES[args.shape]
     sizes = {"hidden_size": width, "intermediate_size": intermediate, "num_hidden_layers": depth}
-    sizes |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocab_size}
+    sizes |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": args.vocab or vocab_size}
     config = LlamaConfig(max_position_embeddings=8192, tie_word_embeddings=True, initializer_range=std, **sizes)
     torch.manual_seed(seed)
-    return LlamaForCausalLM(config).to(device, dtype).eval()
-
-
-def load(path, args, seed=0):
-    """The model in the folder `path`, or a random one of `args.shape`. `generate` ends no row by itself: no EOS."""
-    dtype = runs.DTYPES[args.dtype]
-    model = models.load_model(path, dtype, args.device) if path else random_model(args.shape, dtype, args.device, seed)
-    model.generation_config = GenerationConfig(pad_token_id=0)
+    model = LlamaForCausalLM(config).to(args.device, dtype or runs.DTYPES[args.dtype]).eval()
+    model.generation_config = GenerationConfig(pad_token_id=0)  # no EOS: `generate` ends no row by itself
     return model
 
 
@@ -86,6 +88,15 @@ def clock(device):
         return time.process_time()
     torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def ceiling(args):
+    """What the machine gives now: GFLOP/s of a product (512, 896) x (896, 32768), GB/s of reading 1 GiB."""
+    draw = lambda *shape: torch.randn(*shape, device=args.device, dtype=runs.DTYPES[args.dtype])
+    tensors = {"a": draw(512, 896), "b": draw(896, 32768), "memory": torch.ones(1 << 28, device=args.device)}
+    seconds = lambda code: Timer(code, globals=tensors, num_threads=args.threads).timeit(5).median
+    product, read = seconds("a @ b"), seconds("memory.sum()")
+    return {"GFLOP/s": 2 * 512 * 896 * 32768 / product / 1e9, "GB/s": (1 << 30) / read / 1e9}
 
 
 class Stages:
@@ -154,20 +165,31 @@ def compare(file, argv, args, measure, kinds, launch=lambda kind: [sys.executabl
     if any("trl" in kind for kind in kinds) and importlib.util.find_spec("trl") is None:
         todo = "pip install -r experiments/bench/requirements.txt"
         raise runs.UserError("TRL is not installed", "for this benchmark's peer", todo)
-    found = {kind: [] for kind in kinds}
+    found, environment = {kind: [] for kind in kinds}, os.environ | ({} if args.page_faults else KEEP_MEMORY)
     for _ in range(args.repeat):
         for kind in kinds:
             command = [*launch(kind), file, *argv, "--kind", kind]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            found[kind].append(json.loads(output.splitlines()[-1]))
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+            found[kind].append(json.loads(done.stdout.splitlines()[-1]))
     for kind in kinds[1:]:
         for ours, theirs in zip(found[kinds[0]], found[kind]):
             for name, value in ours["check"].items():
                 assert_same(value, theirs["check"][name], name, **tolerance)
     print(f"check: {' and '.join(kinds)} agree in {', '.join(found[kinds[0]][0]['check'])}")
     report(found)
+    limits = ceiling(args)
+    print(", ".join(f"{value:.1f} {unit}" for unit, value in limits.items()), "is what this machine gives")
     stages = {kind: [result["stages"] for result in results] for kind, results in found.items()}
-    print(json.dumps({"args": vars(args), "stages": stages}), flush=True)
+    line = {
+        "bench": Path(file).stem,
+        "commit": runs.git_commit(),
+        "args": vars(args),
+        "ceiling": limits,
+        "stages": stages,
+    }
+    print(json.dumps(line), flush=True)
+    if args.results:
+        runs.append_jsonl(args.results, line)
     return found
 
 

@@ -1,13 +1,14 @@
-"""lm_head and KD loss over chunks (kd.ChunkedHeadLoss) beside the dense computation and TRL's.
+"""lm_head and KD loss over chunks (kd.ChunkedHeadLoss) beside the dense computation, TRL's and Liger Kernel's.
 
-    python experiments/bench/kd_loss.py                                        forward KL + CE, 2,048 tokens; 12 GiB
-    python experiments/bench/kd_loss.py --loss jsd --kd-rate 1 --tokens 512    a divergence alone, beside TRL's
-    python experiments/bench/kd_loss.py --device cuda --tokens 8192
+    python experiments/bench/kd_loss.py                                        forward KL, 512 tokens
+    python experiments/bench/kd_loss.py --loss jsd --tokens 2048
+    python experiments/bench/kd_loss.py --kd-rate 0.5                          with cross-entropy, which the peers have not
 
 All start from the same random hidden states and two heads of Qwen2.5's vocabulary. Kinds: `ours`, kd.ChunkedHeadLoss;
-`dense`, the same loss on all logits at once; `trl`, GKDTrainer.generalized_jsd_loss on all logits (float32, as in the
-other two), which has jsd and its limits forward_kl and reverse_kl, without cross-entropy. Checked, to 1e-3: the loss and
-the norms of its gradients.
+`dense`, the same loss on all logits at once; `trl-dense`, GKDTrainer.generalized_jsd_loss on all logits (float32, as in
+`dense`); `trl-chunked`, what DistillationTrainer has (tiles of the vocabulary); `liger`, its fused linear JSD through
+torch.compile. The last three have jsd and its limits forward_kl and reverse_kl. The stage `first` is a process's first
+step, with compilation; `step` is the second. Checked, to 1e-3: the loss and the norms of its gradients.
 """
 
 import torch
@@ -17,16 +18,16 @@ from harness import Stages, compare, make_parser
 import kd
 from lib import decode, runs
 
-TRL_BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
+PEER_BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
 
 
 def parse_args(argv=None):
     parser = make_parser(__doc__)
-    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--vocab", type=int, default=151936)
     parser.add_argument("--width", type=int, default=896, help="that of Qwen2.5-0.5B")
     parser.add_argument("--loss", choices=list(kd.LOSSES), default="forward_kl")
-    parser.add_argument("--kd-rate", type=float, default=0.5, help="1: the divergence alone, without cross-entropy")
+    parser.add_argument("--kd-rate", type=float, default=1.0, help="1: the divergence alone, without cross-entropy")
     return parser.parse_args(argv)
 
 
@@ -37,12 +38,25 @@ def token_losses(args, logits, teacher_logits, targets):
     return kd.total_loss(logits, teacher_logits, targets, kd.LOSSES[args.loss], args.kd_rate, temperature=1.0)
 
 
-def trl_loss(name, logits, teacher_logits):
-    """The mean over tokens of TRL's divergence."""
+def peer_loss(args, *tensors):
+    """The mean over tokens of a peer's divergence. tensors: hidden, weight, those of the teacher, targets."""
+    hidden, weight, teacher_hidden, teacher_weight, targets = tensors
+    beta = PEER_BETA[args.loss]
+    if args.kind == "liger":
+        from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDLoss
+
+        loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta)
+        return loss(hidden, weight, teacher_hidden, teacher_weight, targets)
+    if args.kind == "trl-chunked":
+        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+        return ChunkedDivergenceFunction.apply(hidden, weight, None, teacher_hidden, teacher_weight, None, beta)[
+            0
+        ].mean()
     from trl.experimental.gkd import GKDTrainer
 
-    loss = GKDTrainer.generalized_jsd_loss(logits, teacher_logits, beta=TRL_BETA[name], reduction="sum")
-    return loss / len(logits)
+    logits = F.linear(hidden, weight).float(), F.linear(teacher_hidden, teacher_weight).float()
+    return GKDTrainer.generalized_jsd_loss(*logits, beta=beta, reduction="sum") / len(hidden)
 
 
 def mean_loss(args, hidden, weight, teacher_hidden, teacher_weight, targets):
@@ -57,9 +71,7 @@ def mean_loss(args, hidden, weight, teacher_hidden, teacher_weight, targets):
         chunk = 2 * decode.head_chunk(len(weight))  # as in kd.KDModel
         return kd.ChunkedHeadLoss.apply(hidden, weight, None, chunk_losses, chunk)[0] / len(hidden)
     logits, teacher_logits = F.linear(hidden, weight).float(), teacher(slice(None)).float()
-    if args.kind == "dense":
-        return token_losses(args, logits, teacher_logits, targets)[0].mean()
-    return trl_loss(args.loss, logits, teacher_logits)
+    return token_losses(args, logits, teacher_logits, targets)[0].mean()
 
 
 def measure(args):
@@ -69,23 +81,24 @@ def measure(args):
     teacher_hidden, teacher_weight = draw(args.tokens, args.width), draw(args.vocab, args.width) * 0.02
     targets = torch.randint(args.vocab, (args.tokens,)).to(args.device)
     hidden.requires_grad_(), weight.requires_grad_()
-    if args.kind == "trl":
-        trl_loss(args.loss, torch.zeros(1, 2), torch.zeros(1, 2))  # its import is no part of the time
+    way, stages = mean_loss if args.kind in ("ours", "dense") else peer_loss, Stages(args.device)
 
     def step():
-        loss = mean_loss(args, hidden, weight, teacher_hidden, teacher_weight, targets)
+        hidden.grad = weight.grad = None
+        loss = way(args, hidden, weight, teacher_hidden, teacher_weight, targets)
         loss.backward()
         return loss.item()
 
-    stages = Stages(args.device)
-    loss = stages(args.loss, step)
+    stages("first", step)
+    loss = stages("step", step)
     norms = [values.grad.float().norm().item() for values in (hidden, weight)]
     return stages.result(loss=loss, gradient_norms=norms)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    kinds = ["ours", "dense"] + ["trl"] * (args.loss in TRL_BETA and args.kd_rate == 1)
+    has_peers = args.loss in PEER_BETA and args.kd_rate == 1
+    kinds = ["ours", "dense", *(["trl-dense", "trl-chunked", "liger"] if has_peers else [])]
     return compare(__file__, argv, args, measure, kinds, rel_tol=1e-3)
 
 

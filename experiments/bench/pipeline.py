@@ -22,7 +22,7 @@ import sampling
 import splice
 import torch
 from dpo_step import LR, SCHEDULE, our_model, our_step, trl_step, trl_trainer
-from harness import Stages, add_generation_arguments, compare, load, make_parser
+from harness import Stages, add_generation_arguments, compare, make_parser, random_model
 
 from lib import runs, training
 
@@ -54,7 +54,7 @@ def make_pairs(batch, t_star, written):
 
 
 def measure(args):
-    student, teacher = load(None, args, seed=1), load(None, args, seed=0)
+    student, teacher = random_model(args, seed=1), random_model(args, seed=0)
     torch.manual_seed(0)
     batch = splice.make_batch(student, teacher, args)
     way = "ours" if args.kind == "ours" else "plain"

@@ -1,8 +1,7 @@
 """N samples a prompt: prefill + expand + decode (lib/decode.py) beside transformers' generate(num_return_sequences=N).
 
-    python experiments/bench/sampling.py                                      random, of SmolLM2-135M's shape
-    python experiments/bench/sampling.py --model FOLDER --repeat 5            any causal language model
-    python experiments/bench/sampling.py --shape qwen2.5-1.5b --device cuda --prompts 32
+    python experiments/bench/sampling.py                                      of SmolLM2-135M's shape
+    python experiments/bench/sampling.py --shape qwen2.5-0.5b --device cuda --prompts 32
 
 Two settings: `equal`, every response has --max-new-tokens tokens; `unequal`, each token is a row's last with a
 probability of --hazard, drawn beforehand, at most 4 times as many, so that both decode the same number of tokens for
@@ -11,7 +10,7 @@ decoding gives the same tokens in float32. (That samples follow the model's dist
 """
 
 import torch
-from harness import Stages, add_generation_arguments, compare, load, make_parser, tokens_of
+from harness import Stages, add_generation_arguments, compare, make_parser, random_model, tokens_of
 from transformers import StoppingCriteria
 
 from lib import decode, runs
@@ -19,7 +18,6 @@ from lib import decode, runs
 
 def parse_args(argv=None):
     parser = make_parser(__doc__, "smollm2-135m")
-    parser.add_argument("--model", help="folder or hub id; default: a random model of --shape")
     add_generation_arguments(parser, max_new_tokens=64)
     return parser.parse_args(argv)
 
@@ -84,7 +82,7 @@ def check(way, model, prompts):
 
 
 def measure(args):
-    way, model, stages = WAYS[args.kind], load(args.model, args), Stages(args.device)
+    way, model, stages = WAYS[args.kind], random_model(args), Stages(args.device)
     torch.manual_seed(0)
     prompts = draw_prompts(args.prompts, args.prompt_length, model.config.vocab_size)
     count = args.prompts * args.samples

@@ -1,7 +1,6 @@
 """Check and splice (steps 2 and 3): one cache for both, beside a plain forward and then generate.
 
-    python experiments/bench/splice.py                                      random models of SmolLM2-135M's shape
-    python experiments/bench/splice.py --teacher FOLDER --student FOLDER    two models of one tokenizer
+    python experiments/bench/splice.py                                      of SmolLM2-135M's shape
 
 Ours prefills each prompt once, expands to N rows, scores the responses, rewinds to t* and decodes on in the same cache.
 The plain way is a forward over N full rows a prompt, the head on response positions only, and generate() on
@@ -11,7 +10,7 @@ float32: the same log-probs, the same t*, the same greedy continuations.
 """
 
 import torch
-from harness import Stages, add_generation_arguments, compare, load, make_parser, tokens_of
+from harness import Stages, add_generation_arguments, compare, make_parser, random_model, tokens_of
 from sampling import draw_lengths, draw_prompts, generate, names_of
 from sampling import ours as sample
 
@@ -21,8 +20,6 @@ from warmup_distill import first_mismatch
 
 def parse_args(argv=None):
     parser = make_parser(__doc__, "smollm2-135m")
-    parser.add_argument("--teacher", help="folder or hub id; default: random, of --shape")
-    parser.add_argument("--student", help="folder or hub id, the same tokenizer; default: another random model")
     add_generation_arguments(parser)
     parser.add_argument("--mismatch", type=float, default=0.02, help="share of the tokens whose margin is above eta")
     return parser.parse_args(argv)
@@ -106,7 +103,7 @@ def check(kind, teacher, batch):
 
 
 def measure(args):
-    teacher, student = load(args.teacher, args), load(args.student, args, seed=1)
+    teacher, student = random_model(args), random_model(args, seed=1)
     torch.manual_seed(0)
     batch = make_batch(student, teacher, args)
     del student
