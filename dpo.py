@@ -248,6 +248,7 @@ def train(args, world, tokenizer, pairs, student_path, reference_path, out):
             if not warned and reference_path == student_path:
                 warned = warn_if_chosen_falls(metrics, args, chosen_tokens / pair_count, world)
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", wins=f"{metrics['wins']:.2f}")
+            training.save_on_the_way(args, step + 1, total_steps, out, model, lm, tokenizer, world)
             stopped = world.any(stop)
             if stopped or (step + 1) % args.save_every == 0 or step + 1 == total_steps:
                 training.save_checkpoint(out / "checkpoint", model, optimizer, step + 1, world)
