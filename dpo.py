@@ -199,8 +199,6 @@ def train(args, world, tokenizer, pairs, student_path, reference_path, out):
     pairs: as `write_pairs` returns them. Returns the last step's metrics, None if OUT/student was there already.
     """
     if world.first(lambda: training.is_trained(out)):
-        if world.rank == 0:
-            print(f"dpo: {out / 'student'} was there already")
         return None
     with_shared, pad_id = needs_shared(args), tokenizer.pad_token_id
     lengths = pairs["tokens"][:]

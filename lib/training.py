@@ -241,8 +241,11 @@ def checkpoints(folder):
 
 
 def is_trained(out):
-    """Whether OUT/student, which `save_model` writes last, is there."""
-    return any((out / "student").glob("*.safetensors"))
+    """Whether OUT/student, which `save_model` writes last, is there; then it is said. For `World.first`."""
+    there = any((out / "student").glob("*.safetensors"))
+    if there:
+        print(f"training: {out / 'student'} was there already")
+    return there
 
 
 def save_checkpoint(folder, model, optimizer, step, world):

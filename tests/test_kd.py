@@ -305,7 +305,7 @@ def test_train_equals_a_plain_loop(distil, plain_models, gold, monkeypatch, flag
     assert_plain_loop(out, plain_models[0], losses, batches, max_grad_norm=0.5)
 
 
-def test_epochs(distil, gold):
+def test_epochs(distil, gold, capsys):
     """Without --max-steps: each example once in an epoch, in another order each time. A finished run is left alone."""
     flags = "--limit 21 --max-steps 0 --epochs 2"
     out, steps = distil("run", flags)
@@ -313,8 +313,10 @@ def test_epochs(distil, gold):
     assert len(steps) == 6 and sum(tokens[:3]) == sum(tokens[3:]) == total and tokens[:3] != tokens[3:]
     assert all(row.keys() == METRICS for row in runs.read_jsonl(out / "metrics.jsonl"))
     files = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
+    capsys.readouterr()
     distil("run", flags)
     assert files == {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
+    assert capsys.readouterr().out.startswith(f"training: {out / 'student'} was there already\n")
 
 
 def test_sft_needs_no_teacher(distil, plain_models, gold):
