@@ -1,7 +1,8 @@
 """What kd.py trains on: responses (the data's, the teacher's, the student's own) and the teacher's logits for each token.
 
 The teacher's responses and its stored log-probs are files, one for each batch of examples, written whole: present is
-done, a killed run continues where it was, and no file depends on the number of processes. The losses are in kd.py.
+done, a killed run continues where it was, and no file depends on the number of processes. Runs may share them
+(`teacher_shards`). The losses are in kd.py.
 
 Stored teacher. --teacher-cache keeps log p of the teacher's --teacher-top-k likeliest tokens and the mass left over, then
 trains without the teacher. That mass is spread evenly over all other tokens, which makes p a distribution again, so every

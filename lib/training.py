@@ -212,7 +212,7 @@ def add_arguments(parser, lr):
     group.add_argument("--shard-size", type=divisor, default=0, help=shard_help)
     group.add_argument("--activation-checkpointing", action="store_true", help="less memory, a third more time")
     group.add_argument("--save-every", type=runs.COUNT, default=100, help="steps from one checkpoint to the next")
-    students_help = "copies on the way, equally spaced, in OUT/students; each takes a model's room: 4 bytes a parameter"
+    students_help = "copies on the way, equally spaced, in OUT/students; 4 bytes a parameter each (--save-dtype)"
     group.add_argument("--save-students", type=runs.LIMIT, default=0, help=students_help)
     dtype_help = "of OUT/student; bfloat16 halves it and rounds most of a small learning rate's updates away"
     group.add_argument("--save-dtype", choices=list(DTYPES), default="float32", help=dtype_help)

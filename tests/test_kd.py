@@ -554,11 +554,14 @@ def test_student_mode(distil, plain_models, gold, monkeypatch):
     assert_identical(none, distil("gold", "--max-steps 2")[0])
 
 
-def test_on_policy_data_need_no_responses(distil, tmp_path):
+@pytest.mark.parametrize("mode", ["student", "teacher"])
+def test_prompts_alone(distil, tmp_path, mode):
+    """Where a model writes the responses: the student's are no labels, the teacher's are."""
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"1{k}+22:"}) + "\n" for k in range(8)))
-    _, steps = distil("run", f"--mode student --data {path} --max-new-tokens 8 --max-steps 1")
-    assert steps[0]["ce"] == 0 and steps[0]["loss"] == 0.5 * steps[0]["kd"] > 0
+    [step] = distil("run", f"--mode {mode} --data {path} --max-new-tokens 8 --max-steps 1")[1]
+    assert step["loss"] == pytest.approx(0.5 * (step["ce"] + step["kd"])) and step["kd"] > 0
+    assert (step["ce"] > 0) == (mode == "teacher")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
