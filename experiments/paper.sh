@@ -10,14 +10,14 @@
 #
 # NOT RUN at the size of 8 GPUs: no such machine was available. A test checks that every command parses, another runs TOY=1.
 #
-#     DATA        file or hub id, and flags that belong to it. MODE=teacher and student need no responses in it
-#     EVAL_DATA   what eval.py takes as --data, and flags. Every set has answers: without some of your own, the default for
-#                 other data than GSM8K is instruction sets, Rouge-L (not `dolly`, which is a part of Dolly), and
-#                 EVAL_FLAGS="--distance TEACHER" adds distances. EVAL_DATA= is no eval.py: then FLAGS="--eval-data FILE"
-#                 TOP_K=0 has distances for prompts without answers in each run's closing table
+#     DATA        file or hub id, and flags that belong to it; MODE=teacher and MODE=student need prompts alone
+#     EVAL_DATA   sets for eval.py --data, and flags. With GSM8K: gsm8k math; else MiniLLM's instruction sets, Rouge-L, but
+#                 for `dolly`, which is a part of Dolly. Every set has answers: for your own prompts without answers,
+#                 EVAL_DATA= (no eval.py) TOP_K=0 FLAGS="--eval-data FILE" puts distances into each run's closing table
 #     MODE        who writes KD's responses: gold, teacher (greedy, the same for all seeds) or student
 #     TOP_K       log-probs a token that the stored teacher keeps, an approximation (lib/responses.py); 0: none is stored
-#     FLAGS       more flags of warmup_distill.py and kd.py, such as --save-students 3; WARMUP_FLAGS, KD_FLAGS, EVAL_FLAGS: of one
+#     FLAGS       more flags of warmup_distill.py and kd.py, such as --save-students 3; WARMUP_FLAGS, KD_FLAGS, EVAL_FLAGS
+#                 (--distance TEACHER) are those of one script; LOSSES, SEEDS, OUT, LAUNCH: below
 #
 # Files, and folders of models, are named from the repository's root. From the paper: N = 8, eta = 4, the models. Ours,
 # since it does not say: all else that is written out below; KD with and without the warm-up has the same steps.
