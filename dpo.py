@@ -200,8 +200,6 @@ def train(args, world, tokenizer, pairs, student_path, reference_path, out):
     pairs: as `write_pairs` returns them. Returns the last step's metrics, None if OUT/student was there already.
     """
     if world.first(lambda: training.is_trained(out)):
-        if world.rank == 0:
-            print(f"dpo: {out / 'student'} was there already")
         return None
     with_shared, pad_id = needs_shared(args), tokenizer.pad_token_id
     lengths = pairs["tokens"][:]
@@ -249,6 +247,7 @@ def train(args, world, tokenizer, pairs, student_path, reference_path, out):
             if not warned and reference_path == student_path:
                 warned = warn_if_chosen_falls(metrics, args, chosen_tokens / pair_count, world)
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", wins=f"{metrics['wins']:.2f}")
+            training.save_on_the_way(args, step + 1, total_steps, out, model, lm, tokenizer, world)
             stopped = world.any(stop)
             if stopped or (step + 1) % args.save_every == 0 or step + 1 == total_steps:
                 training.save_checkpoint(out / "checkpoint", model, optimizer, step + 1, world)

@@ -266,6 +266,7 @@ def train(args, world, tokenizer, tokens, examples, teacher, student_path, out):
             metrics = {"stage": "kd", "step": step + 1, **means, **updated, "response_tokens": token_count}
             training.log_step(out, metrics, columns["prompt_id"], totals["tokens"], started, world)
             bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("loss", "ce", "kd")})
+            training.save_on_the_way(args, step + 1, total_steps, out, model, lm, tokenizer, world)
             # On-policy samples are in no checkpoint, so it must be one where new samples are drawn
             stopped = (args.mode != "student" or (step + 1) % args.refresh_every == 0) and world.any(stop)
             if stopped or (step + 1) % args.save_every == 0 or step + 1 == total_steps:
@@ -295,6 +296,8 @@ def parse_args(argv=None):
     group = parser.add_argument_group("responses")
     group.add_argument("--mode", choices=["gold", "teacher", "student"], default="gold", help="who wrote the responses")
     group.add_argument("--teacher-decoding", choices=["sample", "greedy"], default="greedy", help="in --mode teacher")
+    responses_help = "folder: store the teacher's there once, greedy ones for every --seed; None: OUT/responses"
+    group.add_argument("--responses", help=responses_help)
     group.add_argument("--on-policy", type=runs.SHARE, default=1.0, help="student's share of a batch in --mode student")
     group.add_argument("--refresh-every", type=runs.COUNT, default=1, help="steps sampled from the same student")
     group = parser.add_argument_group("teacher")

@@ -1,7 +1,8 @@
 """What kd.py trains on: responses (the data's, the teacher's, the student's own) and the teacher's logits for each token.
 
 The teacher's responses and its stored log-probs are files, one for each batch of examples, written whole: present is
-done, a killed run continues where it was, and no file depends on the number of processes. The losses are in kd.py.
+done, a killed run continues where it was, and no file depends on the number of processes. Runs may share them
+(`teacher_shards`). The losses are in kd.py.
 
 Stored teacher. --teacher-cache keeps log p of the teacher's --teacher-top-k likeliest tokens and the mass left over, then
 trains without the teacher. That mass is spread evenly over all other tokens, which makes p a distribution again, so every
@@ -66,7 +67,8 @@ def write_examples(args, world, tokenizer, tokens, prompts, out):
     Raises UserError where a response is missing.
     """
     if args.mode == "teacher":
-        rows = teacher_responses(args, world, tokenizer, tokens, prompts, out / "responses")
+        folder = out / "responses" if args.responses is None else Path(args.responses)
+        rows = teacher_responses(args, world, tokenizer, tokens, prompts, folder)
         training.release_memory()
     elif args.mode == "gold" or args.on_policy < 1:
         rows = gold_responses(prompts, tokenizer, args)
@@ -86,7 +88,8 @@ def gold_responses(prompts, tokenizer, args):
     for prompt in prompts:
         if prompt["gold"] is None:
             where = f"in {args.data} row {prompt['prompt_id']}"
-            raise UserError("there is no response", where, "name its column: --response-column")
+            todo = "name its column, --response-column, or let the teacher write it, --mode teacher"
+            raise UserError("there is no response", where, todo)
         ids = tokenizer(prompt["gold"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
         if len(ids) <= args.max_new_tokens:
             kept += 1
@@ -109,14 +112,42 @@ def write_responses(model, prompts, sample_ids, stage, args, tokens, greedy=Fals
     return responses
 
 
+def teacher_shards(folder, suffix, args, world, tokens, examples, **settings):
+    """Takes a folder of the teacher's files, one for --prompts-per-batch of `examples`, that several runs may share.
+
+    examples: an Arrow `Dataset`. settings: what else decides the files' content. All of it is in folder/cache.json.
+    Returns the key that the files carry, and those to make, as `runs.shards_to_do` does. Raises UserError if the folder
+    is of something else, or if another run is at work in one that is not complete; a complete one is only read.
+    """
+    ours = {"teacher": args.teacher, "teacher_content": runs.fingerprint(args.teacher), "vocabulary": tokens.vocab_size}
+    ours |= {"examples": runs.fingerprint(examples.cache_files[0]["filename"]), **settings}
+    ours["prompts_per_batch"] = args.prompts_per_batch
+    file, count = folder / "cache.json", math.ceil(len(examples) / args.prompts_per_batch)
+
+    def take():
+        with runs.reading("the teacher's files cannot be kept", f"in {folder}", "give another folder"):
+            folder.mkdir(parents=True, exist_ok=True)
+            if len(list(folder.glob(f"[0-9]*.{suffix}"))) < count:
+                runs.lock(folder / ".lock")
+            if not any(folder.glob("[0-9]*")):
+                runs.write_json(file, ours)
+            theirs = dict(runs.read_json(file)) if file.exists() else {}
+        runs.refuse_differences(folder, ours, theirs, args.accept_changes)
+        return runs.seal(theirs, "cache")
+
+    key = world.first(take)
+    return key, runs.shards_to_do(folder, count, suffix, world)
+
+
 def teacher_responses(args, world, tokenizer, tokens, prompts, folder):
     """SeqKD (Kim and Rush, arXiv 1606.07947): the teacher's response to each prompt, kept in folder/NNNNN.jsonl.
 
-    Returns a generator of the prompts with "response". Raises UserError if a file is of other prompts.
+    Returns a generator of the prompts with "response". Raises UserError if the folder or a file is of other prompts.
     """
     size, greedy = args.prompts_per_batch, args.teacher_decoding == "greedy"
-    count, key = math.ceil(len(prompts) / size), runs.run_key(folder.parent)
-    shards = runs.shards_to_do(folder, count, "jsonl", world)
+    settings = {"max_new_tokens": args.max_new_tokens, "teacher_decoding": args.teacher_decoding}
+    settings |= {"seed": None if greedy else args.seed, "eos_ids": tokens.eos_ids, "dtype": args.dtype}
+    key, shards = teacher_shards(folder, "jsonl", args, world, tokens, prompts, **settings)
     teacher = training.load_teacher(args, world, tokenizer) if shards else None
     any_rank = world.any if args.shard_teacher else None
     for k, is_ours in runs.progress(shards, desc="responses", world=world, unit="batch"):
@@ -133,7 +164,7 @@ def teacher_responses(args, world, tokenizer, tokens, prompts, folder):
     world.barrier()
 
     def read():
-        for k in range(count):
+        for k in range(math.ceil(len(prompts) / size)):
             file, batch = folder / f"{k:05d}.jsonl", prompts.select(range(k * size, min((k + 1) * size, len(prompts))))
             rows = runs.read_jsonl(file, key)
             if [row["prompt"] for row in rows] != batch["text"][:]:
@@ -215,8 +246,8 @@ class CachedTeacher:
         self.folder, self.size, self.device = Path(args.teacher_cache), args.prompts_per_batch, world.device
         self.vocab_size, self.k = tokens.vocab_size, min(args.teacher_top_k, tokens.vocab_size)
         self.offsets = F.pad(lengths_of(examples, "response").cumsum(0), (1, 0))  # response tokens before an example
-        self.source = world.first(lambda: self.check_source(args, examples))
-        shards = runs.shards_to_do(self.folder, math.ceil(len(examples) / self.size), "safetensors", world)
+        settings = {"teacher_top_k": self.k, "dtype": str(models.compute_dtype(args.dtype, world.device))}
+        self.key, shards = teacher_shards(self.folder, "safetensors", args, world, tokens, examples, **settings)
         teacher = LiveTeacher(training.load_teacher(args, world, tokenizer), tokens.vocab_size) if shards else None
         for k, is_ours in runs.progress(shards, desc="teacher cache", world=world, unit="batch"):
             batch = examples[k * self.size : (k + 1) * self.size]
@@ -230,23 +261,8 @@ class CachedTeacher:
             measure.check_finite(tensors["logprobs"], token_owners)
             if is_ours:
                 with runs.atomic_path(self.folder / f"{k:05d}.safetensors") as partial:
-                    safetensors.torch.save_file(tensors, partial, {"source": f"{self.source} {k}"})
+                    safetensors.torch.save_file(tensors, partial, {"source": f"{self.key} {k}"})
         world.barrier()
-
-    def check_source(self, args, examples):
-        """Raises UserError if the cache was made of something else; a new one gets its cache.json. Returns its key."""
-        ours = {"teacher": args.teacher, "teacher_content": runs.fingerprint(args.teacher), "teacher_top_k": self.k}
-        ours |= {"dtype": str(models.compute_dtype(args.dtype, self.device)), "prompts_per_batch": self.size}
-        ours |= {"vocabulary": self.vocab_size, "examples": runs.fingerprint(examples.cache_files[0]["filename"])}
-        file, theirs = self.folder / "cache.json", {}
-        with runs.reading("the teacher cache cannot be used", f"at {self.folder}", "give another --teacher-cache"):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not file.exists() and not any(self.folder.glob("*.safetensors")):
-                runs.write_json(file, ours)
-            if file.exists():
-                theirs = dict(runs.read_json(file))
-        runs.refuse_differences(self.folder, ours, theirs, args.accept_changes)
-        return runs.seal(theirs, "cache")
 
     def __call__(self, inputs, indices):
         """indices: of the micro-batch's examples, in order. Returns a function slice of M -> log-probs (m, V)."""
@@ -256,7 +272,7 @@ class CachedTeacher:
             start, end = (self.offsets[i : i + 2] - file_start).tolist()
             file, todo = self.folder / f"{i // self.size:05d}.safetensors", "delete the file: it is then made again"
             with runs.reading("the file is damaged", f"in {file}", todo), safetensors.safe_open(file, "pt") as stored:
-                if stored.metadata()["source"] != f"{self.source} {i // self.size}":
+                if stored.metadata()["source"] != f"{self.key} {i // self.size}":
                     raise ValueError("it is of another cache or batch")
                 pieces.append([stored.get_slice(name)[start:end] for name in self.FIELDS])
         tensors = [torch.cat(parts).to(self.device) for parts in zip(*pieces)]  # (M, k), (M, k), (M,)

@@ -35,7 +35,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PATH_ERRORS = {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG}
 # Arguments that may differ when a run continues: they change no pair and no weight by more than rounding
 FREE_ARGS = {"out", "toy", "device", "threads", "pairs_only", "save_every", "micro_batch_size", "shard_size"}
-FREE_ARGS |= {"activation_checkpointing", "accept_changes", "traceback", "shard_teacher"}
+FREE_ARGS |= {"activation_checkpointing", "accept_changes", "traceback", "shard_teacher", "responses"}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Errors: one line, exit status 2
@@ -324,9 +324,9 @@ def claim(out, args, inputs):
     record["key"] = seal(settings, record["inputs"])
     file = out / "args.json"
     # A run that has made nothing yet, since its model was not found, say, claims nothing
-    begun = {"args.json", "eval", "compare.json"}
+    begun = {"args.json", "eval", "compare.json", "cache.json"}
     made = [path for path in sorted(out.glob("[!.]*")) if path.suffix != ".arrow" and path.name not in begun]
-    made = [path for path in made if not path.is_dir() or any(path.iterdir())]
+    made = [path for path in made if not path.is_dir() or {file.name for file in path.glob("[!.]*")} - begun]
     if (out.exists() and not out.is_dir()) or (made and not file.exists()):
         what = f"OUT holds {made[0].name}, which no run made" if made else "OUT is not a folder"
         raise UserError(what, f"at {out}", "give another --out")
@@ -372,7 +372,7 @@ def lock(path):
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise UserError("another run is at work in OUT", f"at {path.parent}", "wait for it or give another --out")
+            raise UserError("another run is at work", f"in {path.parent}", "wait for it or give another folder")
     LOCKS[path] = descriptor
 
 

@@ -212,6 +212,8 @@ def add_arguments(parser, lr):
     group.add_argument("--shard-size", type=divisor, default=0, help=shard_help)
     group.add_argument("--activation-checkpointing", action="store_true", help="less memory, a third more time")
     group.add_argument("--save-every", type=runs.COUNT, default=100, help="steps from one checkpoint to the next")
+    students_help = "copies on the way, equally spaced, in OUT/students; 4 bytes a parameter each (--save-dtype)"
+    group.add_argument("--save-students", type=runs.LIMIT, default=0, help=students_help)
     dtype_help = "of OUT/student; bfloat16 halves it and rounds most of a small learning rate's updates away"
     group.add_argument("--save-dtype", choices=list(DTYPES), default="float32", help=dtype_help)
 
@@ -239,8 +241,11 @@ def checkpoints(folder):
 
 
 def is_trained(out):
-    """Whether OUT/student, which `save_model` writes last, is there."""
-    return any((out / "student").glob("*.safetensors"))
+    """Whether OUT/student, which `save_model` writes last, is there; then it is said. For `World.first`."""
+    there = any((out / "student").glob("*.safetensors"))
+    if there:
+        print(f"training: {out / 'student'} was there already")
+    return there
 
 
 def save_checkpoint(folder, model, optimizer, step, world):
@@ -313,6 +318,17 @@ def save_model(folder, root, lm, tokenizer, dtype, world):
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(partial, folder)
     world.barrier()
+
+
+def save_on_the_way(args, step, total_steps, out, root, lm, tokenizer, world):
+    """Writes OUT/students/step-000123 if `step`, from 1, is one of --save-students N at k/(N+1) of all steps, rounded up.
+
+    Called before the step's checkpoint is written: then a killed run takes a step whose student is missing again.
+    """
+    passed, before = (n * (args.save_students + 1) // total_steps for n in (step, step - 1))
+    folder = out / "students" / f"step-{step:06d}"
+    if before < passed <= args.save_students and not world.first(folder.exists):
+        save_model(folder, root, lm, tokenizer, runs.DTYPES[args.save_dtype], world)
 
 
 def cut_metrics(path, step):

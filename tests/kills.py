@@ -33,11 +33,11 @@ from conftest import QUIET, command_of, logged, make_inputs
 from lib import runs
 
 DEADLINE = 60  # seconds for the survivors of a kill
-RESULTS = "pairs.jsonl mismatch.json summary.json pairs/* responses/* student/model.safetensors"
+RESULTS = "pairs.jsonl mismatch.json summary.json pairs/* responses/* student/model.safetensors students/*/*"
 VICTIMS = ("rank 0", "rank 1", "rank 0", "rank 1", "torchrun", "all ranks", "everything")
 SHARED = "--template none --lr 1e-3 --batch-size 8 --micro-batch-size 2 --save-every 3 --threads 1 --device cpu"
 WARMUP = f"{SHARED} --samples 6 --max-new-tokens 24 --prompts-per-batch 2 --limit 64 --eta 1.5 --max-steps 36 --eval-limit 16"
-KD = f"{SHARED} --mode teacher --max-new-tokens 24 --prompts-per-batch 2 --limit 48 --max-steps 24 --eval-limit 0"
+KD = f"{SHARED} --mode teacher --max-new-tokens 24 --prompts-per-batch 2 --limit 48 --max-steps 24 --eval-limit 0 --save-students 3"
 # In the order in which a job passes them: (command, stage, what a run in it has in OUT, greatest count of that, longest
 # wait after it in seconds). A file with a count in its name has to have at least this count
 STAGES = [

@@ -25,7 +25,8 @@ SHARED = "--batch-size 6 --micro-batch-size 1 --threads 1 --device cpu"
 PAIRS = "--samples 4 --max-new-tokens 10 --prompts-per-batch 4 --limit 14 --eta 1.5 --eval-limit 6"
 PAIRS += " --max-steps 1 --batch-size 24"
 TURNS = "--samples 1 --max-new-tokens 6 --prompts-per-batch 1 --limit 7 --eta 4 --eval-limit 0 --max-steps 1"
-TRAIN = "--epochs 3 --lr 1e-3 --save-every 2"  # 10 pairs, 6 of them a step: 6 steps, three checkpoints
+# 10 pairs, 6 of them a step: 6 steps, three checkpoints, students after 2 and 4 steps
+TRAIN = "--epochs 3 --lr 1e-3 --save-every 2 --save-students 2"
 EIGHT = "--batch-size 24 --epochs 4 --lr 1e-3"
 KD = "--mode teacher --loss reverse_kl --max-new-tokens 12 --prompts-per-batch 3 --limit 14 --eval-limit 0 --save-every 2"
 # 13 examples, 6 a step: the third step's one leaves a rank without an example. The teacher writes 5 files of responses of
@@ -50,12 +51,13 @@ APPEND, STOPPED = "lib.runs.append_jsonl", 128 + signal.SIGTERM
 DEATHS = [
     ("os.replace", "pairs.arrow"),  # the pairs are written, not yet renamed
     (APPEND, "'step': 2,"),  # before any checkpoint
+    ("os.rename", "students/step-000002"),  # a student on the way is written, not yet renamed
     ("lib.training.HuggingFaceStorageWriter", "step-000002"),  # on rank 1; rank 0 begins to write
     ("os.rename", "checkpoint/step-000002"),  # the checkpoint is written, not yet renamed
     (APPEND, "'step': 4,"),  # one step after a checkpoint
     ("os.rename", "checkpoint/step-000004"),
     ("shutil.rmtree", "checkpoint/step-000002"),  # two checkpoints are there
-    ("os.rename", "broken/student"),  # the model is written, not yet renamed
+    ("os.rename", "broken/student "),  # the model is written, not yet renamed
 ]
 
 
@@ -241,8 +243,8 @@ def test_training_does_not_depend_on_processes(jobs, pair_of_models, name, n, st
     """
     ours, alone = jobs.out(f"{name}-{n}"), jobs.out(f"{name}-0")
     assert_same_training(ours, alone, pair_of_models, steps)
-    responses = files_of(alone, "responses/*")
-    assert files_of(ours, "responses/*") == responses and len(responses) == 5 * (name in ("eight-kd", "kd-teacher"))
+    responses = files_of(alone, "responses/0*")
+    assert files_of(ours, "responses/0*") == responses and len(responses) == 5 * (name in ("eight-kd", "kd-teacher"))
     if name == "kd-cache":
         caches = [files_of(jobs.root / f"cache-{k}", "*.safetensors") for k in (0, n)]
         assert caches[0] == caches[1] and len(caches[0]) == 5
@@ -287,8 +289,10 @@ def test_no_pair_at_all(jobs, pair_of_models):
 
 
 def test_killed_runs_end_as_if_unbroken(jobs):
-    """Training is killed in eight places, sampling in three, and started again each time."""
+    """Training is killed in nine places, sampling in three, and started again each time."""
     assert_identical(jobs.out("broken"), jobs.out("train-2"))
+    students = files_of(jobs.out("broken"), "students/*/*")
+    assert students == files_of(jobs.out("train-2"), "students/*/*") and len(students) >= 8
     assert pair_files(jobs.out("pairs-broken")) == pair_files(jobs.out("pairs-0"))
 
 

@@ -242,7 +242,7 @@ def test_command(pair_of_models, tokenizer, tmp_path, capsys, which):
 
     files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     train(out, student, flags)
-    assert f"dpo: {out / 'student'} was there already\n" in capsys.readouterr().out
+    assert f"training: {out / 'student'} was there already\n" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
 
 

@@ -415,7 +415,7 @@ FOR_TOY = f"{COMMAND_LINE}, give it, or neither teacher nor data for the toy"
 NO_LABELS = f"--kd-rate is 0.0, {COMMAND_LINE}, give a value above 0: with --mode student there are no labels"
 NO_DIVISOR = f"--save-every is 4, {COMMAND_LINE}, give a value that --refresh-every 3 divides"
 NO_CACHE = "--teacher-cache needs responses that stay, and a teacher: not --mode student, not --kd-rate 0"
-CACHE = "the teacher cache cannot be …, at {}, give another --teacher-cache"
+CACHE = "the teacher's files cannot be kept (…), in {}, give another folder"
 KD_ERRORS = {  # the flags that are wrong, the error; {file} is a file of something else, {data} the data's
     "no teacher": ({"teacher": None}, f"--teacher is missing, {FOR_TOY}"),
     "no data": ({"data": None}, f"--data is missing, {FOR_TOY}"),
@@ -467,7 +467,8 @@ def test_errors_of_kd_and_eval(scripts, tmp_path, prompts_file, script, name, ca
 def test_kd_rows_without_a_response(scripts, tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_text(jsonl({"prompt": "1", "response": "2"}, {"prompt": "3", "response": None}))
-    expected = f"there is no response, in {path} row 1, name its column: --response-column"
+    todo = "name its column, --response-column, or let the teacher write it, --mode teacher"
+    expected = f"there is no response, in {path} row 1, {todo}"
     assert_error(kd.main, scripts["kd"][1](data=path), expected)
 
 

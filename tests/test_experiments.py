@@ -3,14 +3,16 @@
 import importlib
 import json
 import math
+import os
 import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import QUIET, ROOT
 
 import warmup_distill
 from lib import runs, training
@@ -126,19 +128,125 @@ def test_moved_mismatch_is_a_control_and_goes_away():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, sets", [("qwen", 2), ("llama", 5)])
-def test_commands_of_paper_sh_parse(name, sets):
-    script = FOLDER / "paper.sh"
-    assert "NOT RUN" in script.read_text()
-    environment = {"LAUNCH": "echo", "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(["bash", script, name], capture_output=True, text=True, check=True, env=environment)
-    commands = [shlex.split(line) for line in done.stdout.splitlines()]
-    assert [words[0] for words in commands] == ["warmup_distill.py", *["kd.py", "kd.py", "eval.py"] * 3]
-    parsed = [importlib.import_module(words[0].removesuffix(".py")).parse_args(words[1:]) for words in commands]
-    warmup, warmed, alone, evaluated = parsed[:4]
-    assert warmed.student == f"{warmup.out}/student" and alone.student == warmup.student
-    assert evaluated.compare == [f"{alone.out}/student", f"{warmed.out}/student"] == evaluated.model
-    assert len(evaluated.data) == sets and (warmup.samples, warmup.eta) == (8, 4)
+SCRIPT = FOLDER / "paper.sh"
+HEADER = re.sub(r"\\\n#", "", re.match("(#.*\n)+", SCRIPT.read_text())[0])
+EXAMPLES = re.findall(r"^# +((?!LAUNCH)(?:\w+=.*)?bash experiments/paper.sh)", HEADER, re.MULTILINE)
+ARMS = [
+    "kd-forward_kl",
+    "warm-forward_kl",
+    "kd-reverse_kl",
+    "warm-reverse_kl",
+    "kd-skew_reverse_kl",
+    "warm-skew_reverse_kl",
+]
+
+
+def commands_of(example, **environment):
+    """[(module, the arguments that its parser returns)] of one of the header's commands, and the folders of its page."""
+    environment |= {"LAUNCH": "echo", "PATH": "/usr/bin:/bin"}
+    variables = [word for word in shlex.split(example) if word != "bash" and "=" in word]
+    command = ["env", *variables, "bash", str(SCRIPT)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    *commands, page = [shlex.split(line) for line in done.stdout.splitlines()]
+    parse = lambda file, *argv: importlib.import_module(file.removesuffix(".py")).parse_args(argv)
+    assert page[:2] == ["-m", "tools.report"]
+    return [(words[0], parse(*words)) for words in commands], page[2:]
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_commands_of_paper_sh_parse(example):
+    """Each arm begins with its student; all share a teacher, data and its stored log-probs; each is evaluated in its folder."""
+    assert "NOT RUN" in HEADER and len(EXAMPLES) == 3
+    parsed, page = commands_of(example)
+    out, warmup = parsed[0][1].out.removesuffix("/student"), parsed[1][1]
+    arms = ARMS[2:4] if "TOY" in example else ARMS
+    kd = [args for script, args in parsed if script == "kd.py"]
+    warmups = [args for script, args in parsed if script == "warmup_distill.py"]
+    evaluations = {args.out: args for script, args in parsed if script == "eval.py"}
+    assert [args.out for args in warmups] == [f"{out}/seed-{seed}/warmup" for seed in range(3)]
+    assert {args.out for args in kd} == {f"{out}/seed-{seed}/{arm}" for seed in range(3) for arm in arms}
+    assert page == [f"{out}/seed-{seed}/{arm}" for arm in [*arms, "warmup"] for seed in range(3)] + [f"{out}/student"]
+    assert evaluations.keys() == set(page) and warmup.samples == 8 and warmup.eta == 4
+    if "TOY" not in example:
+        assert warmup.lr == 5e-7 and "toy" not in f"{warmup.student} {warmup.teacher} {warmup.data}"
+    for args in kd:
+        seed, arm = args.out.removeprefix(f"{out}/seed-").split("/")
+        began = warmup.student if arm.startswith("kd-") else f"{out}/seed-{seed}/warmup/student"
+        assert (Path(args.student).resolve(), args.seed, args.loss) == (
+            Path(began).resolve(),
+            int(seed),
+            arm.split("-")[1],
+        )
+        assert (args.mode, args.teacher_cache, args.responses) == ("gold", f"{out}/teacher-cache", None)
+    for folder, args in evaluations.items():
+        assert args.model == [f"{folder}/student"] or folder == f"{out}/student"
+    different = ("out", "student", "seed", "loss")
+    assert len({str({k: v for k, v in vars(args).items() if k not in different}) for args in kd}) == 1
+
+
+def test_variables_of_paper_sh():
+    """On-policy KD has nothing to share; without EVAL_DATA there is no eval.py; own data have the instruction sets."""
+    own = {
+        "DATA": "d.jsonl --prompt-column p",
+        "TEACHER": "T",
+        "STUDENT": "S",
+        "SEEDS": "4 5",
+        "LOSSES": "jsd",
+        "OUT": "o",
+    }
+    parsed, page = commands_of("", **own, MODE="teacher", FLAGS="--lr 1 --save-students 3", KD_FLAGS="--lr 2")
+    assert [script for script, _ in parsed[:4]] == ["eval.py", "warmup_distill.py", "eval.py", "kd.py"] and len(
+        parsed
+    ) == 13
+    evaluated, warmup, _, kd = (args for _, args in parsed[:4])
+    assert evaluated.data == ["selfinst", "vicuna", "sni", "unni"] and evaluated.template == "alpaca"
+    assert (warmup.data, warmup.prompt_column, warmup.teacher, warmup.student, warmup.lr) == (
+        "d.jsonl",
+        "p",
+        "T",
+        "S",
+        1,
+    )
+    assert (kd.mode, kd.responses, kd.teacher_cache) == ("teacher", "o/responses", "o/teacher-cache")
+    assert (kd.lr, kd.save_students, kd.seed, warmup.seed, page[0]) == (2, 3, 4, 4, "o/seed-4/kd-jsd")
+    parsed, page = commands_of("", **own, MODE="student", EVAL_DATA="")
+    assert [script for script, _ in parsed] == ["warmup_distill.py", "kd.py", "kd.py"] * 2 and len(page) == 6
+    assert {(args.mode, args.teacher_cache, args.responses) for _, args in parsed[1:3]} == {("student", None, None)}
+    parsed, _ = commands_of("", **own, TOP_K="0", EVAL_DATA="")
+    assert {(args.mode, args.teacher_cache) for _, args in parsed[1:3]} == {("gold", None)}
+
+
+def test_paper_sh_on_the_toy(tmp_path):
+    """All stages, without an evaluation; then again, with one: what is there is taken up, the rest is done."""
+    small = {
+        "WARMUP_FLAGS": "--limit 8 --samples 2 --eval-limit 4",
+        "KD_FLAGS": "--limit 40",
+        "EVAL_FLAGS": "--limit 2",
+    }
+    small |= {"FLAGS": "--max-steps 3 --save-students 2", "SEEDS": "0", "LAUNCH": sys.executable, "TOY": "1"}
+    environment = {**os.environ, **QUIET, **small, "OUT": str(tmp_path), "MODE": "teacher"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+    def run(**more):
+        done = subprocess.run(["bash", SCRIPT], capture_output=True, text=True, check=False, env=environment | more)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    first = run(EVAL_DATA="")
+    folders = {name: tmp_path / "seed-0" / name for name in ("warmup", "kd-reverse_kl", "warm-reverse_kl")}
+    made = [p for p in tmp_path.rglob("*.*") if p.suffix in (".safetensors", ".jsonl") and p.name != "pairs.jsonl"]
+    times = [p.stat().st_mtime_ns for p in made]
+    assert len([*tmp_path.glob("responses/*.jsonl")]) == len([*tmp_path.glob("teacher-cache/0*")]) == 2
+    for stage in ("responses", "teacher-cache"):  # made by the first arm for the second
+        assert first.count(f"{stage}: 2 of 2 batches were there already\n") == 1
+    second = run(EVAL_DATA="toy=toy/test.jsonl --metric rouge --seeds 10 --max-new-tokens 8 --threads 1")
+    assert all(f"training: {folder}/student was there already\n" in second for folder in folders.values())
+    assert times == [p.stat().st_mtime_ns for p in made]
+    for name, folder in folders.items():
+        steps = [f"{folder}/students/step-{step:06d}" for step in (1, 2)]
+        assert [*runs.read_json(folder / "eval" / "table.json")["models"]] == [f"{folder}/student", *steps], name
+    assert [*runs.read_json(tmp_path / "student/eval/table.json")["models"]] == ["toy/student"]
+    assert (folders["kd-reverse_kl"] / "report.html").is_file()
 
 
 @pytest.fixture

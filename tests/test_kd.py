@@ -7,12 +7,16 @@ whole vocabulary, no chunks, no FSDP; AdamW from torch on that.
 import json
 import math
 import os
+import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_identical, logged, make_model, weights
+from safetensors.torch import load_file
 from test_decode import VOCAB, all_logits, slow_decode, slow_draw, slow_noise
 from test_dpo import MODELS, assert_plain_loop
 
@@ -308,7 +312,7 @@ def test_train_equals_a_plain_loop(distil, plain_models, gold, monkeypatch, flag
     assert_plain_loop(out, plain_models[0], losses, batches, max_grad_norm=0.5)
 
 
-def test_epochs(distil, gold):
+def test_epochs(distil, gold, capsys):
     """Without --max-steps: each example once in an epoch, in another order each time. A finished run is left alone."""
     flags = "--limit 21 --max-steps 0 --epochs 2"
     out, steps = distil("run", flags)
@@ -316,8 +320,10 @@ def test_epochs(distil, gold):
     assert len(steps) == 6 and sum(tokens[:3]) == sum(tokens[3:]) == total and tokens[:3] != tokens[3:]
     assert all(row.keys() == METRICS for row in runs.read_jsonl(out / "metrics.jsonl"))
     files = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
+    capsys.readouterr()
     distil("run", flags)
     assert files == {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
+    assert capsys.readouterr().out.startswith(f"training: {out / 'student'} was there already\n")
 
 
 def test_sft_needs_no_teacher(distil, plain_models, gold):
@@ -368,6 +374,66 @@ def test_resume_bit_for_bit(distil, tmp_path, monkeypatch, flags, last, told):
     assert_identical(distil("parts", flags)[0], whole)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_students_on_the_way(distil, monkeypatch, dtype):
+    """2 of them in 7 steps: after 3 and 5, each with the weights of its step; the end is what it is without them.
+
+    Killed as one is written, and between one and its checkpoint: the one is made again, the other stays as it is.
+    """
+    flags = f"--max-steps 7 --save-every 2 --mode teacher --max-new-tokens 9 --save-dtype {str(dtype)[6:]}"
+    whole, states = distil("whole", flags)[0], {}
+    assert not (whole / "students").exists()
+    save, rename = training.save_checkpoint, os.rename
+
+    def record(folder, model, optimizer, step, world):
+        states[step] = {name: p.full_tensor().clone() for name, p in model.lm.named_parameters()}
+        save(folder, model, optimizer, step, world)
+
+    def die(part, function):
+        def deadly(*args):
+            if part in f"{args}":
+                raise InterruptedError
+            return function(*args)
+
+        return deadly
+
+    flags += " --save-students 2"
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(os, "rename", die("students/step-000003", rename))
+        distil("out", flags)
+    students = whole.with_name("out") / "students"
+    assert [path.name for path in students.iterdir()] == [".step-000003.partial"]
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(training, "save_checkpoint", die(", 6, World", save))
+        distil("out", flags)
+    files = {path: path.stat().st_mtime_ns for path in students.rglob("*")}
+    out, _ = distil("out", flags)
+    assert files == {path: path.stat().st_mtime_ns for path in students.rglob("*")}
+    assert_identical(out, whole)
+    monkeypatch.setattr(training, "save_checkpoint", record)
+    distil("recorded", f"{flags} --save-every 1")
+    assert sorted(path.name for path in students.iterdir()) == ["step-000003", "step-000005"]
+    for step in (3, 5):
+        folder = students / f"step-{step:06d}"
+        found, state = load_file(folder / "model.safetensors"), states[step]
+        assert found and all(torch.equal(value, state[name].to(dtype)) for name, value in found.items())
+        assert runs.read_json(folder / "config.json")["dtype"] == str(dtype)[6:]
+
+
+@pytest.mark.parametrize(
+    "total, count, expected", [(60, 2, {20, 40}), (7, 3, {2, 4, 6}), (3, 9, {1, 2}), (1, 5, set())]
+)
+def test_steps_of_the_students(tmp_path, monkeypatch, total, count, expected):
+    """At k/(N+1) of the steps, rounded up, and never at the end, which is OUT/student."""
+    saved, args = [], kd.parse_args(["--save-students", str(count)])
+    monkeypatch.setattr(training, "save_model", lambda folder, *_: saved.append(int(folder.name[5:])))
+    world = runs.World(0, 1, torch.device("cpu"))
+    monkeypatch.setattr(runs.World, "first", lambda _, function: function())
+    for step in range(1, total + 1):
+        training.save_on_the_way(args, step, total, tmp_path, None, None, None, world)
+    assert saved == sorted(expected)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # --mode teacher and student
 # ---------------------------------------------------------------------------------------------------------------------
@@ -377,7 +443,7 @@ def test_teacher_mode(distil, plain_models, gold, tokenizer):
     """SeqKD: each token is the teacher's likeliest, by the plain model; stored, reused, written again if one is lost."""
     flags = "--mode teacher --max-new-tokens 12 --limit 20 --max-steps 2"
     out, steps = distil("run", flags)
-    files = sorted((out / "responses").iterdir())
+    files = sorted((out / "responses").glob("[!.c]*"))
     assert [f.name for f in files] == ["00000.jsonl", "00001.jsonl"]
     stored = [row for file in files for row in runs.read_jsonl(file)]
     for i, (row, (prompt, _, _)) in enumerate(zip(stored, gold[:20], strict=True)):
@@ -397,6 +463,64 @@ def test_teacher_mode(distil, plain_models, gold, tokenizer):
     sampled = [distil(f"{seed}", f"{flags} --teacher-decoding sample --seed {seed}")[0] for seed in (0, 1)]
     contents = [before[0], *((folder / "responses" / "00000.jsonl").read_bytes() for folder in sampled)]
     assert len(set(contents)) == 3, "other responses than the greedy ones, the seed's own"
+
+
+OTHER_RESPONSES = {
+    "--teacher-decoding sample": "seed: None there, 0 now; teacher_decoding: greedy there, sample now",
+    "--max-new-tokens 9": "max_new_tokens: 12 there, 9 now",
+    "--limit 19": "examples: ",
+    "--prompts-per-batch 8": "prompts_per_batch: 16 there, 8 now",
+    "--dtype bfloat16": "dtype: auto there, bfloat16 now",
+}
+
+
+def test_shared_responses(distil, pair_of_models, tmp_path, monkeypatch):
+    """--responses: made once, then the same for another seed, loss and student, without the teacher.
+
+    Those of something else are refused; sampled ones are of one seed.
+    """
+    flags, shared = "--mode teacher --max-new-tokens 12 --limit 20 --max-steps 1", f"--responses {tmp_path}/responses"
+    alone, first = distil("alone", flags)[0], distil("first", f"{flags} {shared}")[0]
+    files = sorted((tmp_path / "responses").glob("0*"))
+    assert [f.read_bytes() for f in files] == [f.read_bytes() for f in sorted((alone / "responses").glob("0*"))]
+    assert len(files) == 2 and not (first / "responses").exists()
+    assert_identical(first, alone)
+    times = [f.stat().st_mtime_ns for f in files]
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "load_teacher", lambda *_: pytest.fail("the teacher is loaded"))
+        seed = f"{flags} {shared} --kd-rate 0 --seed 7 --student {pair_of_models['teacher']}"
+        assert len(distil("seed", seed)[1]) == 1
+    for k, (others, words) in enumerate(OTHER_RESPONSES.items()):
+        with pytest.raises(
+            UserError, match=f"made otherwise .*{words}.*, in {tmp_path}/responses, give another folder"
+        ):
+            distil(f"other{k}", f"{flags} {shared} {others}")
+    assert [f.stat().st_mtime_ns for f in files] == times
+    sampled = f"{flags} --teacher-decoding sample --responses {tmp_path}/sampled"
+    distil("sampled", sampled)
+    with pytest.raises(UserError, match="seed: 0 there, 1 now"):
+        distil("sampled-1", f"{sampled} --seed 1")
+
+
+HOLD = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); time.sleep(99)"
+
+
+def test_one_run_makes_the_responses(distil, tmp_path):
+    """The second at once would do the first one's work, or spoil it: refused. A complete folder is anybody's to read."""
+    flags, folder = "--mode teacher --max-new-tokens 9 --limit 20 --max-steps 1", tmp_path / "responses"
+    out = distil("first", flags)[0]
+    folder.mkdir()
+    with subprocess.Popen([sys.executable, "-c", HOLD, folder / ".lock"], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(
+            UserError, match=f"^another run is at work, in {folder}, wait for it or give another folder$"
+        ):
+            distil("second", f"{flags} --responses {folder}")
+        assert [f.name for f in folder.iterdir()] == [".lock"]
+        for name in ("cache.json", "00000.jsonl", "00001.jsonl"):
+            shutil.copy(out / "responses" / name, folder)
+        assert_identical(distil("second", f"{flags} --responses {folder}")[0], out)
+        other.kill()
 
 
 def test_student_mode(distil, plain_models, gold, monkeypatch):
@@ -437,11 +561,14 @@ def test_student_mode(distil, plain_models, gold, monkeypatch):
     assert_identical(none, distil("gold", "--max-steps 2")[0])
 
 
-def test_on_policy_data_need_no_responses(distil, tmp_path):
+@pytest.mark.parametrize("mode", ["student", "teacher"])
+def test_prompts_alone(distil, tmp_path, mode):
+    """Where a model writes the responses: the student's are no labels, the teacher's are."""
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"1{k}+22:"}) + "\n" for k in range(8)))
-    _, steps = distil("run", f"--mode student --data {path} --max-new-tokens 8 --max-steps 1")
-    assert steps[0]["ce"] == 0 and steps[0]["loss"] == 0.5 * steps[0]["kd"] > 0
+    [step] = distil("run", f"--mode {mode} --data {path} --max-new-tokens 8 --max-steps 1")[1]
+    assert step["loss"] == pytest.approx(0.5 * (step["ce"] + step["kd"])) and step["kd"] > 0
+    assert (step["ce"] > 0) == (mode == "teacher")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

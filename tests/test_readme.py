@@ -60,6 +60,8 @@ def test_commands_parse(command, monkeypatch):
         assert (ROOT / words[3]).is_file() and len(words) == 4
     elif words[:3] == ["python", "-m", "pytest"]:
         assert len(words) == 3
+    elif words[0] == "bash":  # tests/test_experiments.py has its commands
+        assert words[1:] == ["experiments/paper.sh"] and (ROOT / words[1]).is_file()
     elif words[:2] == ["python", "-m"]:
         parse(words[2], words[3:], monkeypatch)
     else:

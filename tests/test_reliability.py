@@ -134,7 +134,7 @@ def test_one_process_stopped_while_another_waits(run, argv, tmp_path):
     start = kills.Start(0, "dpo.py", argv("dpo", "--epochs 10"), tmp_path / "log")
     wait_until(lambda: kills.count_lines(out / "metrics.jsonl") > 0, start)
     start.process.send_signal(signal.SIGSTOP)
-    assert_error("another run is at work in OUT, at …, wait for it or give another --out", run, "dpo", "--epochs 10")
+    assert_error("another run is at work, in …, wait for it or give another folder", run, "dpo", "--epochs 10")
     start.process.send_signal(signal.SIGCONT)
     stop(start, out, signal.SIGINT, 3)
     assert start.process.returncode == 143 and newest_checkpoint(out) < 60
@@ -293,7 +293,7 @@ def test_damaged_responses(run, damage, expected):
 
 
 DAMAGED = "the file is damaged (…), in {}/00001.safetensors, delete the file: it is then made again"
-UNUSABLE = "the teacher cache cannot be used (…), at {}, give another --teacher-cache"
+UNUSABLE = "the teacher's files cannot be kept (…), in {}, give another folder"
 OTHERWISE = (
     "what is there was made otherwise (…), in {}, give another folder, or --accept-changes to keep what is there"
 )

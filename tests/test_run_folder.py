@@ -174,7 +174,7 @@ def test_one_run_at_a_time(start, tmp_path, monkeypatch):
     command = [sys.executable, "-c", f"{code}time.sleep(100)"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
         assert 0.5 < float(other.stdout.readline()) <= time.time() - begun + 0.05, "the imports count"
-        expected = f"another run is at work in OUT, at {tmp_path / 'out'}, wait for it or give another --out"
+        expected = f"another run is at work, in {tmp_path / 'out'}, wait for it or give another folder"
         assert error_of(start) == expected
         other.send_signal(signal.SIGKILL)
     runs.LOCKS.pop(tmp_path / "out" / ".lock", None)  # as a new process would begin

@@ -613,7 +613,7 @@ def test_main_writes_what_it_promises(argv, tmp_path, pair_of_models, tokenizer,
 
     files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     warmup_distill.main(argv)
-    assert f"dpo: {out / 'student'} was there already\n" in capsys.readouterr().out
+    assert f"training: {out / 'student'} was there already\n" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
 
 
