@@ -36,7 +36,7 @@ RULES = {  # name of OUT -> its row
 }
 CHANGES = ("teacher-alone", "sum", "random")  # these change the code, the others are a flag
 WALK = r" +0  kept|.*<- t\*$|t\* = min|replaced y_|teacher from|y\+,|y-,|tokens +\[|two rows"
-BLOCKS = re.compile(r"(?<=<!-- experiments/teaching.json: (\w{4}) -->\n)(.*?)(?=<!-- end -->)", re.DOTALL)
+BLOCKS = re.compile(r"(<!-- experiments/teaching\.json: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def walk(out):
@@ -104,7 +104,7 @@ def moved_on_the_shipped_toy(out):
 def fill(text, result):
     """The page, with its blocks as the result file has them."""
     blocks = {"walk": ["```", *result["walk"], "```"], "runs": table(result)}
-    return BLOCKS.sub(lambda found: "\n".join([*blocks[found[1]], ""]), text)
+    return BLOCKS.sub(lambda found: "\n".join([found[1] + blocks[found[2]][0], *blocks[found[2]][1:], found[4]]), text)
 
 
 def main():
@@ -116,6 +116,7 @@ def main():
                 f"{name}: other code"
             )
     head = {"record": lab.record("the commands of tools/TEACHING.md, then python tests/teaching.py", 0), "seeds": SEEDS}
+    del head["record"]["cpu_seconds"]
     head |= {"walk": walk(ROOT / "out/warmup"), "shipped": moved_on_the_shipped_toy(ROOT / "out/warmup")}
     found = {name: figures(outs[name], outs["paper"]) for name in RULES}
     del found["reseeded"]["moved"]  # its samples are others
