@@ -35,7 +35,7 @@ RULES = {  # name of OUT -> its row
     "random": "5. a random place",
 }
 CHANGES = ("teacher-alone", "sum", "random")  # these change the code, the others are a flag
-WALK = r" +0  kept|.*<- t\*$|t\* = min|replaced y_|teacher from|y\+,|y-,|tokens +\[|two rows"
+WALK = r" +0  kept|.*<- t\*$|t\* = min|teacher from|y\+,|y-,|tokens +\["
 BLOCKS = re.compile(r"(<!-- experiments/teaching\.json: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -104,7 +104,7 @@ def moved_on_the_shipped_toy(out):
 def fill(text, result):
     """The page, with its blocks as the result file has them."""
     blocks = {"walk": ["```", *result["walk"], "```"], "runs": table(result)}
-    return BLOCKS.sub(lambda found: "\n".join([found[1] + blocks[found[2]][0], *blocks[found[2]][1:], found[4]]), text)
+    return BLOCKS.sub(lambda found: found[1] + "\n".join([*blocks[found[2]], found[4]]), text)
 
 
 def main():
