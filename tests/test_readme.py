@@ -150,6 +150,9 @@ class PlainDecoder(torch.nn.Module):
             x = x + F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
         return self.norm(x)
 
+    def get_output_embeddings(self):
+        return self.lm_head
+
     def plain_logprobs(self, prompt, response):
         """log p of a response's tokens, (T,), from one forward over one row without padding or cache."""
         row = torch.tensor([prompt + response])

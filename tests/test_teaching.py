@@ -1,5 +1,6 @@
 """tools/TEACHING.md: its changes apply and do something, its commands run, its figures are those of teaching.json."""
 
+import os
 import re
 import shlex
 import shutil
@@ -59,7 +60,7 @@ class Tree:
     def do(self, *jobs):
         """What each of the jobs, lists of words, has printed."""
         command = [sys.executable, "-c", DRIVER.format(jobs=jobs)]
-        environment = {**QUIET, "PATH": "/usr/bin:/bin"}
+        environment = {**os.environ, **QUIET}
         done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout.split("--- job\n")[1:]
@@ -75,9 +76,10 @@ class Tree:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """With OUT `paper`, of the rule as it is, and those of the exercises that are a flag."""
+    """With OUT `paper`, of the rule as it is, those of the exercises that are a flag, and the walk's first micro-batch."""
     tree = Tree(tmp_path_factory.mktemp("tree"))
-    tree.do(*([*FEW, *words] for words in ([*COMMANDS[0], "--out", "out/teach/paper"], *COMMANDS[1:3])))
+    small = [[*FEW, *words] for words in ([*COMMANDS[0], "--out", "out/teach/paper"], *COMMANDS[1:3])]
+    tree.do(*small, [*COMMANDS[0], "--limit", "25", "--pairs-only", "--device", "cpu"])
     return tree
 
 
@@ -180,7 +182,6 @@ def test_a_figure_that_was_changed_by_hand_is_found():
 
 def test_walk_is_what_explain_prints(tree):
     """Of the first micro-batch's samples as they are now; other processors may differ in a log-prob's last digit."""
-    tree.do([*COMMANDS[0], "--limit", "25", "--pairs-only", "--device", "cpu"])
     words = [re.split(r"(-?\d+\.\d+)", line) for line in teaching.walk(tree.folder / "out/warmup")]
     expected = [re.split(r"(-?\d+\.\d+)", line) for line in runs.read_json(ROOT / "experiments/teaching.json")["walk"]]
     for ours, theirs in zip(words, expected, strict=True):
