@@ -247,7 +247,7 @@ def test_copied_source_runs_alone(things, call):
 
 def test_every_named_function_is_checked():
     alone, with_decode = re.search(
-        r"These run alone below.*?:(.*?)These need `decode`, too:(.*?)Models are", COPY, re.DOTALL
+        r"These run alone below.*?:(.*?)These need `decode`, too:(.*?)A model is", COPY, re.DOTALL
     ).groups()
     assert "the seven losses" in alone and len(kd.LOSSES) == 7
     copied = {thing.__name__ for things, _ in COPIES for thing in things}
