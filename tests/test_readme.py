@@ -8,6 +8,8 @@ import json
 import math
 import re
 import shlex
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -116,7 +118,7 @@ def test_links_and_size():
     anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
     for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert target[1:] in anchors if target.startswith("#") else (ROOT / target).is_file(), target
-    assert len(README.splitlines()) <= 280 and len(README.encode()) < 24_000
+    assert len(README.splitlines()) <= 282 and len(README.encode()) < 24_000
 
 
 def test_quickstart_is_what_was_printed():
@@ -129,23 +131,82 @@ def test_quickstart_is_what_was_printed():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_chain():
-    """The chain runs with nothing but what it names; the first losses are ln 2, and the student gets its gradient."""
+class PlainDecoder(torch.nn.Module):
+    """A decoder in plain torch, with a cache that only needs `update(k, v, layer)`: what the README's `Adapted` is made of."""
+
+    def __init__(self, seed, vocab_size=22, width=16, layers=2):
+        torch.manual_seed(seed)
+        super().__init__()
+        self.tokens, self.places = torch.nn.Embedding(vocab_size, width), torch.nn.Embedding(64, width)
+        self.qkv = torch.nn.ModuleList(torch.nn.Linear(width, 3 * width, bias=False) for _ in range(layers))
+        self.norm, self.lm_head = torch.nn.LayerNorm(width), torch.nn.Linear(width, vocab_size)
+        torch.nn.init.normal_(self.lm_head.weight, std=0.8)  # predictions far from uniform
+
+    def hidden_states(self, ids, mask, positions, cache):
+        """ids, positions: (B, T). mask: (B, 1, T, C) bool. Returns (B, T, D)."""
+        x = self.tokens(ids) + self.places(positions)
+        for i, qkv in enumerate(self.qkv):
+            q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in qkv(x).chunk(3, -1))  # (B, 2, T, D / 2)
+            if cache is not None:
+                k, v = cache.update(k, v, i)
+            x = x + F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        return self.norm(x)
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def plain_logprobs(self, prompt, response):
+        """log p of a response's tokens, (T,), from one forward over one row without padding or cache."""
+        row = torch.tensor([prompt + response])
+        causal = torch.ones(row.shape[1], row.shape[1]).tril().bool()[None, None]
+        hidden = self.hidden_states(row, causal, torch.arange(row.shape[1])[None], None)
+        logprobs = self.lm_head(hidden).log_softmax(-1)[0, len(prompt) - 1 : -1]
+        return logprobs.gather(-1, torch.tensor(response)[:, None])[:, 0]
+
+
+def transformers_logprobs(model, prompt, response):
+    """The same of a model of transformers."""
+    logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0]
+
+
+IN_THE_CHAIN = [warmup_distill.Sampling, warmup_distill.sample_responses, warmup_distill.check_responses]
+IN_THE_CHAIN += [warmup_distill.continue_by_teacher, dpo.PairModel]
+
+
+@pytest.mark.parametrize("kind", ["transformers", "a class of one's own"])
+def test_chain(kind):
+    """The chain runs with sources alone and what the README says that they need; its log-probs are those of plain
+    forwards, the first losses are ln 2, and the student gets its gradient."""
     [code] = re.findall(r"```python\n(.*?)```", COPY, re.DOTALL)
     assert len(code.splitlines()) <= 25
+    names = {"math": math, "torch": torch, "F": F, "__name__": "copied", "decode": decode, "dataclass": dataclass}
+    copied = [warmup_distill.first_mismatch, warmup_distill.splice, dpo.collate_pairs, dpo.shared_length]
+    for thing in [*copied, dpo.response_logps, dpo.dpo_loss, *IN_THE_CHAIN]:
+        exec(re.sub(r".*measure\.check_finite.*\n", "", inspect.getsource(thing)), names)  # noqa: S102
+    names |= {"SimpleNamespace": SimpleNamespace, "YourDecoder": PlainDecoder}
     student, teacher = make_model("llama", 1, rows=22, std=0.6), make_model("qwen2", 2, rows=22, std=0.6)
-    models = {"student": student, "initial_student": copy.deepcopy(student), "teacher": teacher}
-    of_warmup = ("Sampling", "sample_responses", "check_responses", "first_mismatch", "continue_by_teacher", "splice")
-    given = {name: getattr(warmup_distill, name) for name in of_warmup}
-    given |= {name: getattr(dpo, name) for name in ("PairModel", "collate_pairs", "response_logps", "dpo_loss")}
-    names = {"torch": torch, "decode": decode, **given, **models}
+    logprobs = transformers_logprobs
+    if kind != "transformers":
+        exec(code[: code.index("\n\n")], names)  # noqa: S102 the adapter alone
+        student, teacher = (names["Adapted"](seed).eval() for seed in (1, 2))
+        logprobs = PlainDecoder.plain_logprobs
+    names |= {"student": student, "initial_student": copy.deepcopy(student), "teacher": teacher}
     exec(code, names)  # noqa: S102
     assert len(names["losses"]) == len(names["pairs"]) >= 3
     torch.testing.assert_close(names["losses"], torch.full_like(names["losses"], math.log(2)), atol=1e-6, rtol=0)
     assert all(parameter.grad.norm() > 0 for parameter in student.parameters())
-    assert all(parameter.grad is None for parameter in [*teacher.parameters(), *names["initial_student"].parameters()])
-    for t, y, y_plus in zip(names["t_star"].tolist(), names["y"], names["y_plus"]):
+    idle = [*teacher.parameters(), *names["initial_student"].parameters()]
+    assert all(parameter.grad is None for parameter in idle)
+    x = [prompt for prompt in names["prompts"] for _ in range(4)]
+    for i, (t, y, y_plus) in enumerate(zip(names["t_star"].tolist(), names["y"], names["y_plus"], strict=True)):
         assert y_plus == y if t < 0 else y_plus[:t] == y[:t]
+        for model, found in ((student, names["log_q"]), (teacher, names["log_p"])):
+            torch.testing.assert_close(found[i, : len(y)], logprobs(model, x[i], y), atol=2e-5, rtol=0)
+    sums = lambda pair, key: logprobs(student, pair["prompt_ids"], pair[key]).sum()
+    expected = [sums(pair, "chosen_ids") - sums(pair, "rejected_ids") for pair in names["pairs"]]
+    chosen, rejected = names["logps"](student)
+    torch.testing.assert_close(chosen - rejected, torch.stack(expected), atol=1e-4, rtol=0)
 
 
 NOISE, DIFFERENCES = (
@@ -187,9 +248,12 @@ def test_copied_source_runs_alone(things, call):
 
 
 def test_every_named_function_is_checked():
-    sentence = re.search(r"Pure functions to copy.*?(?=Steps 1 to 3)", COPY, re.DOTALL)[0]
-    assert "the seven losses" in sentence and len(kd.LOSSES) == 7
+    alone, with_decode = re.search(
+        r"These run alone below.*?:(.*?)These need `decode`, too:(.*?)A model is", COPY, re.DOTALL
+    ).groups()
+    assert "the seven losses" in alone and len(kd.LOSSES) == 7
     copied = {thing.__name__ for things, _ in COPIES for thing in things}
-    assert set(re.findall(r"`(\w+)`", sentence)) == copied - kd.LOSSES.keys()
+    assert set(re.findall(r"`(\w+)`", alone)) == copied - kd.LOSSES.keys()
+    assert set(re.findall(r"`(\w+)`", with_decode)) == {thing.__name__ for thing in IN_THE_CHAIN}
     imports = re.findall(r"^(?:import|from) (\w+)", (ROOT / "lib/decode.py").read_text(), re.MULTILINE)
     assert {"torch", "transformers"} <= set(imports) and not {"lib", *SCRIPTS} & set(imports)
