@@ -48,7 +48,7 @@ CURVES = (
 DASHES = ((), (7, 4), (2, 3))  # a chart's first, second, third quantity; a color is an arm
 AXES = {"step": "optimizer steps", "student": "student's tokens", "teacher": "teacher's tokens"}
 # A trained student: the folder of its run, and the step if it was saved on the way
-STUDENT = re.compile(r"(.+)/student(?:s/step-(\d+))?/?")
+STUDENT = re.compile(r"(.+)/student(?:s/step-(\d+))?/?", re.DOTALL)
 # 97.5% quantiles of Student's t with 1, 2, ... degrees of freedom
 T_QUANTILES = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145]
 T_QUANTILES += [2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045]
@@ -335,7 +335,8 @@ def gather(out, max_samples, tokenizer=None):
     accuracy = (run["summary"] or {}).get("student after", {}).get("accuracy")
     run["scores"] = {} if accuracy is None else {"closing table, accuracy": number(100 * accuracy)}
     if run["measured"] and run["measured"]["columns"]["step"][-1] == max(spent):  # the student as it is at the end
-        run["scores"] |= {name: column[-1] for name, column in run["measured"]["columns"].items() if name not in AXES}
+        last = {name: column[-1] for name, column in run["measured"]["columns"].items() if name not in AXES}
+        run["scores"] |= {name: score for name, score in last.items() if score is not None}
     return run
 
 
@@ -365,15 +366,15 @@ def arms_of(gathered):
         if other is not run:
             what = f"two runs have the same name and the same seed, {run['args'].get('seed')}"
             raise UserError(what, f"in {other['path']} and {run['path']}", "leave one out or rename its folder")
-    base = arms[gathered[0]["name"]]
     for metric in dict.fromkeys(name for run in gathered for name in run["scores"]) or [None]:
-        known = lambda seeds: {seed: run["scores"].get(metric) for seed, run in seeds.items()}  # noqa: B023
+        base = None
         for arm, seeds in arms.items():
-            scores = {seed: score for seed, score in known(seeds).items() if score is not None}
-            paired = [scores[seed] - b for seed, b in known(base).items() if seed in scores and b is not None]
+            scores = {seed: run["scores"][metric] for seed, run in seeds.items() if metric in run["scores"]}
+            base = scores if base is None else base
+            paired = [scores[seed] - base[seed] for seed in scores if seed in base and base is not scores]
             row = {"metric": metric, "arm": arm, "values": list(scores.values()), "pairs": len(paired)}
             row["mean"], row["sd"], _ = describe(row["values"])
-            row["difference"], _, row["half"] = describe(paired) if seeds is not base else (None, None, None)
+            row["difference"], _, row["half"] = describe(paired)
             student, teacher = zip(*(run["spent"] for run in seeds.values()))
             rows.append(row | {"student": describe(student)[0], "teacher": describe(teacher)[0]})
     return rows
@@ -388,13 +389,17 @@ def panels_of(gathered):
     charts += [("measured", name, x, "score", None, {name: ""}) for name in sets if name not in AXES for x in AXES]
     panels = []
     for of, title, x, unit, stage, names in charts:
-        found = [(k, run[of]) for k, run in enumerate(gathered) if run[of] and stage in (None, run[of].get("stage"))]
-        names = [(column, dash, name) for dash, (column, name) in enumerate(names.items())]
-        apart = len(found) > 3 and len(names) > 1  # many runs: a chart for each quantity
-        for part in [[name] for name in names] if apart else [names]:
-            lines = [(k, *name) for k, own in found for name in part if name[0] in own["columns"]]
-            words = f"{title}: {part[0][2]}" if apart else title
-            panels.append({"of": of, "title": words, "x": x, "y": unit, "lines": lines})
+        parts = [(k, run[of]) for k, run in enumerate(gathered) if run[of] and stage in (None, run[of].get("stage"))]
+        lines = [
+            (k, column, dash, name)
+            for k, part in parts
+            for dash, (column, name) in enumerate(names.items())
+            if any(None not in point for point in zip(part["columns"][x], part["columns"].get(column, ())))
+        ]
+        apart = len(parts) > 3 and len(names) > 1  # many runs: a chart for each quantity
+        for name in names.values() if apart else [None]:
+            panel = {"of": of, "title": f"{title}: {name}" if apart else title, "x": x, "y": unit}
+            panels.append(panel | {"lines": [line for line in lines if name in (None, line[3])]})
     return [panel for panel in panels if panel["lines"]]
 
 
@@ -457,7 +462,7 @@ def write_figures(gathered, folder):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"text.parse_math": False, "font.size": 8}):
-        for title, x, y, lines in charts:
+        for number, (title, x, y, lines) in enumerate(charts):
             figure = Figure(figsize=(5, 2.6), layout="constrained")
             axes, labels = figure.subplots(), {}
             for arm, name, dash, xs, ys, sd in lines:
@@ -467,7 +472,7 @@ def write_figures(gathered, folder):
             axes.xaxis.set_major_formatter("" if x == "arms" else EngFormatter(sep=""))
             figure.legend(labels.values(), labels.keys(), loc="outside right upper")  # the seeds of an arm: one entry
             for ending in ("svg", "png"):
-                name = re.sub(r"\W+", "-", f"{title} {x}".lower())[:80]
+                name = re.sub(r"\W+", "-", f"{number:02d} {title} {x}".lower())[:80]
                 figure.savefig(folder / f"{name}.{ending}", dpi=200)
 
 

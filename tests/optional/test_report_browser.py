@@ -9,6 +9,7 @@ import itertools
 import random
 import shutil
 import time
+import xml.etree.ElementTree
 
 import pytest
 from playwright.sync_api import sync_playwright
@@ -433,6 +434,43 @@ def test_hostile_text_does_nothing(visit, make_run):  # noqa: F811
         assert text[:4] in shown and not set(shown) & set("\u202e\u200b\u2028\x00\x07")  # named, not obeyed
     assert page.locator("script").count() == 3 and page.locator("main img").count() == 0
     assert "owned" not in page.title() and page.locator(".tokens button").first.inner_text() == HOSTILE[0]
+
+
+def test_hostile_names_of_many_runs(visit, make_arms, tmp_path):
+    """In the folders' names, arguments and sets of three runs: text on the page, no formula and valid XML in the figures."""
+    names = ["_</script><img src=x onerror=alert(1)>", "$\\frac{$ \u202eabc\u202c \u200f", "a\x07\n<b>&'"]
+    path = make_arms(dict.fromkeys((name.replace("/", "-") for name in names), 1))
+    outs = sorted(tmp_path.glob("3-0/*"))
+    for out, text in zip(outs, HOSTILE):
+        args = runs.read_json(out / "args.json")["args"]
+        runs.write_json(out / "args.json", {"args": args | {text: text, "student": f"{text}/student"}})
+        table = runs.read_json(out / "eval" / "table.json")
+        for row in table["models"].values():
+            row["sets"][text] = row["sets"]["gsm8k"] | {"metric": text}
+        runs.write_json(out / "eval" / "table.json", table)
+        runs.write_jsonl(out / "metrics.jsonl", [*runs.read_jsonl(out / "metrics.jsonl"), {"stage": "kd", "step": 61}])
+    path = report.write_report(*outs, figures=tmp_path / "figures")
+    page = visit(path)
+    open_all(page)
+    assert page.locator("script").count() == 3 and page.locator("main img").count() == 0
+    assert not set(page.locator("main").inner_text()) & set("\u202e\u202c\u200f\x07")
+    figures = sorted((tmp_path / "figures").glob("*.svg"))
+    assert len(figures) == len(list((tmp_path / "figures").glob("*.png"))) == 7  # losses, rate, closing table, 4 sets
+    for figure in figures:
+        assert xml.etree.ElementTree.parse(figure).getroot().tag.endswith("svg")
+
+
+def test_figures(make_arms, tmp_path):
+    """The files there are, and that their curves have the page's colors."""
+    report.write_report(*[make_arms({"kd": 2, "warm": 2}).parent], figures=tmp_path / "figures")
+    names = {file.name for file in (tmp_path / "figures").iterdir()}
+    charts = ["loss-of-kd-optimizer-steps", "learning-rate-optimizer-steps", "gsm8k-accuracy-optimizer-steps"]
+    charts += ["gsm8k-accuracy-student-s-tokens", "gsm8k-accuracy-teacher-s-tokens"]
+    charts += ["closing-table-accuracy-mean-and-sd-arms", "gsm8k-accuracy-mean-and-sd-arms"]
+    charts = [f"{number:02d}-{chart}" for number, chart in enumerate(charts)]
+    assert names == {f"{chart}.{ending}" for chart in charts for ending in ("svg", "png")}
+    first = report.TEMPLATE.read_text(encoding="utf-8").split("--series0: light-dark(")[1][:7]
+    assert all(first in (tmp_path / "figures" / f"{chart}.svg").read_text() for chart in charts)
 
 
 def test_policy_stops_a_script_that_got_in(chromium, ordinary):
