@@ -458,7 +458,7 @@ def write_figures(gathered, folder):
         charts.append((panel["title"], AXES[panel["x"]], panel["y"], lines))
     for metric, rows in groupby(arms_of(gathered), lambda row: row["metric"]):
         lines = [(row["arm"], "", 0, [at], [row["mean"]], row["sd"]) for at, row in enumerate(rows) if row["values"]]
-        charts.append((f"{metric}, mean and SD", "arms", "score", lines))
+        charts += [(f"{metric}, mean and SD", "arms", "score", lines)] if lines else []
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"text.parse_math": False, "font.size": 8}):
