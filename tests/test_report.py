@@ -294,23 +294,31 @@ def test_spending_of_kd(make_run):
 
 
 def test_spending_includes_the_run_before(make_run):
-    """A warm-up of 20 sampled tokens and 30 in DPO, then KD; and DPO alone on the warm-up's pairs."""
+    """A warm-up, then KD; and DPO alone on the warm-up's pairs.
+
+    Two samples of 5 tokens to one prompt of 2, of one the teacher writes 2 anew: 12 and 14; and 30 in DPO.
+    """
     steps = [{"stage": "dpo", "step": 1, "loss": 0.1, "tokens": 30}]
-    warmup = make_run("warmup", files={"mismatch.json": MISMATCH, "metrics.jsonl": steps, "pairs.jsonl": []})
-    set_args(warmup, student="S", seed=0, samples=8)
-    assert spent(warmup) == [50, 20]
+    records = [sample(), sample(0, 1, "untouched", -1)]
+    warmup = make_run("warmup", records, {"metrics.jsonl": steps, "pairs.jsonl": []})
+    set_args(warmup, student="S", seed=0, samples=2)
+    assert spent(warmup) == [42, 14]
     kd, student = make_run("kd", files={"metrics.jsonl": KD_STEPS}), str(warmup / "student")
     set_args(kd, [student], student=student, seed=0, kd_rate=0.5)
-    assert spent(kd) == [350, 320]
-    run = page_of(kd).data["runs"][0]
-    assert run["before"] == str(warmup)
+    assert spent(kd) == [342, 314]
+    assert page_of(kd).data["runs"][0]["before"] == str(warmup)
     dpo, pairs = make_run("dpo", files={"metrics.jsonl": steps}), warmup / "pairs.jsonl"
     set_args(dpo, ["S", pairs], model="S", pairs=str(pairs), seed=0)
-    assert spent(dpo) == [50, 20]
+    assert spent(dpo) == [42, 14]
+    set_args(dpo, [student, pairs], model=student, pairs=str(pairs), seed=0)  # a second time on the same pairs
+    assert spent(dpo) == [72, 14]
+    set_args(dpo, ["S", pairs], model="S", pairs=str(pairs), seed=0)
     (warmup / "student" / "tokenizer.json").write_text("{}")  # no longer what the run began with
     assert spent(kd) == [None, None]
     set_args(kd, student="gone/student", seed=0, kd_rate=0.5)
     assert spent(kd) == [None, None]
+    (warmup / "pairs" / "00000.jsonl").unlink()
+    assert spent(warmup) == [None, None]
     (warmup / "args.json").unlink()  # a model, not a run
     set_args(kd, student=student, seed=0, kd_rate=0.5)
     assert spent(kd) == [300, 300]

@@ -22,6 +22,7 @@ import math
 import re
 import statistics
 from contextlib import suppress
+from functools import cache
 from itertools import cycle, groupby, islice
 from pathlib import Path
 
@@ -213,18 +214,19 @@ def read_metrics(path):
     return {"stage": stage, "every": every, "columns": {"step": steps, **columns}}
 
 
+@cache  # 12 runs may have begun with one
 def spending(out):
     """Tokens are positions that a model computes, over all processes. Counted are, for each run:
     - Training: `tokens` in metrics.jsonl, prompts and padding included, for the student; the same for the teacher where
       it reads what the student is trained on (kd.py with --kd-rate above 0).
-    - A warm-up's sampling: `tokens` in mismatch.json, the responses alone, for the student, which samples them, and
-      for the teacher, which checks them. A run of dpo.py has those of the run that made its pairs.
+    - A warm-up's samples, in OUT/pairs: prompts and responses, for the student, which writes them, and for the teacher,
+      which checks them; for the teacher its continuations, too. A run of dpo.py has those of the run that made its pairs.
     - Responses that kd.py has written: with --mode teacher for the teacher, with --mode student for the student.
     - All that was spent on the student that the run began with, if a run made it.
-    - Not counted, since no file has the sum: prompts in sampling, what the teacher writes in splices, DPO's reference
-      model (these three make a warm-up look cheaper than it is); evaluations; work that was lost when a run was killed.
+    - Not counted: the reference model's one pass over DPO's pairs, the prompts of kd.py's written responses, evaluations,
+      work that was lost when a run was killed.
     - A gap: the files do not say. So with --teacher-cache for the teacher, with --on-policy below 1 for the student,
-      and where what the run began with is gone or has changed.
+      and where the samples are gone, or what the run began with is gone or has changed.
 
     The text above is on the page. Returns {step: (the student's, the teacher's)}, summed up to that step, 0: before
     training, nan: a gap; and the folder of the run before, or None.
@@ -242,10 +244,15 @@ def spending(out):
             earlier = spending(before)[0] if unchanged(match[0]) else {}
             spent[0] = earlier.get(int(match[2] or max(earlier, default=0)), (gap, gap))
         student, teacher = spent[0]
-        if "pairs" in args or "samples" in args:
+        if "samples" in args or ("pairs" in args and Path(args["pairs"]).parent != before):  # counted already
             source = Path(args["pairs"]).parent if "pairs" in args and unchanged(args["pairs"]) else out
-            sampled = read_part(source / "mismatch.json", lambda value: int(value["tokens"]))
-            student, teacher = (n + (gap if sampled is None else sampled) for n in (student, teacher))
+            files = list(source.glob("pairs/*.jsonl"))
+            for record in (json.loads(line) for line, _ in lines_of(files)):
+                # The samples of a prompt share its cache
+                both = len(record["prompt_ids"]) * (record["sample_id"] == 0) + len(record["response_ids"])
+                student += both
+                teacher += both + len(record["chosen_ids"]) - record["prefix_len"]
+            student, teacher = (student, teacher) if files else (gap, gap)
         if args.get("mode") == "teacher":
             written = [len(json.loads(line)["response_ids"]) for line, _ in lines_of(out.glob("responses/*.jsonl"))]
             teacher += sum(written) if written else gap
@@ -389,17 +396,15 @@ def panels_of(gathered):
     charts += [("measured", name, x, "score", None, {name: ""}) for name in sets if name not in AXES for x in AXES]
     panels = []
     for of, title, x, unit, stage, names in charts:
-        parts = [(k, run[of]) for k, run in enumerate(gathered) if run[of] and stage in (None, run[of].get("stage"))]
-        lines = [
-            (k, column, dash, name)
-            for k, part in parts
-            for dash, (column, name) in enumerate(names.items())
-            if any(None not in point for point in zip(part["columns"][x], part["columns"].get(column, ())))
-        ]
-        apart = len(parts) > 3 and len(names) > 1  # many runs: a chart for each quantity
-        for name in names.values() if apart else [None]:
-            panel = {"of": of, "title": f"{title}: {name}" if apart else title, "x": x, "y": unit}
-            panels.append(panel | {"lines": [line for line in lines if name in (None, line[3])]})
+        found = [(k, run[of]) for k, run in enumerate(gathered) if run[of] and stage in (None, run[of].get("stage"))]
+        found = [(k, part["columns"]) for k, part in found]
+        apart = len(found) > 3 and len(names) > 1  # many runs: a chart for each quantity
+        for dash, (column, name) in enumerate(names.items()):
+            if apart or dash == 0:
+                words = f"{title}: {name}" if apart else title
+                panels.append({"of": of, "title": words, "x": x, "y": unit, "lines": []})
+            known = [k for k, columns in found if any(None not in p for p in zip(columns[x], columns.get(column, ())))]
+            panels[-1]["lines"] += [(k, column, dash, name) for k in known]
     return [panel for panel in panels if panel["lines"]]
 
 
@@ -450,11 +455,10 @@ def write_figures(gathered, folder):
     color = dict(zip(dict.fromkeys(run["name"] for run in gathered), cycle(colors)))
     charts = []  # title, x and y axis; lines: (arm, name, dash, xs, ys, standard deviation of ys)
     for panel in panels_of(gathered):
-        columns = [gathered[k][panel["of"]]["columns"] for k, *_ in panel["lines"]]
-        lines = [
-            (gathered[k]["name"], name, dash, found[panel["x"]], found[column], None)
-            for found, (k, column, dash, name) in zip(columns, panel["lines"])
-        ]
+        lines = []
+        for k, column, dash, name in panel["lines"]:
+            columns = gathered[k][panel["of"]]["columns"]
+            lines.append((gathered[k]["name"], name, dash, columns[panel["x"]], columns[column], None))
         charts.append((panel["title"], AXES[panel["x"]], panel["y"], lines))
     for metric, rows in groupby(arms_of(gathered), lambda row: row["metric"]):
         lines = [(row["arm"], "", 0, [at], [row["mean"]], row["sd"]) for at, row in enumerate(rows) if row["values"]]
@@ -481,6 +485,7 @@ def write_report(*outs, max_samples=MAX_SAMPLES, tokenizer=None, figures=None):
 
     tokenizer: of the samples; None: the one that is found with each run. figures: a folder for `write_figures`.
     """
+    spending.cache_clear()
     gathered = [gather(out, max_samples, tokenizer) for out in outs]
     path, page = Path(outs[0]) / "report.html", render(gathered)
     if figures:

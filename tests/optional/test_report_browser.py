@@ -210,7 +210,7 @@ def test_a_color_is_an_arm_and_a_dash_a_quantity(visit, make_arms):
     colors = {arm: f"var(--series{k})" for k, arm in enumerate(("kd", "warm"))}
     kd, warm = colors.values()
     assert page.evaluate(STROKES, "#training figure:nth-child(1)") == [
-        f"{color} {dash}" for color in (kd, kd, warm) for dash in ("", "7 4", "2 3")
+        f"{color} {dash}" for dash in ("", "7 4", "2 3") for color in (kd, kd, warm)
     ]
     assert page.evaluate(STROKES, "#progress figure:nth-child(1)") == [f"{color} " for color in (kd, kd, warm)]
     assert page.locator("#training .legend").first.inner_text().split() == ["loss", "CE", "KD"]
@@ -234,7 +234,7 @@ def test_arms_table(visit, make_arms):
     assert warm == ["warm", "3", "61.00", "1.00", "+10.00", "+10.00 to +10.00", "3", "60K", "60K"]
     assert "One seed is no evidence" not in text
     page.locator("#arms summary").click()
-    assert "Not counted, since no file has the sum" in page.locator("#arms").inner_text()
+    assert "Not counted: the reference model" in page.locator("#arms").inner_text()
     page = visit(make_arms({"one": 1}))
     assert "One seed is no evidence" in page.locator("#arms").inner_text()
 
