@@ -244,7 +244,7 @@ def spending(out):
             earlier = spending(before)[0] if unchanged(match[0]) else {}
             spent[0] = earlier.get(int(match[2] or max(earlier, default=0)), (gap, gap))
         student, teacher = spent[0]
-        if "samples" in args or ("pairs" in args and Path(args["pairs"]).parent != before):  # counted already
+        if "samples" in args or ("pairs" in args and Path(args["pairs"]).parent != before):  # else counted above
             source = Path(args["pairs"]).parent if "pairs" in args and unchanged(args["pairs"]) else out
             files = list(source.glob("pairs/*.jsonl"))
             for record in (json.loads(line) for line, _ in lines_of(files)):

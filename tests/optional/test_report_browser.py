@@ -87,7 +87,7 @@ FILES = {
 def make_arms(make_run):  # noqa: F811
     """{arm: number of seeds} -> the page about such runs of KD, with samples, scores on the way and a closing table."""
 
-    def make(arms, found=None, **options):
+    def make(arms, **options):
         outs = []
         for k, seed in [(k, seed) for k, seeds in enumerate(arms.values()) for seed in range(seeds)]:
             name = f"{len(arms)}-{seed}/{list(arms)[k]}"
@@ -95,16 +95,9 @@ def make_arms(make_run):  # noqa: F811
             files = {"metrics.jsonl": [row | {"tokens": 1000} for row in steps], "mismatch.json": MISMATCH}
             files["summary.json"] = {"student before": {"accuracy": 0.4}}
             files["summary.json"]["student after"] = {"accuracy": 0.5 + k / 10 + seed / 100}
-            out = make_run(name, records(5) if found is None else found, files)
-            args = {
-                "student": "S",
-                "teacher": "T",
-                "data": "D",
-                "seed": seed,
-                "kd_rate": 0.5,
-                "out": str(out),
-                "eta": 4.0,
-            }
+            out = make_run(name, records(5), files)
+            args = {"student": "S", "teacher": "T", "data": "D", "seed": seed, "kd_rate": 0.5, "eta": 4.0}
+            args["out"] = str(out)
             runs.write_json(out / "args.json", {"args": args})
             (out / "eval").mkdir()
             table = table_of({out / f"students/step-{n:06d}": n / 2 + 9 * k + seed for n in (20, 40, 60)})
@@ -462,15 +455,16 @@ def test_hostile_names_of_many_runs(visit, make_arms, tmp_path):
 
 def test_figures(make_arms, tmp_path):
     """The files there are, and that their curves have the page's colors."""
-    report.write_report(*[make_arms({"kd": 2, "warm": 2}).parent], figures=tmp_path / "figures")
+    make_arms({"kd": 2, "warm": 1}, figures=tmp_path / "figures")
     names = {file.name for file in (tmp_path / "figures").iterdir()}
     charts = ["loss-of-kd-optimizer-steps", "learning-rate-optimizer-steps", "gsm8k-accuracy-optimizer-steps"]
     charts += ["gsm8k-accuracy-student-s-tokens", "gsm8k-accuracy-teacher-s-tokens"]
     charts += ["closing-table-accuracy-mean-and-sd-arms", "gsm8k-accuracy-mean-and-sd-arms"]
     charts = [f"{number:02d}-{chart}" for number, chart in enumerate(charts)]
     assert names == {f"{chart}.{ending}" for chart in charts for ending in ("svg", "png")}
-    first = report.TEMPLATE.read_text(encoding="utf-8").split("--series0: light-dark(")[1][:7]
-    assert all(first in (tmp_path / "figures" / f"{chart}.svg").read_text() for chart in charts)
+    template = report.TEMPLATE.read_text(encoding="utf-8")
+    for color in (template.split(f"--series{k}: light-dark(")[1][:7] for k in (0, 1)):
+        assert all(color in (tmp_path / "figures" / f"{chart}.svg").read_text() for chart in charts)
 
 
 def test_policy_stops_a_script_that_got_in(chromium, ordinary):
