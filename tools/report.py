@@ -397,14 +397,14 @@ def panels_of(gathered):
     panels = []
     for of, title, x, unit, stage, names in charts:
         found = [(k, run[of]) for k, run in enumerate(gathered) if run[of] and stage in (None, run[of].get("stage"))]
-        found = [(k, part["columns"]) for k, part in found]
         apart = len(found) > 3 and len(names) > 1  # many runs: a chart for each quantity
         for dash, (column, name) in enumerate(names.items()):
             if apart or dash == 0:
                 words = f"{title}: {name}" if apart else title
                 panels.append({"of": of, "title": words, "x": x, "y": unit, "lines": []})
-            known = [k for k, columns in found if any(None not in p for p in zip(columns[x], columns.get(column, ())))]
-            panels[-1]["lines"] += [(k, column, dash, name) for k in known]
+            for k, columns in ((k, part["columns"]) for k, part in found):
+                if any(None not in point for point in zip(columns[x], columns.get(column, ()))):
+                    panels[-1]["lines"].append((k, column, dash, name))
     return [panel for panel in panels if panel["lines"]]
 
 
@@ -431,14 +431,8 @@ def render(gathered):
     names = " and ".join(run["name"] for run in gathered) if len(gathered) < 3 else f"{len(gathered)} runs"
     title = html.escape(f"{names} - Warmup-Distill report")
     title = title.encode("utf-8", "xmlcharrefreplace").decode()  # the name of a folder need not be UTF-8
-    data = {
-        "unit": UNIT,
-        "dashes": DASHES,
-        "axes": AXES,
-        "spending": inspect.getdoc(spending).split("\n\n")[0],
-        "runs": gathered,
-    }
-    data |= {"arms": arms_of(gathered), "panels": panels_of(gathered)}
+    data = {"unit": UNIT, "dashes": DASHES, "axes": AXES, "spending": inspect.getdoc(spending).split("\n\n")[0]}
+    data |= {"runs": gathered, "arms": arms_of(gathered), "panels": panels_of(gathered)}
     parts = {"POLICY": policy, "TITLE": title, "DATA": escape_json(data)}
     return re.sub(r"\{\{(POLICY|TITLE|DATA)\}\}", lambda match: parts[match[1]], template)
 
