@@ -9,11 +9,13 @@ import itertools
 import random
 import shutil
 import time
+import xml.etree.ElementTree
 
 import pytest
 from playwright.sync_api import sync_playwright
-from test_report import HOSTILE, MISMATCH, STEPS, Pieces, make_run, sample  # noqa: F401 - make_run is a fixture
+from test_report import HOSTILE, MISMATCH, STEPS, Pieces, make_run, sample, table_of  # noqa: F401 - make_run is a fixture
 
+from lib import runs
 from tools import report
 
 STATUSES = ("kept", "kept", "untouched", "duplicate", "identical", "filtered")
@@ -82,6 +84,31 @@ FILES = {
 
 
 @pytest.fixture
+def make_arms(make_run):  # noqa: F811
+    """{arm: number of seeds} -> the page about such runs of KD, with samples, scores on the way and a closing table."""
+
+    def make(arms, **options):
+        outs = []
+        for k, seed in [(k, seed) for k, seeds in enumerate(arms.values()) for seed in range(seeds)]:
+            name = f"{len(arms)}-{seed}/{list(arms)[k]}"
+            steps = [{"stage": "kd", "step": n, "loss": 1 / n, "ce": 0.5, "kd": 0.1, "lr": 1e-4} for n in range(1, 61)]
+            files = {"metrics.jsonl": [row | {"tokens": 1000} for row in steps], "mismatch.json": MISMATCH}
+            files["summary.json"] = {"student before": {"accuracy": 0.4}}
+            files["summary.json"]["student after"] = {"accuracy": 0.5 + k / 10 + seed / 100}
+            out = make_run(name, records(5), files)
+            args = {"student": "S", "teacher": "T", "data": "D", "seed": seed, "kd_rate": 0.5, "eta": 4.0}
+            args["out"] = str(out)
+            runs.write_json(out / "args.json", {"args": args})
+            (out / "eval").mkdir()
+            table = table_of({out / f"students/step-{n:06d}": n / 2 + 9 * k + seed for n in (20, 40, 60)})
+            runs.write_json(out / "eval" / "table.json", table)
+            outs.append(out)
+        return report.write_report(*outs, **options)
+
+    return make
+
+
+@pytest.fixture
 def ordinary(make_run):  # noqa: F811
     return report.write_report(make_run(records=records(20), files=FILES))
 
@@ -127,7 +154,7 @@ def test_a_sample_and_its_tokens(visit, make_run, tokenizer):  # noqa: F811
 def test_charts(visit, ordinary):
     page = visit(ordinary)
     titles = page.locator("figcaption").all_inner_texts()
-    assert {"Replacement rate, samples", "Where the first mismatch is", "Loss", "Reward margin"} <= {*titles}
+    assert {"Replacement rate, samples", "Where the first mismatch is", "Loss of DPO", "Reward margin"} <= {*titles}
     assert page.locator("#mismatch .marktext").evaluate_all("all => all.map(t => t.textContent)") == ["η = 4"] * 3
     labels = page.locator("svg[role=img]").evaluate_all("all => all.map(svg => svg.getAttribute('aria-label'))")
     assert len(labels) == len(titles) + 1 and all(labels)  # and the margins of the sample
@@ -160,11 +187,75 @@ def test_two_runs(visit, make_run):  # noqa: F811
     assert page.locator("#sample article").count() == 2  # the same sample of both
     page.click("#next")
     assert page.locator("#sample article").count() == 1 and "no such sample" in page.locator("#sample").inner_text()
-    page.get_by_role("radio", name="B two").check()
+    page.select_option("#run", label="B two")
     page.click("#next")
     assert "Prompt 3" in title(page) and page.url.endswith("#B-p3-s0")
-    assert page.locator("#training .legend").first.inner_text().split() == ["A", "loss", "B", "loss"]
+    page.select_option("#beside", label="none")
+    assert page.locator("#sample article").count() == 1
     assert "Prompt 3" in title(visit(first / "report.html", "#B-p3-s0"))
+
+
+STROKES = """root => [...document.querySelectorAll(root + " .curve")].map(e => e.getAttribute("stroke") + " " + e.getAttribute("stroke-dasharray"))"""
+
+
+def test_a_color_is_an_arm_and_a_dash_a_quantity(visit, make_arms):
+    page = visit(make_arms({"kd": 2, "warm": 1}))
+    colors = {arm: f"var(--series{k})" for k, arm in enumerate(("kd", "warm"))}
+    kd, warm = colors.values()
+    assert page.evaluate(STROKES, "#training figure:nth-child(1)") == [
+        f"{color} {dash}" for dash in ("", "7 4", "2 3") for color in (kd, kd, warm)
+    ]
+    assert page.evaluate(STROKES, "#progress figure:nth-child(1)") == [f"{color} " for color in (kd, kd, warm)]
+    assert page.locator("#training .legend").first.inner_text().split() == ["loss", "CE", "KD"]
+    keys = page.locator("#training .runs .check")
+    assert keys.all_inner_texts() == ["A kd, seed 0", "B kd, seed 1", "C warm"]
+    assert [line.get_attribute("stroke") for line in keys.locator("line").all()] == [kd, kd, warm]
+    rows = page.locator("#arms table").first.locator("tbody tr")
+    assert [row.locator("line").get_attribute("stroke") for row in rows.all()] == [kd, warm]
+    keys.nth(2).click()  # one click, and the run is gone from all charts
+    for section in ("#training", "#progress"):
+        assert warm not in " ".join(page.evaluate(STROKES, section))
+        assert not page.locator(f"{section} [data-run='2']").is_checked()
+
+
+def test_arms_table(visit, make_arms):
+    page = visit(make_arms({"kd": 3, "warm": 3}))
+    text = page.locator("#arms").inner_text()
+    [base, warm] = [row.inner_text().split("\t") for row in page.locator("#arms table").first.locator("tbody tr").all()]
+    assert base == ["kd", "3", "51.00", "1.00", "", "", "", "60K", "60K"]
+    # Each seed of the second arm is 10 above that of the first: the interval has no width
+    assert warm == ["warm", "3", "61.00", "1.00", "+10.00", "+10.00 to +10.00", "3", "60K", "60K"]
+    assert "One seed is no evidence" not in text
+    page.locator("#arms summary").click()
+    assert "Not counted: the reference model" in page.locator("#arms").inner_text()
+    page = visit(make_arms({"one": 1}))
+    assert "One seed is no evidence" in page.locator("#arms").inner_text()
+
+
+def test_arguments_that_differ_come_first(visit, make_arms):
+    page = visit(make_arms({"kd": 2}))
+    assert page.locator("#arguments tbody th").first.inner_text() == "--seed"
+    assert (
+        page.locator("#arguments tr.differs").count() == 1 and "first, 1 of " in page.locator("#arguments").inner_text()
+    )
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("count", [3, 12])
+def test_many_runs(visit, make_arms, count, scheme, width):
+    """Every text can be read, nothing is wider than the screen, no curve has a hole that is drawn."""
+    page = visit(make_arms({f"arm-{k}": 3 for k in range(count // 3)}), width=width, scheme=scheme)
+    assert page.locator("#run option").count() == count == page.locator("#overview tbody tr").count()
+    page.select_option("#run", index=count - 1)
+    assert page.url.count("#") == 0 or page.url.endswith("-p0-s0")
+    page.click("#next")
+    assert page.url.endswith(f"#{'ABCDEFGHIJKL'[count - 1]}-p0-s1")
+    open_all(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate(CONTRAST) == []
+    wrong = "all => all.flatMap(e => [...e.attributes]).filter(a => /NaN|undefined|Infinity/.test(a.value)).length"
+    assert page.locator("svg, svg *").evaluate_all(wrong) == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -180,7 +271,7 @@ def test_next_previous_jump_and_fragment(visit, ordinary):
         assert title(page).startswith(f"Prompt 0, sample {number}") and page.url.endswith(f"#p0-s{number}")
     page.fill("#jump-prompt", "7")
     page.fill("#jump-sample", "2")
-    page.click("text=Go")
+    page.get_by_role("button", name="Go", exact=True).click()
     assert title(page).startswith("Prompt 7, sample 2") and page.url.endswith("#p7-s2")
     page.fill("#jump-prompt", "99")
     page.keyboard.press("Enter")
@@ -338,6 +429,44 @@ def test_hostile_text_does_nothing(visit, make_run):  # noqa: F811
         assert text[:4] in shown and not set(shown) & set("\u202e\u200b\u2028\x00\x07")  # named, not obeyed
     assert page.locator("script").count() == 3 and page.locator("main img").count() == 0
     assert "owned" not in page.title() and page.locator(".tokens button").first.inner_text() == HOSTILE[0]
+
+
+def test_hostile_names_of_many_runs(visit, make_arms, tmp_path):
+    """In the folders' names, arguments and sets of three runs: text on the page, no formula and valid XML in the figures."""
+    names = ["_</script><img src=x onerror=alert(1)>", "$\\frac{$ \u202eabc\u202c \u200f", "a\x07\n<b>&'"]
+    path = make_arms(dict.fromkeys((name.replace("/", "-") for name in names), 1))
+    outs = sorted(tmp_path.glob("3-0/*"))
+    for out, text in zip(outs, HOSTILE):
+        args = runs.read_json(out / "args.json")["args"]
+        runs.write_json(out / "args.json", {"args": args | {text: text, "student": f"{text}/student"}})
+        table = runs.read_json(out / "eval" / "table.json")
+        for row in table["models"].values():
+            row["sets"][text] = row["sets"]["gsm8k"] | {"metric": text}
+        runs.write_json(out / "eval" / "table.json", table)
+        runs.write_jsonl(out / "metrics.jsonl", [*runs.read_jsonl(out / "metrics.jsonl"), {"stage": "kd", "step": 61}])
+    path = report.write_report(*outs, figures=tmp_path / "figures")
+    page = visit(path)
+    open_all(page)
+    assert page.locator("script").count() == 3 and page.locator("main img").count() == 0
+    assert not set(page.locator("main").inner_text()) & set("\u202e\u202c\u200f\x07")
+    figures = sorted((tmp_path / "figures").glob("*.svg"))
+    assert len(figures) == len(list((tmp_path / "figures").glob("*.png"))) == 7  # losses, rate, closing table, 4 sets
+    for figure in figures:
+        assert xml.etree.ElementTree.parse(figure).getroot().tag.endswith("svg")
+
+
+def test_figures(make_arms, tmp_path):
+    """The files there are, and that their curves have the page's colors."""
+    make_arms({"kd": 2, "warm": 1}, figures=tmp_path / "figures")
+    names = {file.name for file in (tmp_path / "figures").iterdir()}
+    charts = ["loss-of-kd-optimizer-steps", "learning-rate-optimizer-steps", "gsm8k-accuracy-optimizer-steps"]
+    charts += ["gsm8k-accuracy-student-s-tokens", "gsm8k-accuracy-teacher-s-tokens"]
+    charts += ["closing-table-accuracy-mean-and-sd-arms", "gsm8k-accuracy-mean-and-sd-arms"]
+    charts = [f"{number:02d}-{chart}" for number, chart in enumerate(charts)]
+    assert names == {f"{chart}.{ending}" for chart in charts for ending in ("svg", "png")}
+    template = report.TEMPLATE.read_text(encoding="utf-8")
+    for color in (template.split(f"--series{k}: light-dark(")[1][:7] for k in (0, 1)):
+        assert all(color in (tmp_path / "figures" / f"{chart}.svg").read_text() for chart in charts)
 
 
 def test_policy_stops_a_script_that_got_in(chromium, ordinary):
