@@ -2,7 +2,7 @@
 
 A benchmark is a script with a function measure(args) that does the work of `args.kind` and returns `Stages.result`.
 `compare` runs it for each kind in turn, each time in a process of its own, and raises AssertionError unless all kinds
-computed the same. It prints minimum, median and maximum of seconds and GiB, and the ratio to the first kind, which is
+computed the same. It prints minimum, median and maximum of seconds or GiB, and the ratio to the first kind, which is
 this project; then the machine's limits, and as the last line JSON, which --results adds to a file.
 
 Memory: glibc gives large blocks back to the kernel as soon as they are free, and the next tensor begins with page
@@ -10,15 +10,14 @@ faults. All kinds keep freed memory unless --page-faults is given (KEEP_MEMORY, 
 """
 
 import argparse
-import ctypes
 import importlib.util
+import itertools
 import json
 import math
 import os
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -48,6 +47,7 @@ def make_parser(doc, shape=None, dtype="float32", repeat=5):
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=repeat, help="runs of each kind")
+    parser.add_argument("--kinds", nargs="+", help="these kinds alone, this project's first")
     parser.add_argument("--page-faults", action="store_true", help="freed memory goes back to the kernel, as usual")
     parser.add_argument("--results", help="add the last line to this file")
     parser.add_argument("--kind", help="one run of this kind, in this process")
@@ -101,40 +101,32 @@ def ceiling(args):
 
 
 class Stages:
-    """`result = stages(name, function)` calls function and keeps its seconds and its peak of memory.
-
-    Memory is that above what there was when this object was made. On a CPU a thread reads the process's resident memory
-    every 10 ms; on a GPU it is the allocator's own peak.
-    """
+    """`result = stages(name, function)` calls function and keeps its seconds; `stages.memory` its peak of memory."""
 
     def __init__(self, device, clock=clock):
         self.device, self.clock, self.stages = device, clock, {}
-        ctypes.CDLL(None).malloc_trim(0)  # memory that is free already does not count
-        self.before = self.memory()
 
     def __call__(self, name, function):
-        peak, done = [], threading.Event()
-        watcher = threading.Thread(target=self.watch, args=(peak, done), daemon=True)
-        if self.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        watcher.start()
         began = self.clock(self.device)
         result = function()
-        seconds = self.clock(self.device) - began
-        done.set()
-        watcher.join()
-        self.stages[name] = {"s": seconds, "GiB": max([*peak, self.memory()]) - self.before}
+        self.stages[name] = {"s": self.clock(self.device) - began}
         return result
 
-    def watch(self, peak, done):
-        while self.device == "cpu" and not done.wait(0.01):
-            peak.append(self.memory())
-
-    def memory(self):
-        """GiB that this process holds (Linux), or the allocator's peak since it was reset."""
+    def memory(self, name, function):
+        """GiB of tensors above those that were there, at most. On a CPU a profiler counts them: no time is kept."""
         if self.device == "cuda":
-            return torch.cuda.max_memory_allocated() / 2**30
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**30
+            torch.cuda.reset_peak_memory_stats()
+            before, result = torch.cuda.memory_allocated(), function()
+            peak = torch.cuda.max_memory_allocated() - before
+        else:
+            with torch.profiler.profile(profile_memory=True) as profile:
+                result = function()
+            # Every allocation and release, which the public lists sum up by operation
+            changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+            changes.sort(key=lambda event: event.start_ns())
+            peak = max(itertools.accumulate(event.nbytes() for event in changes))
+        self.stages[name] = {"GiB": peak / 2**30}
+        return result
 
     def result(self, **check):
         """check: what all kinds must have computed: {name: a number or nested lists of them}."""
@@ -167,6 +159,7 @@ def compare(file, argv, args, measure, kinds, launch=lambda kind: [sys.executabl
     if any("trl" in kind for kind in kinds) and importlib.util.find_spec("trl") is None:
         todo = "pip install -r experiments/bench/requirements.txt"
         raise runs.UserError("TRL is not installed", "for this benchmark's peer", todo)
+    kinds = args.kinds or kinds
     found, environment = {kind: [] for kind in kinds}, os.environ | ({} if args.page_faults else KEEP_MEMORY)
     for _ in range(args.repeat):
         for kind in kinds:
@@ -199,13 +192,12 @@ def report(found):
     """Prints minimum, median and maximum of each stage and kind, and the ratio of the median to that of the first."""
     first = next(iter(found))
     print(f"{'stage':12} {'kind':14} {'min':>10} {'median':>10} {'max':>10}")
-    for stage in found[first][0]["stages"]:
-        for unit in ("s", "GiB"):
-            for kind, results in found.items():
-                values = [result["stages"][stage][unit] for result in results]
-                middle, ratio = statistics.median(values), ""
-                if kind == first:
-                    base = middle
-                elif base > 0:
-                    ratio = f"  {middle / base:.2f} times {first}"
-                print(f"{stage:12} {kind:14} {min(values):10.3f} {middle:10.3f} {max(values):10.3f} {unit}{ratio}")
+    for stage, [unit] in found[first][0]["stages"].items():
+        for kind, results in found.items():
+            values = [result["stages"][stage][unit] for result in results]
+            middle, ratio = statistics.median(values), ""
+            if kind == first:
+                base = middle
+            else:
+                ratio = f"  {middle / base:.2f} times {first}"
+            print(f"{stage:12} {kind:14} {min(values):10.3f} {middle:10.3f} {max(values):10.3f} {unit}{ratio}")

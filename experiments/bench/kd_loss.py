@@ -7,8 +7,8 @@
 All start from the same random hidden states and two heads of Qwen2.5's vocabulary. Kinds: `ours`, kd.ChunkedHeadLoss;
 `dense`, the same loss on all logits at once; `trl-dense`, GKDTrainer.generalized_jsd_loss on all logits (float32, as in
 `dense`); `trl-chunked`, what DistillationTrainer has (tiles of the vocabulary); `liger`, its fused linear JSD through
-torch.compile. The last three have jsd and its limits forward_kl and reverse_kl. The stage `first` is a process's first
-step, with compilation; `step` is the second. Checked, to 1e-3: the loss and the norms of its gradients.
+torch.compile. The last three have jsd and its limits forward_kl and reverse_kl. `memory` is a process's first step,
+compilation included, `step` the second. Checked, to 1e-3: the loss and the norms of its gradients.
 """
 
 import torch
@@ -89,7 +89,7 @@ def measure(args):
         loss.backward()
         return loss.item()
 
-    stages("first", step)
+    stages.memory("memory", step)
     loss = stages("step", step)
     norms = [values.grad.float().norm().item() for values in (hidden, weight)]
     return stages.result(loss=loss, gradient_norms=norms)

@@ -80,8 +80,7 @@ def measure(args):
         return loss
 
     loss = stages("dpo", align)
-    every = list(stages.stages.values())
-    stages.stages["all"] = {"s": sum(stage["s"] for stage in every), "GiB": max(stage["GiB"] for stage in every)}
+    stages.stages["all"] = {"s": sum(stage["s"] for stage in stages.stages.values())}
     return stages.result(**agreed, loss=loss)
 
 
