@@ -93,7 +93,10 @@ def file_rows(path):
                     raise ValueError(f"line {lines.line_num} has {len(line)} fields, the header has {len(header)}")
                 yield {name: text or None for name, text in zip(header, line)}
     elif path.suffix == ".parquet":
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+        file = pyarrow.parquet.ParquetFile(path)
+        if len(set(file.schema_arrow.names)) < len(file.schema_arrow.names):
+            raise ValueError("a column is there twice")
+        for batch in file.iter_batches():
             yield from batch.to_pylist()
     elif path.suffix in (".json", ".jsonl"):
         with open(path, "rb") as file:

@@ -201,6 +201,12 @@ def test_what_cannot_be_read_strictly_is_refused(tmp_path, name):
         read(tmp_path / name)
 
 
+def test_parquet_with_a_column_twice_is_refused(tmp_path):
+    pq.write_table(pa.table([["1"], ["2"]], names=["prompt", "prompt"]), tmp_path / "a.parquet")
+    with pytest.raises(runs.UserError, match="a column is there twice"):
+        read(tmp_path / "a.parquet")
+
+
 def test_an_empty_prompt_is_refused(tmp_path):
     """A chat template may write nothing."""
     with pytest.raises(runs.UserError, match="the prompt is empty, in --data row 0, repair the row or the chat"):

@@ -104,6 +104,7 @@ NO_TOKENIZER = "no tokenizer can be loaded (…), in {}, check the path or hub i
 THIRD_LAYER = {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}  # transformers would make it up
 BAD_MODELS = {
     "no weights": (remove("model.safetensors"), NO_MODEL),
+    "a PEFT adapter": (put("adapter_config.json", "{}"), NO_MODEL),
     "pickled weights only": (pickle_weights, NO_MODEL),
     "weights cut off": (cut_weights, NO_MODEL),
     "weights of another size": (edit_config(hidden_size=32, intermediate_size=64), NO_MODEL),

@@ -287,6 +287,9 @@ def test_spending_of_kd(make_run):
     (out / "responses").mkdir()
     runs.write_jsonl(out / "responses" / "00000.jsonl", [{"response_ids": [5, 6, 2]}, {"response_ids": [2]}])
     assert spent(out) == [300, 304]
+    (out / "responses").rename(out.parent / "shared")
+    set_args(out, student="S", seed=0, kd_rate=0.5, mode="teacher", responses=str(out.parent / "shared"))
+    assert spent(out) == [300, 304]
     runs.write_jsonl(out / "metrics.jsonl", [{"stage": "kd", "step": 1, "loss": 0.1}])
     assert spent(out) == [None, None]
     (out / "args.json").unlink()
@@ -355,6 +358,9 @@ def test_scores_on_the_way(make_run):
     assert all(panel["lines"] == [[0, "gsm8k, accuracy", 0, ""]] for panel in drawn)
     runs.write_json(out / "eval" / "table.json", table_of({out / "students/step-000001": 30.0}))
     assert page_of(out).data["arms"][0]["metric"] is None  # that is not the trained student's score
+    (out / "args.json").unlink()
+    runs.write_json(out / "eval" / "table.json", table_of({"S": 2.0}))  # eval.py alone, of a model that no run made
+    assert [(row["metric"], row["mean"]) for row in page_of(out).data["arms"]] == [("gsm8k, accuracy", 2.0)]
 
 
 def test_many_runs_have_a_chart_for_each_quantity(make_arm):

@@ -221,7 +221,8 @@ def spending(out):
       it reads what the student is trained on (kd.py with --kd-rate above 0).
     - A warm-up's samples, in OUT/pairs: prompts and responses, for the student, which writes them, and for the teacher,
       which checks them; for the teacher its continuations, too. A run of dpo.py has those of the run that made its pairs.
-    - Responses that kd.py has written: with --mode teacher for the teacher, with --mode student for the student.
+    - Responses that kd.py has written: with --mode teacher for the teacher, in each run that uses them (--responses);
+      with --mode student for the student.
     - All that was spent on the student that the run began with, if a run made it.
     - Not counted: the reference model's one pass over DPO's pairs, the prompts of kd.py's written responses, evaluations,
       work that was lost when a run was killed.
@@ -254,7 +255,8 @@ def spending(out):
                 teacher += both + len(record["chosen_ids"]) - record["prefix_len"]
             student, teacher = (student, teacher) if files else (gap, gap)
         if args.get("mode") == "teacher":
-            written = [len(json.loads(line)["response_ids"]) for line, _ in lines_of(out.glob("responses/*.jsonl"))]
+            folder = Path(args.get("responses") or out / "responses")
+            written = [len(json.loads(line)["response_ids"]) for line, _ in lines_of(folder.glob("*.jsonl"))]
             teacher += sum(written) if written else gap
         reads = gap if args.get("teacher_cache") else int(args.get("kd_rate", 0) > 0)
         samples = (1 if args["on_policy"] == 1 else gap) if args.get("mode") == "student" else 0
@@ -268,13 +270,14 @@ def spending(out):
 
 def read_measured(out, args, evaluations, spent):
     """The scores of the run's own students in OUT/eval/table.json, as columns step, student, teacher (`spending`), and
-    one a set. OUT/student is the last step's. None if there is no such score.
+    one a set. OUT/student is the last step's; so is the one model in a folder of eval.py alone. None if there is no such score.
     """
-    rows = {}
-    for row in [row for table in evaluations for row in table["rows"]]:
+    rows, found = {}, [row for table in evaluations for row in table["rows"]]
+    alone = not (out / "args.json").exists() and len({row["model"] for row in found}) == 1
+    for row in found:
         match = STUDENT.fullmatch(row["model"])
-        if match and (match[1] == args.get("out") or Path(match[1]).resolve() == out.resolve()):
-            step = int(match[2] or max(spent))
+        if alone or (match and (match[1] == args.get("out") or Path(match[1]).resolve() == out.resolve())):
+            step = max(spent) if alone or not match[2] else int(match[2])
             student, teacher = map(number, spent.get(step, (None, None)))
             rows.setdefault(step, {"step": step, "student": student, "teacher": teacher})
             rows[step][f"{row['set']}, {scoring.TITLES.get(row['metric'], row['metric'])}"] = row["mean"]
