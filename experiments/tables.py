@@ -13,10 +13,14 @@ import statistics
 import sys
 from pathlib import Path
 
-from lab import FOLDER, mean_sd, paired, t_interval
+from lab import FOLDER, mean_sd, paired
+
+from lib import runs
 
 BUDGETS = ("25", "100", "400")
 LOSSES = ("forward_kl", "reverse_kl", "skew_reverse_kl")
+PEER_LOSSES = ("forward_kl", "reverse_kl", "jsd")  # of bench/kd_loss.py
+SPLIT = {"sampling": ("equal", "unequal"), "splice": ("check", "splice")}  # stages of bench/ that the README has
 CONDITIONS = {
     "gold": "gold responses",
     "mismatch": "gold, half of the facts wrong",
@@ -54,6 +58,12 @@ def difference(after, before):
     return f"**{text}**" if abs(mean) > half else text
 
 
+def markdown(header, rows):
+    """A table, and an empty line."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(["| " + " | ".join(map(str, line)) + " |" for line in lines]) + "\n"
+
+
 def table(header, rows, result, text):
     """Markdown, with a line that says how the table came to be."""
     record = result["record"]
@@ -62,8 +72,7 @@ def table(header, rows, result, text):
         " with scripts not yet committed" if record["commit"].endswith(("+", "-dirty")) else ""
     )
     made = f"`{record['command']}`, {text}; {machine}, transformers {record['transformers']}; commit {commit}"
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(["| " + " | ".join(map(str, line)) + " |" for line in lines]) + f"\n\n{made}, {record['date']}."
+    return f"{markdown(header, rows)}\n{made}, {record['date']}."
 
 
 def test_seeds(result):
@@ -177,23 +186,66 @@ def sensitivity(result):
     return table(header, rows, result, dev_seeds(result, f"; default: {default}"))
 
 
-def real_pair(result):
-    """Four arms on a real pair. Seeds answer the same problems: the mean of a problem over seeds is one value."""
-    results, rows, of = result["runs"], [], {}
-    arms = {"teacher": "teacher", "student": "student", "warm": "warm-up", "kd": "KD", "warm-kd": "warm-up + KD"}
-    for arm, title in arms.items():
-        found = [results[arm]] if arm in results else [results[f"{arm}/{seed}"] for seed in result["seeds"]]
-        row = [title, len(found) if arm not in results else ""]
-        for key, scale in (("accuracy", 1), ("rouge_l", 0.01)):
-            of[arm, key] = [scale * statistics.fmean(values) for values in zip(*(r[key] for r in found), strict=True)]
-            mean, half = t_interval([100 * value for value in of[arm, key]])
-            base = {"warm": "student", "warm-kd": "kd"}.get(arm)
-            row += [f"{mean:.1f} ± {half:.1f}", difference(of[arm, key], of[base, key]) if base else ""]
-        row.append(f"{100 * statistics.fmean(run['ended'] for run in found):.0f}")
-        rows.append([*row, f"{statistics.fmean(run['tokens'] for run in found):.0f}"])
-    header = ["model", "seeds", "GSM8K accuracy, %", "to without", "Rouge-L", "to without", "finished, %", "tokens"]
-    text = f"{result['test']} held-out problems, 512 tokens at most; ± and brackets: 95% over problems, not over seeds"
-    return table(header, rows, result, f'{text}; "to without": minus the same without the warm-up')
+def medians(line, stage):
+    """Of a line of bench.jsonl: {kind: median}, this project first."""
+    return {
+        kind: statistics.median(*zip(*(run[stage].values() for run in found))) for kind, found in line["stages"].items()
+    }
+
+
+def speed(lines):
+    """bench/: seconds and GiB of this project and of each peer, run in turn: median (minimum to maximum)."""
+    rows = []
+    for line in lines:
+        args, (ours, *peers) = line["args"], line["stages"]
+        work = [line["bench"], *(str(args[name]) for name in ("loss", "tokens") if name in args)]
+        work += ["page faults"] if args["page_faults"] else []
+        for stage, [unit] in line["stages"][ours][0].items():
+            middle, cells = medians(line, stage), {}
+            for kind, found in line["stages"].items():
+                values = [run[stage][unit] for run in found]
+                cells[kind] = f"{middle[kind]:.3g} ({min(values):.3g} to {max(values):.3g})"
+            for kind in peers:
+                ratio = f"{middle[kind] / middle[ours]:.2f}"
+                rows.append([", ".join(work), f"{stage}, {unit}", cells[ours], kind, cells[kind], ratio])
+    return markdown(["bench", "stage", "ours", "peer", "theirs", "theirs over ours"], rows)
+
+
+def growth(lines):
+    """Sampling by this project alone: tokens a second, and what the decoding holds beside the model."""
+    rows = []
+    for line in lines:
+        args = line["args"]
+        if line["stages"].keys() == {"ours"} and line["bench"] == "sampling":
+            count, seconds = args["prompts"] * args["samples"], medians(line, "equal")["ours"]
+            speed, memory = count * args["max_new_tokens"] / seconds, medians(line, "memory")["ours"]
+            rows.append([count, args["prompt_length"], args["vocab"] or 49152, f"{speed:.0f}", f"{memory:.2f}"])
+    return markdown(["rows", "prompt, tokens at most", "vocabulary", "tokens/s", "GiB"], rows)
+
+
+def speed_in_short(lines):
+    """The README's table: a peer's median over ours; of several peers the best."""
+
+    def over(bench, stage, *peers, **options):
+        of_bench = (x for x in lines if x["bench"] == bench and len(x["stages"]) > 1 and not x["args"]["page_faults"])
+        [line] = [line for line in of_bench if options.items() <= line["args"].items()]
+        ours, *theirs = (value for kind, value in medians(line, stage).items() if kind in ("ours", *peers) or not peers)
+        return f"{min(theirs) / ours:.2f}"
+
+    kd = lambda stage, *peers: ", ".join(over("kd_loss", stage, *peers, tokens=512, loss=x) for x in PEER_LOSSES)
+    wide = [over("kd_loss", stage, tokens=2048) for stage in ("step", "memory")]
+    both = [over("dpo_step", stage, "trl-compact") for stage in ("step 2", "memory")]
+    sampling, splice = ([over(name, s) for s in stages] for name, stages in SPLIT.items())
+    rows = [
+        ["sampling, equal and unequal lengths", "`generate`", ", ".join(sampling), "1.5, 2.5"],
+        ["check, splice", "forward over whole rows, `generate`", ", ".join(splice), "1.6"],
+        ["DPO step; memory", "TRL, its head on labels alone", "; ".join(both), "1.4; 2"],
+        ["KD, 512 tokens: forward KL, reverse KL, JSD", "the fastest of TRL and Liger", kd("step"), "1"],
+        ["memory of these", "TRL, chunked", kd("memory", "trl-chunked"), "0.95"],
+        ["KD, 2,048 tokens; memory", "TRL, chunked", "; ".join(wide), "4; 1.5"],
+        ["samples to warmed-up student", "`generate` and TRL", over("pipeline", "all"), "3"],
+    ]
+    return markdown(["work", "peer", "theirs / ours", "aim"], rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -204,13 +256,15 @@ TABLES = {
     "toy_ablation": {"gain": ablation_gain, "controls": ablation_controls, "cost": ablation_cost},
     "eta_sweep": {"rates": eta_rates, "accuracy": eta_accuracy},
     "dpo_sensitivity": {"settings": sensitivity},
-    "real_pair": {"arms": real_pair},
+    "bench": {"all": speed, "short": speed_in_short, "growth": growth},
 }
-BLOCK = re.compile(r"(<!-- (\w+)\.json: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (?:experiments/)?(\w+)\.jsonl?: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def read(name):
-    """A result file."""
+    """A result file; bench.jsonl has a line for each run of a benchmark."""
+    if name == "bench":
+        return runs.read_jsonl(FOLDER / "bench.jsonl")
     return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
 
 

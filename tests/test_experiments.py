@@ -28,7 +28,6 @@ import harness
 import kd_loss
 import lab
 import pipeline
-import real_pair
 import sampling
 import splice
 import tables
@@ -75,17 +74,6 @@ def test_eta_sweep_by_hand():
 # ---------------------------------------------------------------------------------------------------------------------
 # Choices and controls
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_real_training_and_test_problems_never_overlap():
-    """Also where a question of the test is in the training part again, spelled with other spaces and capitals."""
-    rows = [{"question": f"How  much is {i}?", "answer": f"It is <<{i}={i}>>{i}.\n#### {i}"} for i in range(200)]
-    rows[5] = {"question": "how much is 199?", "answer": "#### 199"}
-    train, test = real_pair.split(rows)
-    assert len(test) == real_pair.TEST and len(train) == 200 - real_pair.TEST - 1
-    plain = lambda row: " ".join(row["question"].lower().split())
-    assert not {plain(row) for row in train} & {plain(row) for row in test}
-    assert test[-1]["answer"] == "It is 199.\n#### 199"  # the calculator's notes are left out
 
 
 def test_rates_of_kd():

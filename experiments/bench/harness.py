@@ -3,7 +3,7 @@
 A benchmark is a script with a function measure(args) that does the work of `args.kind` and returns `Stages.result`.
 `compare` runs it for each kind in turn, each time in a process of its own, and raises AssertionError unless all kinds
 computed the same. It prints minimum, median and maximum of seconds or GiB, and the ratio to the first kind, which is
-this project; then the machine's limits, and as the last line JSON, which --results adds to a file.
+this project; then the machine's limits, and as the last line JSON, for experiments/bench.jsonl.
 
 Memory: glibc gives large blocks back to the kernel as soon as they are free, and the next tensor begins with page
 faults. All kinds keep freed memory unless --page-faults is given (KEEP_MEMORY, on Linux).
@@ -49,7 +49,6 @@ def make_parser(doc, shape=None, dtype="float32", repeat=5):
     parser.add_argument("--repeat", type=int, default=repeat, help="runs of each kind")
     parser.add_argument("--kinds", nargs="+", help="these kinds alone, this project's first")
     parser.add_argument("--page-faults", action="store_true", help="freed memory goes back to the kernel, as usual")
-    parser.add_argument("--results", help="add the last line to this file")
     parser.add_argument("--kind", help="one run of this kind, in this process")
     if shape:
         parser.add_argument("--shape", choices=list(SHAPES), default=shape, help="of the random models")
@@ -183,8 +182,6 @@ def compare(file, argv, args, measure, kinds, launch=lambda kind: [sys.executabl
         "stages": stages,
     }
     print(json.dumps(line), flush=True)
-    if args.results:
-        runs.append_jsonl(args.results, line)
     return found
 
 
@@ -193,11 +190,9 @@ def report(found):
     first = next(iter(found))
     print(f"{'stage':12} {'kind':14} {'min':>10} {'median':>10} {'max':>10}")
     for stage, [unit] in found[first][0]["stages"].items():
-        for kind, results in found.items():
-            values = [result["stages"][stage][unit] for result in results]
-            middle, ratio = statistics.median(values), ""
-            if kind == first:
-                base = middle
-            else:
-                ratio = f"  {middle / base:.2f} times {first}"
-            print(f"{stage:12} {kind:14} {min(values):10.3f} {middle:10.3f} {max(values):10.3f} {unit}{ratio}")
+        values = {kind: [result["stages"][stage][unit] for result in results] for kind, results in found.items()}
+        base = statistics.median(values[first])
+        for kind, of_kind in values.items():
+            middle = statistics.median(of_kind)
+            row = f"{stage:12} {kind:14} {min(of_kind):10.3f} {middle:10.3f} {max(of_kind):10.3f} {unit}"
+            print(f"{row}  {middle / base:.2f} times {first}")

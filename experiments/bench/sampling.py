@@ -2,6 +2,7 @@
 
     python experiments/bench/sampling.py                                      of SmolLM2-135M's shape
     python experiments/bench/sampling.py --shape qwen2.5-0.5b --device cuda --prompts 32
+    python experiments/bench/sampling.py --kinds ours --memory --prompts 32 --vocab 152064        how it grows
 
 Two settings: `equal`, every response has --max-new-tokens tokens; `unequal`, each token is a row's last with a
 probability of --hazard, drawn beforehand, at most 4 times as many, so that both decode the same number of tokens for
@@ -19,6 +20,9 @@ from lib import decode, runs
 def parse_args(argv=None):
     parser = make_parser(__doc__, "smollm2-135m")
     add_generation_arguments(parser, max_new_tokens=64)
+    parser.add_argument(
+        "--memory", action="store_true", help="the peak of memory, equal lengths, instead of unequal ones"
+    )
     return parser.parse_args(argv)
 
 
@@ -87,7 +91,10 @@ def measure(args):
     prompts = draw_prompts(args.prompts, args.prompt_length, model.config.vocab_size)
     count = args.prompts * args.samples
     lengths = {"equal": torch.full((count,), args.max_new_tokens)}
-    lengths["unequal"] = draw_lengths(count, args.hazard, 4 * args.max_new_tokens)
+    if args.memory:
+        stages.memory("memory", lambda: way(model, prompts, args.samples, lengths["equal"]))
+    else:
+        lengths["unequal"] = draw_lengths(count, args.hazard, 4 * args.max_new_tokens)
     greedy = check(way, model, prompts)
     for name, of_rows in lengths.items():
         way(model, prompts, args.samples, of_rows.clamp(max=4))  # warm-up
