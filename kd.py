@@ -145,7 +145,7 @@ class ChunkedHeadLoss(torch.autograd.Function):
         grad_hidden, grad_weight, grad_bias = torch.zeros_like(hidden), None, None
         add = lambda total, value: value if total is None else value.to(dtype).add_(total)  # over chunks, in float32
         sums = 0
-        rows = math.ceil(chunk / 8)  # a loss makes many float32 tensors of its logits' size: few rows at a time
+        rows = math.ceil(chunk / 16)  # a loss makes many float32 tensors of its logits' size: few rows at a time
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             token_losses = chunk_losses(part)  # the teacher's head runs here
@@ -198,7 +198,7 @@ class KDModel(torch.nn.Module):
 
         weight, bias = decode.lm_head(self.lm, self.vocab_size)
         hidden = responses.response_hidden(self.lm, token_ids, source)
-        chunk = 2 * decode.head_chunk(self.vocab_size)
+        chunk = 4 * decode.head_chunk(self.vocab_size)  # few sums of the weight's gradient, which is as large
         loss, (total, ce, kd) = ChunkedHeadLoss.apply(hidden, weight, bias, chunk_losses, chunk)
         return loss, {"loss": total, "ce": ce, "kd": kd}
 

@@ -68,7 +68,7 @@ def mean_loss(args, hidden, weight, teacher_hidden, teacher_weight, targets):
             p_logits = teacher(part)
             return lambda logits, rows: token_losses(args, logits, p_logits[rows].float(), targets[part][rows])
 
-        chunk = 2 * decode.head_chunk(len(weight))  # as in kd.KDModel
+        chunk = 4 * decode.head_chunk(len(weight))  # as in kd.KDModel
         return kd.ChunkedHeadLoss.apply(hidden, weight, None, chunk_losses, chunk)[0] / len(hidden)
     logits, teacher_logits = F.linear(hidden, weight).float(), teacher(slice(None)).float()
     return token_losses(args, logits, teacher_logits, targets)[0].mean()
