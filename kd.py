@@ -119,7 +119,8 @@ def total_loss(student_logits, teacher_logits, targets, divergence, kd_rate, tem
         return ce, ce, torch.zeros_like(ce)
     # D(softmax(teacher / T), softmax(student / T)), without the factor T^2
     kd = divergence(student_logits / temperature, teacher_logits / temperature)
-    return (1 - kd_rate) * ce + kd_rate * kd, ce, kd
+    total = kd if kd_rate == 1 else (1 - kd_rate) * ce + kd_rate * kd  # at r = 1 no gradient goes through CE
+    return total, ce, kd
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@
 All start from the same weights, pairs and (random) reference log-probs. A step is: collate, loss, gradient, clip,
 AdamW. TRL runs with its fastest settings for this: precomputed reference log-probs, no activation checkpointing. On a
 CPU it sends prompts and padding through its head, too: `trl`; `trl-compact` is made to take label positions alone, as on
-a GPU. In bfloat16 ours is under FSDP, which keeps float32 weights, and TRL computes under autocast. The first step
+a GPU. In bfloat16 ours is under FSDP, which keeps float32 weights, and TRL computes under autocast. Not the same in both:
+TRL's step has the sums that it logs, ours has not those of dpo.py (`batch_loss`), nor FSDP in float32. The first step
 measures memory. Checked: the losses of all steps, to 1e-4 (in bfloat16 to 0.05).
 """
 
@@ -74,9 +75,12 @@ def trl_trainer(lm, reference_lm, args, batch_size):
 
     reference_lm: the reference model, which runs in every step; None: the pairs bring their reference log-probs.
     """
+    import trl.trainer.utils
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
+    # In that module it only decides which positions the head takes: on a CPU all of them
+    trl.trainer.utils._use_triton = lambda device: args.kind != "trl"
     machine = {"bf16": args.dtype == "bfloat16", "use_cpu": args.device == "cpu", "gradient_checkpointing": False}
     work = {"per_device_train_batch_size": batch_size, "precompute_ref_log_probs": reference_lm is None}
     config = DPOConfig(tempfile.mkdtemp(), beta=BETA, report_to=[], disable_tqdm=True, **machine, **work)
@@ -100,10 +104,6 @@ def measure(args):
     torch.manual_seed(1)
     pairs = draw_pairs(args.pairs, lm.config.vocab_size, args.prompt, args.prefix, args.suffix)
     reference = 3 * torch.randn(args.pairs, 2)  # only the difference of the two counts
-    if args.kind == "trl-compact":
-        import trl.trainer.utils
-
-        trl.trainer.utils._use_triton = lambda device: True  # there it only decides which positions the head takes
     if args.kind == "ours":
         model = our_model(lm, args)
     else:

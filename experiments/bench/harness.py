@@ -155,10 +155,11 @@ def compare(file, argv, args, measure, kinds, launch=lambda kind: [sys.executabl
         if result:  # of rank 0
             print(json.dumps(result))
         return None
-    if any("trl" in kind for kind in kinds) and importlib.util.find_spec("trl") is None:
-        todo = "pip install -r experiments/bench/requirements.txt"
-        raise runs.UserError("TRL is not installed", "for this benchmark's peer", todo)
     kinds = args.kinds or kinds
+    for peer, package in {"trl": "trl", "liger": "liger_kernel"}.items():
+        if any(peer in kind for kind in kinds) and importlib.util.find_spec(package) is None:
+            todo = "pip install -r experiments/bench/requirements.txt"
+            raise runs.UserError(f"{package} is not installed", "for this benchmark's peer", todo)
     found, environment = {kind: [] for kind in kinds}, os.environ | ({} if args.page_faults else KEEP_MEMORY)
     for _ in range(args.repeat):
         for kind in kinds:

@@ -2,13 +2,15 @@
 
     python experiments/bench/kd_loss.py                                        forward KL, 512 tokens
     python experiments/bench/kd_loss.py --loss jsd --tokens 2048
-    python experiments/bench/kd_loss.py --kd-rate 0.5                          with cross-entropy, which the peers have not
+    python experiments/bench/kd_loss.py --kd-rate 0.5                          with cross-entropy
 
-All start from the same random hidden states and two heads of Qwen2.5's vocabulary. Kinds: `ours`, kd.ChunkedHeadLoss;
-`dense`, the same loss on all logits at once; `trl-dense`, GKDTrainer.generalized_jsd_loss on all logits (float32, as in
-`dense`); `trl-chunked`, what DistillationTrainer has (tiles of the vocabulary); `liger`, its fused linear JSD through
-torch.compile. The last three have jsd and its limits forward_kl and reverse_kl. `memory` is a process's first step,
-compilation included, `step` the second. Checked, to 1e-3: the loss and the norms of its gradients.
+All start from the same random hidden states and two heads of Qwen2.5's vocabulary. Kinds: `ours`, kd.ChunkedHeadLoss
+with kd.total_loss, which computes cross-entropy to log it also at --kd-rate 1; `dense`, the same loss on all logits at
+once; `trl-dense`, GKDTrainer.generalized_jsd_loss on all logits (float32, as in `dense`); `trl-chunked`, what
+DistillationTrainer has (tiles of the vocabulary); `liger`, its fused linear JSD through torch.compile. The last three
+have jsd and its limits forward_kl and reverse_kl, TRL's without cross-entropy. A first step warms up and compiles, the
+second is timed, of the third the memory is counted. 512 tokens are one chunk of ours, 2,048 are three. Checked, to 1e-3:
+the loss and the norms of its gradients.
 """
 
 import torch
@@ -31,13 +33,6 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def token_losses(args, logits, teacher_logits, targets):
-    """Losses a token, (M,): a tuple, the first of which is differentiated."""
-    if args.kd_rate == 1:
-        return (kd.LOSSES[args.loss](logits, teacher_logits),)
-    return kd.total_loss(logits, teacher_logits, targets, kd.LOSSES[args.loss], args.kd_rate, temperature=1.0)
-
-
 def peer_loss(args, *tensors):
     """The mean over tokens of a peer's divergence. tensors: hidden, weight, those of the teacher, targets."""
     hidden, weight, teacher_hidden, teacher_weight, targets = tensors
@@ -45,14 +40,13 @@ def peer_loss(args, *tensors):
     if args.kind == "liger":
         from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDLoss
 
-        loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta)
+        loss = LigerFusedLinearJSDLoss(weight_hard_loss=1 - args.kd_rate, weight_soft_loss=args.kd_rate, beta=beta)
         return loss(hidden, weight, teacher_hidden, teacher_weight, targets)
     if args.kind == "trl-chunked":
         from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-        return ChunkedDivergenceFunction.apply(hidden, weight, None, teacher_hidden, teacher_weight, None, beta)[
-            0
-        ].mean()
+        heads = hidden, weight, None, teacher_hidden, teacher_weight, None
+        return ChunkedDivergenceFunction.apply(*heads, beta)[0].mean()
     from trl.experimental.gkd import GKDTrainer
 
     logits = F.linear(hidden, weight).float(), F.linear(teacher_hidden, teacher_weight).float()
@@ -62,16 +56,17 @@ def peer_loss(args, *tensors):
 def mean_loss(args, hidden, weight, teacher_hidden, teacher_weight, targets):
     """The loss of `args.kind`, ready for backward. hidden: (M, D); weight: (V, D); targets: (M,)."""
     teacher = lambda part: F.linear(teacher_hidden[part], teacher_weight)
+    options = kd.LOSSES[args.loss], args.kd_rate, 1.0
     if args.kind == "ours":
 
         def chunk_losses(part):
             p_logits = teacher(part)
-            return lambda logits, rows: token_losses(args, logits, p_logits[rows].float(), targets[part][rows])
+            return lambda logits, rows: kd.total_loss(logits, p_logits[rows].float(), targets[part][rows], *options)
 
         chunk = 4 * decode.head_chunk(len(weight))  # as in kd.KDModel
         return kd.ChunkedHeadLoss.apply(hidden, weight, None, chunk_losses, chunk)[0] / len(hidden)
     logits, teacher_logits = F.linear(hidden, weight).float(), teacher(slice(None)).float()
-    return token_losses(args, logits, teacher_logits, targets)[0].mean()
+    return kd.total_loss(logits, teacher_logits, targets, *options)[0].mean()
 
 
 def measure(args):
@@ -89,16 +84,17 @@ def measure(args):
         loss.backward()
         return loss.item()
 
-    stages.memory("memory", step)
+    step()
     loss = stages("step", step)
+    stages.memory("memory", step)
     norms = [values.grad.float().norm().item() for values in (hidden, weight)]
     return stages.result(loss=loss, gradient_norms=norms)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    has_peers = args.loss in PEER_BETA and args.kd_rate == 1
-    kinds = ["ours", "dense", *(["trl-dense", "trl-chunked", "liger"] if has_peers else [])]
+    peers = ["liger", *(["trl-dense", "trl-chunked"] if args.kd_rate == 1 else [])]
+    kinds = ["ours", "dense", *(peers if args.loss in PEER_BETA else [])]
     return compare(__file__, argv, args, measure, kinds, rel_tol=1e-3)
 
 

@@ -3,8 +3,8 @@
     python experiments/bench/scaling.py                                 1 and 2 processes, in turn, one thread each
 
 The work of a step is fixed and divided over the processes as dpo.py and kd.py do it, in micro-batches; all collectives
-go over gloo. (Sample, check and splice need no communication.) Seconds are those from barrier to barrier, memory is that
-of rank 0. Half of one process's seconds is linear scaling: a ratio of 0.50. Checked: the losses are those of one process.
+go over gloo. (Sample, check and splice need no communication.) Seconds are those from barrier to barrier. Half of one
+process's seconds is linear scaling: a ratio of 0.50. Checked: the losses are those of one process.
 """
 
 import functools
