@@ -229,7 +229,7 @@ def device_of(model):
 def additive_mask(attention, dtype):
     """(B, T, C) bool -> (B, 1, T, C): 0 where a token may attend, else -inf. Models take it as it is.
 
-    Every kind of attention adds it rightly, and it is made once: sdpa would make it of a bool mask in each layer.
+    Both sdpa and eager attention add it, and it is made once: sdpa would make it of a bool mask in each layer.
     """
     return torch.zeros_like(attention, dtype=dtype).masked_fill(~attention, -math.inf)[:, None]
 

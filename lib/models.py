@@ -51,6 +51,8 @@ def load_config(path, trust_remote_code=False):
 
 def load_safetensors(auto_class, path, dtype, trust_remote_code, **options):
     """`from_pretrained` from safetensors alone. Raises ValueError where a weight is missing, and would be random."""
+    if cached_file(path, "adapter_config.json", _raise_exceptions_for_missing_entries=False):
+        raise ValueError("a PEFT adapter is beside the weights: merge it first")
     options |= {"dtype": dtype, "use_safetensors": True, "trust_remote_code": trust_remote_code}
     model, info = auto_class.from_pretrained(path, output_loading_info=True, **options)
     if info["missing_keys"]:
@@ -64,8 +66,6 @@ def load_model(path, dtype, device, trust_remote_code=False):
     """A causal language model in `dtype` on `device`, attention through sdpa. Raises UserError for what it cannot be."""
     with runs.reading("no model can be loaded", f"in {path}", "a folder or hub id with safetensors is needed"):
         auto_class = transformers.AutoModelForCausalLM
-        if cached_file(path, "adapter_config.json", _raise_exceptions_for_missing_entries=False):
-            raise ValueError("a PEFT adapter is beside its weights: merge it first")
         model = load_safetensors(auto_class, path, dtype, trust_remote_code, attn_implementation="sdpa")
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(model.config, name, None) not in (None, 1, 1.0):

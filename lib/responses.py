@@ -121,7 +121,8 @@ def teacher_shards(folder, suffix, args, world, tokens, examples, **settings):
     """
     ours = {"teacher": args.teacher, "teacher_content": runs.fingerprint(args.teacher), "vocabulary": tokens.vocab_size}
     ours |= {"examples": runs.fingerprint(examples.cache_files[0]["filename"]), **settings}
-    ours["prompts_per_batch"] = args.prompts_per_batch
+    ours |= {"prompts_per_batch": args.prompts_per_batch}
+    ours |= {"dtype": str(models.compute_dtype(args.dtype, world.device)).removeprefix("torch.")}
     file, count = folder / "cache.json", math.ceil(len(examples) / args.prompts_per_batch)
 
     def take():
@@ -132,7 +133,7 @@ def teacher_shards(folder, suffix, args, world, tokens, examples, **settings):
             if not any(folder.glob("[0-9]*")):
                 runs.write_json(file, ours)
             theirs = dict(runs.read_json(file)) if file.exists() else {}
-        runs.refuse_differences(folder, ours, theirs, args.accept_changes)
+        runs.refuse_differences(folder, ours, theirs, accept=None)
         return runs.seal(theirs, "cache")
 
     key = world.first(take)
@@ -146,7 +147,7 @@ def teacher_responses(args, world, tokenizer, tokens, prompts, folder):
     """
     size, greedy = args.prompts_per_batch, args.teacher_decoding == "greedy"
     settings = {"max_new_tokens": args.max_new_tokens, "teacher_decoding": args.teacher_decoding}
-    settings |= {"seed": None if greedy else args.seed, "eos_ids": tokens.eos_ids, "dtype": args.dtype}
+    settings |= {"seed": None if greedy else args.seed, "eos_ids": tokens.eos_ids}
     key, shards = teacher_shards(folder, "jsonl", args, world, tokens, prompts, **settings)
     teacher = training.load_teacher(args, world, tokenizer) if shards else None
     any_rank = world.any if args.shard_teacher else None
@@ -246,8 +247,8 @@ class CachedTeacher:
         self.folder, self.size, self.device = Path(args.teacher_cache), args.prompts_per_batch, world.device
         self.vocab_size, self.k = tokens.vocab_size, min(args.teacher_top_k, tokens.vocab_size)
         self.offsets = F.pad(lengths_of(examples, "response").cumsum(0), (1, 0))  # response tokens before an example
-        settings = {"teacher_top_k": self.k, "dtype": str(models.compute_dtype(args.dtype, world.device))}
-        self.key, shards = teacher_shards(self.folder, "safetensors", args, world, tokens, examples, **settings)
+        settings = (args, world, tokens, examples)
+        self.key, shards = teacher_shards(self.folder, "safetensors", *settings, teacher_top_k=self.k)
         teacher = LiveTeacher(training.load_teacher(args, world, tokenizer), tokens.vocab_size) if shards else None
         for k, is_ours in runs.progress(shards, desc="teacher cache", world=world, unit="batch"):
             batch = examples[k * self.size : (k + 1) * self.size]

@@ -349,12 +349,16 @@ def claim(out, args, inputs):
 
 
 def refuse_differences(folder, ours, theirs, accept):
-    """Raises UserError that names the entries of two dicts that differ, or with `accept` prints them. Returns them."""
+    """Raises UserError that names the entries of two dicts that differ, or with `accept` prints them. Returns them.
+
+    accept: None where what differs can never be accepted.
+    """
     different = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
     changes = "; ".join(f"{key}: {theirs.get(key)} there, {ours.get(key)} now" for key in different)
     if different and not accept:
         what = f"what is there was made otherwise ({changes})"
-        raise UserError(what, f"in {folder}", "give another folder, or --accept-changes to keep what is there")
+        todo = "give another folder" + ("" if accept is None else ", or --accept-changes to keep what is there")
+        raise UserError(what, f"in {folder}", todo)
     if different:
         print(printable(f"accepted in {folder}: {changes}"))
     return changes

@@ -130,22 +130,23 @@ ARMS = [
 
 
 def commands_of(example, **environment):
-    """[(module, the arguments that its parser returns)] of one of the header's commands, and the folders of its page."""
+    """[(module, the arguments that its parser returns)] of one of the header's commands, and the folders of each page."""
     environment |= {"LAUNCH": "echo", "PATH": "/usr/bin:/bin"}
     variables = [word for word in shlex.split(example) if word != "bash" and "=" in word]
     command = ["env", *variables, "bash", str(SCRIPT)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    *commands, page = [shlex.split(line) for line in done.stdout.splitlines()]
+    lines = [shlex.split(line) for line in done.stdout.splitlines()]
+    commands, pages = ([line for line in lines if ("tools.report" in line) == is_page] for is_page in (False, True))
     parse = lambda file, *argv: importlib.import_module(file.removesuffix(".py")).parse_args(argv)
-    assert page[:2] == ["-m", "tools.report"]
-    return [(words[0], parse(*words)) for words in commands], page[2:]
+    assert all(page[:3] + page[-2:-1] == ["python", "-m", "tools.report", "--max-samples"] for page in pages)
+    return [(words[0], parse(*words)) for words in commands], [page[3:-2] for page in pages]
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_commands_of_paper_sh_parse(example):
     """Each arm begins with its student; all share a teacher, data and its stored log-probs; each is evaluated in its folder."""
     assert "NOT RUN" in HEADER and len(EXAMPLES) == 3
-    parsed, page = commands_of(example)
+    parsed, pages = commands_of(example)
     out, warmup = parsed[0][1].out.removesuffix("/student"), parsed[1][1]
     arms = ARMS[2:4] if "TOY" in example else ARMS
     kd = [args for script, args in parsed if script == "kd.py"]
@@ -153,8 +154,13 @@ def test_commands_of_paper_sh_parse(example):
     evaluations = {args.out: args for script, args in parsed if script == "eval.py"}
     assert [args.out for args in warmups] == [f"{out}/seed-{seed}/warmup" for seed in range(3)]
     assert {args.out for args in kd} == {f"{out}/seed-{seed}/{arm}" for seed in range(3) for arm in arms}
-    assert page == [f"{out}/seed-{seed}/{arm}" for arm in [*arms, "warmup"] for seed in range(3)] + [f"{out}/student"]
-    assert evaluations.keys() == set(page) and warmup.samples == 8 and warmup.eta == 4
+    for page, pair in zip(pages, (arms[k : k + 2] for k in range(0, len(arms), 2)), strict=True):
+        assert page == [f"{out}/seed-{seed}/{arm}" for arm in [*pair, "warmup"] for seed in range(3)] + [
+            f"{out}/student"
+        ]
+    assert (
+        evaluations.keys() == {folder for page in pages for folder in page} and warmup.samples == 8 and warmup.eta == 4
+    )
     if "TOY" not in example:
         assert warmup.lr == 5e-7 and "toy" not in f"{warmup.student} {warmup.teacher} {warmup.data}"
     for args in kd:
@@ -182,12 +188,12 @@ def test_variables_of_paper_sh():
         "LOSSES": "jsd",
         "OUT": "o",
     }
-    parsed, page = commands_of("", **own, MODE="teacher", FLAGS="--lr 1 --save-students 3", KD_FLAGS="--lr 2")
+    parsed, [page] = commands_of("", **own, MODE="teacher", FLAGS="--lr 1 --save-students 3", KD_FLAGS="--lr 2")
     assert [script for script, _ in parsed[:4]] == ["eval.py", "warmup_distill.py", "eval.py", "kd.py"] and len(
         parsed
     ) == 13
     evaluated, warmup, _, kd = (args for _, args in parsed[:4])
-    assert evaluated.data == ["selfinst", "vicuna", "sni", "unni"] and evaluated.template == "alpaca"
+    assert evaluated.data == ["selfinst", "vicuna", "sni", "unni"] and evaluated.template == "auto"
     assert (warmup.data, warmup.prompt_column, warmup.teacher, warmup.student, warmup.lr) == (
         "d.jsonl",
         "p",
@@ -197,7 +203,7 @@ def test_variables_of_paper_sh():
     )
     assert (kd.mode, kd.responses, kd.teacher_cache) == ("teacher", "o/responses", "o/teacher-cache")
     assert (kd.lr, kd.save_students, kd.seed, warmup.seed, page[0]) == (2, 3, 4, 4, "o/seed-4/kd-jsd")
-    parsed, page = commands_of("", **own, MODE="student", EVAL_DATA="")
+    parsed, [page] = commands_of("", **own, MODE="student", EVAL_DATA="")
     assert [script for script, _ in parsed] == ["warmup_distill.py", "kd.py", "kd.py"] * 2 and len(page) == 6
     assert {(args.mode, args.teacher_cache, args.responses) for _, args in parsed[1:3]} == {("student", None, None)}
     parsed, _ = commands_of("", **own, TOP_K="0", EVAL_DATA="")

@@ -118,7 +118,7 @@ def test_links_and_size():
     anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
     for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert target[1:] in anchors if target.startswith("#") else (ROOT / target).is_file(), target
-    assert len(README.splitlines()) <= 282 and len(README.encode()) < 24_000
+    assert len(README.splitlines()) <= 280 and len(README.encode()) < 24_000
 
 
 def test_quickstart_is_what_was_printed():
@@ -143,13 +143,14 @@ class PlainDecoder(torch.nn.Module):
         torch.nn.init.normal_(self.lm_head.weight, std=0.8)  # predictions far from uniform
 
     def hidden_states(self, ids, mask, positions, cache):
-        """ids, positions: (B, T). mask: (B, 1, T, C) bool. Returns (B, T, D)."""
+        """ids, positions: (B, T). mask: (B, 1, T, C), added to the scores. Returns (B, T, D)."""
         x = self.tokens(ids) + self.places(positions)
         for i, qkv in enumerate(self.qkv):
             q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in qkv(x).chunk(3, -1))  # (B, 2, T, D / 2)
             if cache is not None:
                 k, v = cache.update(k, v, i)
-            x = x + F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+            scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5 + mask
+            x = x + (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
         return self.norm(x)
 
     def get_output_embeddings(self):
@@ -158,7 +159,7 @@ class PlainDecoder(torch.nn.Module):
     def plain_logprobs(self, prompt, response):
         """log p of a response's tokens, (T,), from one forward over one row without padding or cache."""
         row = torch.tensor([prompt + response])
-        causal = torch.ones(row.shape[1], row.shape[1]).tril().bool()[None, None]
+        causal = torch.full((1, 1, row.shape[1], row.shape[1]), -math.inf).triu(1)
         hidden = self.hidden_states(row, causal, torch.arange(row.shape[1])[None], None)
         logprobs = self.lm_head(hidden).log_softmax(-1)[0, len(prompt) - 1 : -1]
         return logprobs.gather(-1, torch.tensor(response)[:, None])[:, 0]
@@ -231,7 +232,7 @@ COPIES = [
     ),
     (
         [kd.ChunkedHeadLoss],
-        lambda chunked: chunked.apply(Q, P, None, lambda logits, part: (logits.exp()[:, 0],), 1),
+        lambda chunked: chunked.apply(Q, P, None, lambda part: lambda logits, rows: (logits.exp()[:, 0],), 1),
     ),
     ([scoring.paired_bootstrap], lambda bootstrap: bootstrap(DIFFERENCES, 10, seed=0)),
     ([scoring.interval], lambda interval: interval(0.375, DIFFERENCES)),

@@ -12,7 +12,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from lib import runs
+from lib import data, runs
 from lib.runs import UserError
 from tools import report
 
@@ -284,6 +284,13 @@ def test_spending_of_kd(make_run):
     ):
         set_args(out, student="S", seed=0, **flags)
         assert spent(out) == expected, flags
+    columns = {"ids": ["int32"], "response": ["int32"]}  # 4 and 6 tokens, the last of which no one needs to read
+    data.write_arrow(
+        out / "examples.arrow", [{"ids": [1, 5], "response": [7, 2]}, {"ids": [1], "response": [5] * 5}], **columns
+    )
+    set_args(out, student="S", seed=0, kd_rate=0.5, teacher_cache="cache")
+    assert spent(out) == [300, 8]
+    set_args(out, student="S", seed=0, kd_rate=0.5, mode="teacher", on_policy=1.0)
     (out / "responses").mkdir()
     runs.write_jsonl(out / "responses" / "00000.jsonl", [{"response_ids": [5, 6, 2]}, {"response_ids": [2]}])
     assert spent(out) == [300, 304]

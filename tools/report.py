@@ -28,7 +28,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from lib import models, runs, scoring
+from lib import data, models, runs, scoring
 from lib.runs import UserError
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
@@ -110,7 +110,7 @@ def pack_record(record, vocabulary):
     """One line of OUT/pairs/NNNNN.jsonl -> its columns.
 
     vocabulary: {token id: number}; new ids are added to it. `ends`: 1 if y- ends by EOS, plus 2 if y+ does.
-    Raises one of BAD_SHAPE if the record is not a sample.
+    Raises an error if the record is not a sample.
     """
     response, t, prefix = record["response_ids"], record["t_star"], record["prefix_len"]
     chosen, chosen_logprobs = record["chosen_ids"], whole(record["chosen_teacher_logprobs"])
@@ -223,11 +223,12 @@ def spending(out):
       which checks them; for the teacher its continuations, too. A run of dpo.py has those of the run that made its pairs.
     - Responses that kd.py has written: with --mode teacher for the teacher, in each run that uses them (--responses);
       with --mode student for the student.
+    - With --teacher-cache the teacher's one reading of each example, in each run that uses it.
     - All that was spent on the student that the run began with, if a run made it.
     - Not counted: the reference model's one pass over DPO's pairs, the prompts of kd.py's written responses, evaluations,
       work that was lost when a run was killed.
-    - A gap: the files do not say. So with --teacher-cache for the teacher, with --on-policy below 1 for the student,
-      and where the samples are gone, or what the run began with is gone or has changed.
+    - A gap: the files do not say. So with --on-policy below 1 for the student, and where the samples or examples are
+      gone, or what the run began with is gone or has changed.
 
     The text above is on the page. Returns {step: (the student's, the teacher's)}, summed up to that step, 0: before
     training, nan: a gap; and the folder of the run before, or None.
@@ -258,7 +259,11 @@ def spending(out):
             folder = Path(args.get("responses") or out / "responses")
             written = [len(json.loads(line)["response_ids"]) for line, _ in lines_of(folder.glob("*.jsonl"))]
             teacher += sum(written) if written else gap
-        reads = gap if args.get("teacher_cache") else int(args.get("kd_rate", 0) > 0)
+        if args.get("teacher_cache"):
+            file = out / "examples.arrow"
+            examples = data.open_arrow(file) if file.exists() else []
+            teacher += sum(len(row["ids"] + row["response"]) - 1 for row in examples) if len(examples) else gap
+        reads = int(args.get("kd_rate", 0) > 0 and not args.get("teacher_cache"))
         samples = (1 if args["on_policy"] == 1 else gap) if args.get("mode") == "student" else 0
         spent = {0: (student, teacher)}
         for row in runs.read_jsonl(out / "metrics.jsonl") if (out / "metrics.jsonl").exists() else []:
@@ -340,10 +345,13 @@ def gather(out, max_samples, tokenizer=None):
     if run["mismatch"]:
         run["eta"] = run["mismatch"]["eta"]
     spent, before = spending(out)
-    run["measured"] = read_measured(out, run["args"], run["eval"], spent)
-    run |= {"spent": list(map(number, spent[max(spent)])), "before": before and str(before)}
-    accuracy = (run["summary"] or {}).get("student after", {}).get("accuracy")
-    run["scores"] = {} if accuracy is None else {"closing table, accuracy": number(100 * accuracy)}
+    with reading("a run", f"in {out}"):
+        run["measured"] = read_measured(out, run["args"], run["eval"], spent)
+        run |= {"spent": list(map(number, spent[max(spent)])), "before": before and str(before)}
+        accuracy = (run["summary"] or {}).get("student after", {}).get("accuracy")
+        of_training = " on training prompts" if run["args"].get("eval_data") == "None" else ""
+        score = None if accuracy is None else number(100 * accuracy)
+        run["scores"] = {} if score is None else {f"closing table, accuracy{of_training}": score}
     if run["measured"] and run["measured"]["columns"]["step"][-1] == max(spent):  # the student as it is at the end
         last = {name: column[-1] for name, column in run["measured"]["columns"].items() if name not in AXES}
         run["scores"] |= {name: score for name, score in last.items() if score is not None}
