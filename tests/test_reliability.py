@@ -294,9 +294,7 @@ def test_damaged_responses(run, damage, expected):
 
 DAMAGED = "the file is damaged (…), in {}/00001.safetensors, delete the file: it is then made again"
 UNUSABLE = "the teacher's files cannot be kept (…), in {}, give another folder"
-OTHERWISE = (
-    "what is there was made otherwise (…), in {}, give another folder, or --accept-changes to keep what is there"
-)
+OTHERWISE = "what is there was made otherwise (…), in {}, give another folder"
 
 
 @pytest.mark.parametrize(
