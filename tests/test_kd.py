@@ -470,7 +470,7 @@ OTHER_RESPONSES = {
     "--max-new-tokens 9": "max_new_tokens: 12 there, 9 now",
     "--limit 19": "examples: ",
     "--prompts-per-batch 8": "prompts_per_batch: 16 there, 8 now",
-    "--dtype bfloat16": "dtype: auto there, bfloat16 now",
+    "--dtype bfloat16": "dtype: float32 there, bfloat16 now",
 }
 
 
