@@ -2,7 +2,6 @@
 
     python eval.py --model OUT/student --data dolly selfinst vicuna sni unni --preset minillm
     torchrun --nproc_per_node 8 eval.py --model A B --data gsm8k math --compare A B --distance TEACHER
-    python eval.py --compare OUT/eval/A OTHER/eval/B                                results that are there already
 
 Instruction following is scored as in MiniLLM (arXiv 2306.08543), DistiLLM and DSKD: five sets, sampled at temperature 1,
 seeds 10 to 50, Rouge-L F with the stemmer, the best over the references, times 100. Math is scored by math-verify on
@@ -51,23 +50,6 @@ def read_responses(file, content, metric, prompts):
     if [tuple(row.get(key) for key in keys) for row in rows] != wanted:
         raise UserError("the responses are to other prompts or scored otherwise", f"in {file}", todo)
     return rows
-
-
-def read_folder(name):
-    """{set: {seed: rows}} of the response files in a folder that --compare names."""
-    results = {}
-    for file in sorted(Path(name).glob("*-seed*.jsonl")):
-        benchmark, _, seed = file.stem.rpartition("-seed")
-        with runs.reading("not a response file of eval.py", f"in {file}", "name a folder in OUT/eval"):
-            rows = results.setdefault(benchmark, {}).setdefault(int(seed), [])
-            for row in runs.read_jsonl(file):
-                if not 0 <= row["score"] <= 100:
-                    raise ValueError(f"a score is {row['score']}")
-                kept = {key: row[key] for key in ("score", "metric", "references")}
-                rows.append({"prompt_id": int(row["prompt_id"]), **kept})
-    if not results:
-        raise UserError(f"{name} is no --model and no folder of response files", "in --compare", "name one of these")
-    return results
 
 
 def evaluate(path, sets, args, world, out, checker, teacher):
@@ -178,8 +160,9 @@ def print_table(table):
 
 def parse_args(argv=None):
     parser = runs.ArgumentParser(__doc__)
-    parser.add_argument("--model", nargs="+", default=[], help="folders or hub ids")
-    parser.add_argument("--data", nargs="+", default=[], help=f"{', '.join(benchmarks.BENCHMARKS)}, NAME=FILE or FILE")
+    parser.add_argument("--model", nargs="+", required=True, help="folders or hub ids")
+    names = ", ".join(benchmarks.BENCHMARKS)
+    parser.add_argument("--data", nargs="+", required=True, help=f"{names}, NAME=FILE or FILE")
     parser.add_argument("--out", default="out", help="results go to OUT/eval")
     runs.add_arguments(parser)
     group = parser.add_argument_group("prompts")
@@ -197,16 +180,14 @@ def parse_args(argv=None):
     group.add_argument("--no-repeat-ngram-size", type=ngram, default=0, help="never sample an n-gram twice; 0: off")
     group.add_argument("--batch-size", type=runs.COUNT, default=32, help="prompts decoded at once by one process")
     group = parser.add_argument_group("comparisons")
-    group.add_argument("--compare", nargs=2, metavar=("A", "B"), default=[], help="of --model, or response folders")
+    group.add_argument("--compare", nargs=2, metavar=("A", "B"), default=[], help="two of --model")
     group.add_argument("--resamples", type=runs.COUNT, default=10_000, help="of the paired bootstrap, from --seed")
     group.add_argument("--distance", metavar="TEACHER", help="measure each model's distance from this one")
     group.add_argument("--eta", type=runs.NATS, default=4.0, help="threshold of the margin log q - log p, nats")
     parser.set_defaults(**PRESETS[parser.parse_args(argv).preset])  # a flag that is given wins
     args = parser.parse_args(argv)
-    if bool(args.model) != bool(args.data) or not (args.model or args.compare):
-        raise UserError("--model and --data go together", "on the command line", "give both, or --compare alone")
-    if args.distance is not None and not args.model:
-        raise UserError("--distance needs --model and --data", "on the command line", "give them")
+    if not set(args.compare) <= set(args.model):
+        raise UserError(f"--compare is {' '.join(args.compare)}", "on the command line", "name two of --model")
     check_once("--model", [model_name(path) for path in args.model])
     check_once("--seeds", args.seeds)
     return args
@@ -224,18 +205,16 @@ def main(argv=None):
     found = [benchmarks.find(spec, args.metric) for spec in args.data]
     check_once("--data", [benchmark.name for benchmark in found])
     sets = [(benchmark, benchmarks.load(benchmark, args.limit)) for benchmark in found]
-    results = {name: read_folder(name) for name in args.compare if name not in args.model}
     settings = {key: getattr(args, key) for key in SETTINGS}
     settings["dtype"] = str(models.compute_dtype(args.dtype, world.device)).removeprefix("torch.")
-    if args.model:
-        runs.start_run(out, argparse.Namespace(**settings), world)
+    runs.start_run(out, argparse.Namespace(**settings), world)
 
     @functools.cache
     def teacher():
         tokenizer = models.load_tokenizer(args.distance, args.trust_remote_code)
         return models.load_frozen(args.distance, args, world, tokenizer)
 
-    checker, table = scoring.AnswerChecker(), {"models": {}}
+    checker, table, results = scoring.AnswerChecker(), {"models": {}}, {}
     for path in args.model:
         lines, results[path] = evaluate(path, sets, args, world, out, checker, teacher)
         table["models"][path] = {"sets": lines, "average": statistics.fmean(s["mean"] for s in lines.values())}
@@ -246,8 +225,7 @@ def main(argv=None):
         a, b = args.compare
         table["compare"] = {"a": a, "b": b, "resamples": args.resamples}
         table["compare"]["sets"] = scoring.compare(results[a], results[b], args.resamples, args.seed)
-    out.mkdir(parents=True, exist_ok=True)
-    runs.write_json(out / ("table.json" if args.model else "compare.json"), table, indent=1)
+    runs.write_json(out / "table.json", table, indent=1)
     print_table(table)
 
 

@@ -324,7 +324,7 @@ def claim(out, args, inputs):
     record["key"] = seal(settings, record["inputs"])
     file = out / "args.json"
     # A run that has made nothing yet, since its model was not found, say, claims nothing
-    begun = {"args.json", "eval", "compare.json", "cache.json"}
+    begun = {"args.json", "eval", "cache.json"}
     made = [path for path in sorted(out.glob("[!.]*")) if path.suffix != ".arrow" and path.name not in begun]
     made = [path for path in made if not path.is_dir() or {file.name for file in path.glob("[!.]*")} - begun]
     if (out.exists() and not out.is_dir()) or (made and not file.exists()):

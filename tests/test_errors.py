@@ -431,7 +431,7 @@ KNOWN = "use dolly, selfinst, vicuna, sni, unni, gsm8k, math, NAME=FILE or FILE"
 NO_METRIC = "nothing says how to score 'toy', in --data toy={data}, give --metric rouge or math, or a known name=FILE"
 BAD_NAME = "the name 'a/b' cannot be part of a file name, in --data a/b={data}, give NAME=FILE"
 EVAL_ERRORS = {
-    "model alone": ({"data": None}, f"--model and --data go together, {COMMAND_LINE}, give both, or --compare alone"),
+    "model alone": ({"data": None}, f"the following arguments are required: --data, {COMMAND_LINE}, see …"),
     "no such file": ({"data": "toy=no.jsonl"}, "no such file, in --data toy=no.jsonl, give NAME=FILE or FILE"),
     "unknown set": ({"data": "dolli"}, f"unknown data set 'dolli', in --data, {KNOWN}"),
     "no metric": ({"metric": None}, NO_METRIC),
