@@ -20,8 +20,6 @@ import re
 import statistics
 from pathlib import Path
 
-import torch.distributed as dist
-
 from lib import benchmarks, decode, measure, models, runs, scoring
 from lib.runs import UserError
 from warmup_distill import first_mismatch
@@ -117,9 +115,7 @@ def respond(model, prompts, tokens, tokenizer, max_new_tokens, batch_size, metri
             row = {"prompt_id": prompt["prompt_id"], "prompt": prompt["text"], "response": text, "score": score}
             row |= {"metric": metric, "references": prompt["gold"], "tokens": len(ids)}
             rows.append(row | {"ended": ids[-1] in tokens.eos_ids, "check_failed": check_failed})
-    parts = [None] * world.size
-    dist.all_gather_object(parts, rows)
-    return sorted((row for part in parts for row in part), key=lambda row: row["prompt_id"])
+    return sorted((row for part in world.gather(rows) for row in part), key=lambda row: row["prompt_id"])
 
 
 def print_table(table):

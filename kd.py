@@ -228,7 +228,7 @@ def train(args, world, tokenizer, tokens, examples, teacher, student_path, out):
     first_step = training.load_checkpoint(out / "checkpoint", model, optimizer, world)
     total_steps = args.max_steps or args.epochs * math.ceil(len(examples) / args.batch_size)
     world.first(lambda: training.cut_metrics(out / "metrics.jsonl", first_step))
-    metrics, sampled, warned = None, {}, False
+    metrics, sampled = None, {}
     if world.rank == 0:
         print(f"kd: {len(examples)} examples, {total_steps} steps of {args.batch_size}")
     steps = range(first_step, total_steps)
@@ -236,14 +236,12 @@ def train(args, world, tokenizer, tokens, examples, teacher, student_path, out):
     with training.stop_signals() as stop:
         for step in bar:
             started = time.perf_counter()
-            if args.mode == "student" and (step == first_step or step % args.refresh_every == 0):
-                ahead = range(step, min((step // args.refresh_every + 1) * args.refresh_every, total_steps))
-                sampled = responses.sample_ahead(args, world, tokens, replica, lm, examples, ahead)
-                warned = warned or responses.warn_if_responses_run_on(sampled, tokens, world)
             batch = training.batch_of_step(step, len(examples), args.batch_size, args.seed)
             columns = examples[batch]
+            if args.mode == "student":
+                sampled = responses.sample_from_student(args, world, tokens, replica, lm, examples, batch, step)
             sequences = {  # number of the example: prompt, response, whether the response is a label
-                i: (prompt, sampled.get((step, i), response), (step, i) not in sampled)
+                i: (prompt, sampled.get(i, response), i not in sampled)
                 for i, prompt, response in zip(batch, columns["ids"], columns["response"])
             }
             # Counted over all ranks before the first backward: neither ranks nor accumulation change the gradient.
@@ -267,8 +265,7 @@ def train(args, world, tokenizer, tokens, examples, teacher, student_path, out):
             training.log_step(out, metrics, columns["prompt_id"], totals["tokens"], started, world)
             bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("loss", "ce", "kd")})
             training.save_on_the_way(args, step + 1, total_steps, out, model, lm, tokenizer, world)
-            # On-policy samples are in no checkpoint, so it must be one where new samples are drawn
-            stopped = (args.mode != "student" or (step + 1) % args.refresh_every == 0) and world.any(stop)
+            stopped = world.any(stop)
             if stopped or (step + 1) % args.save_every == 0 or step + 1 == total_steps:
                 training.save_checkpoint(out / "checkpoint", model, optimizer, step + 1, world)
             if stopped:
@@ -299,7 +296,6 @@ def parse_args(argv=None):
     responses_help = "folder: store the teacher's there once, greedy ones for every --seed; None: OUT/responses"
     group.add_argument("--responses", help=responses_help)
     group.add_argument("--on-policy", type=runs.SHARE, default=1.0, help="student's share of a batch in --mode student")
-    group.add_argument("--refresh-every", type=runs.COUNT, default=1, help="steps sampled from the same student")
     group = parser.add_argument_group("teacher")
     group.add_argument("--teacher-cache", help="folder: store the teacher's log-probs there once, or use those there")
     group.add_argument("--teacher-top-k", type=runs.COUNT, default=64, help="log-probs a token in --teacher-cache")
@@ -313,10 +309,6 @@ def parse_args(argv=None):
             raise UserError(f"--{name} is missing", where, "give it, or neither teacher nor data for the toy")
     if args.mode == "student" and args.kd_rate == 0:
         raise UserError("--kd-rate is 0.0", where, "give a value above 0: with --mode student there are no labels")
-    if args.mode == "student" and args.save_every % args.refresh_every:
-        # On-policy samples are in no checkpoint, so it must be one where new samples are drawn
-        todo = f"give a value that --refresh-every {args.refresh_every} divides"
-        raise UserError(f"--save-every is {args.save_every}", where, todo)
     if args.teacher_cache and (args.mode == "student" or args.kd_rate == 0):
         what = "--teacher-cache needs responses that stay, and a teacher: not --mode student, not --kd-rate 0"
         raise UserError(what, where, "leave it out")

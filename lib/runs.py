@@ -184,6 +184,12 @@ class World:
         dist.all_reduce(tensor)
         return {name: total for name, total in zip(values, tensor.tolist())}
 
+    def gather(self, value):
+        """The `value` of each rank, in a list."""
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
     def first(self, function):
         """Calls `function` on rank 0 alone. Its result, or its UserError, reaches every rank."""
         outcome = [None, None]

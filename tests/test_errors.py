@@ -117,7 +117,7 @@ SAMPLING_RANGES = [
 KD_RANGES = [
     *((flag, v, "from 0 to 1") for flag in ("kd-rate", "tail-mass", "on-policy") for v in (-0.1, 1.1, "nan")),
     *((flag, v, "between 0 and 1") for flag in ("jsd-beta", "skew-alpha") for v in (0.0, 1.0, "nan")),
-    *((flag, 0, "1 or more…") for flag in ("refresh-every", "teacher-top-k", "max-new-tokens", "prompts-per-batch")),
+    *((flag, 0, "1 or more…") for flag in ("teacher-top-k", "max-new-tokens", "prompts-per-batch")),
     ("temperature", 0.0, "from 1e-6 to 1e6"),
 ]
 EVAL_RANGES = [
@@ -413,7 +413,6 @@ def test_loss_that_is_no_number(align, tmp_path):
 
 FOR_TOY = f"{COMMAND_LINE}, give it, or neither teacher nor data for the toy"
 NO_LABELS = f"--kd-rate is 0.0, {COMMAND_LINE}, give a value above 0: with --mode student there are no labels"
-NO_DIVISOR = f"--save-every is 4, {COMMAND_LINE}, give a value that --refresh-every 3 divides"
 NO_CACHE = "--teacher-cache needs responses that stay, and a teacher: not --mode student, not --kd-rate 0"
 CACHE = "the teacher's files cannot be kept (…), in {}, give another folder"
 KD_ERRORS = {  # the flags that are wrong, the error; {file} is a file of something else, {data} the data's
@@ -421,7 +420,6 @@ KD_ERRORS = {  # the flags that are wrong, the error; {file} is a file of someth
     "no data": ({"data": None}, f"--data is missing, {FOR_TOY}"),
     "no student": ({"student": None}, f"--student is missing, {FOR_TOY}"),
     "no labels": ({"mode": "student", "kd_rate": 0.0}, NO_LABELS),
-    "refresh": ({"mode": "student", "refresh_every": 3, "save_every": 4}, NO_DIVISOR),
     "cache": ({"mode": "student", "teacher_cache": "c"}, f"{NO_CACHE}, {COMMAND_LINE}, leave it out"),
     "long": ({"max_new_tokens": 1}, "all responses are over --max-new-tokens, in {data}, raise the limit"),
     "column": ({"response_column": "a"}, "no column a, in {data} with columns …, rename one to response …"),
