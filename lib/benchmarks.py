@@ -78,8 +78,7 @@ def find(spec, metric):
 def load(benchmark, limit=0):
     """Examples of a set, as `data.encode_prompts` takes them: "response" holds the list of references.
 
-    "templated" is the prompt as MiniLLM's files have it, ready for the model, or None. limit: first rows only; 0: all.
-    Raises UserError if there is no file, no network, or nothing in it.
+    limit: first rows only; 0: all. Raises UserError if there is no file, no network, or nothing in it.
     """
     where = f"in --data {benchmark.name}"
     todo = "check the file" if benchmark.path else f"fetch it elsewhere and give --data {benchmark.name}=FILE"
@@ -91,23 +90,11 @@ def load(benchmark, limit=0):
             parts = [data.open_rows(file)]
         else:
             parts = [data.open_rows(benchmark.repo, config, "test") for config in benchmark.configs]
-        rows = itertools.chain(*(read() for read, _ in parts))
-        rows = list(itertools.islice(rows, limit or benchmark.first or None))
+        rows = itertools.islice(itertools.chain(*(read() for read, _ in parts)), limit or benchmark.first or None)
         examples = list(data.examples_of(rows, parts[0][1], where, response_columns=REFERENCE_COLUMNS))
-    for number, (row, example) in enumerate(zip(rows, examples)):
-        place = f"{where} row {number}"
-        example["response"] = references(example["response"], benchmark.metric, place)
-        example["templated"] = templated(row.get("prompt"), place)
+    for number, example in enumerate(examples):
+        example["response"] = references(example["response"], benchmark.metric, f"{where} row {number}")
     return examples
-
-
-def templated(prompt, where):
-    """A prompt that is in the Alpaca template already, line breaks restored, or None if it is not."""
-    if not isinstance(prompt, str) or "### Instruction:" not in prompt:
-        return None
-    if "### Response:" not in prompt:
-        raise UserError("the prompt was cut: it has no response marker", where, "give the whole prompt")
-    return prompt.replace("<n>", "\n")
 
 
 def references(value, metric, where):
@@ -124,11 +111,10 @@ def references(value, metric, where):
 def encode(examples, tokenizer, template, max_tokens):
     """(prompts, how many were over `max_tokens`): as `data.encode_prompts`, whose "gold" is the list of references.
 
-    A prompt that the file brings in the Alpaca template is taken as it is, unless the model is to see its chat template
-    and the file has the instruction by itself.
+    A file without a column instruction brings its prompts in the Alpaca template: they are taken as they are.
     """
-    chat = template == "chat" or (template == "auto" and tokenizer.chat_template)
-    if all(e["templated"] and (not chat or "### Instruction:" in e["instruction"]) for e in examples):
-        examples, template = [{**e, "instruction": e["templated"], "input": ""} for e in examples], "none"
+    if all("### Instruction:" in e["instruction"] for e in examples):
+        examples = [{**e, "instruction": e["instruction"].replace("<n>", "\n"), "input": ""} for e in examples]
+        template = "none"
     skipped = []
     return list(data.encode_prompts(examples, "in --data", tokenizer, template, max_tokens, skipped)), len(skipped)
