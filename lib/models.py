@@ -18,13 +18,9 @@ MAX_DECODING_ERROR = {torch.float32: 0.001, torch.bfloat16: 0.25}
 
 
 def compute_dtype(name, device):
-    """torch dtype of "auto", "float32" or "bfloat16"; auto: bfloat16 on a GPU that has it, else float32."""
-    on_gpu = device.type == "cuda"
-    has_bfloat16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
+    """torch dtype of "auto", "float32" or "bfloat16"; auto: bfloat16 on a GPU, float32 on the CPU."""
     if name == "auto":
-        name = "bfloat16" if on_gpu and has_bfloat16 else "float32"
-    if name == "bfloat16" and not has_bfloat16:
-        raise UserError("this GPU has no bfloat16", "for --dtype bfloat16", "use --dtype float32")
+        name = "bfloat16" if device.type == "cuda" else "float32"
     return DTYPES[name]
 
 
