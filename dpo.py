@@ -363,14 +363,12 @@ def tokenize_pair(row, tokenizer, where):
 
 def add_arguments(parser):
     """The flags of the DPO stage; `warmup_distill.py` has them too."""
-    group = parser.add_argument_group("DPO")
-    group.add_argument("--beta", type=runs.ABOVE_0, default=0.1, help="strength of the pull to the reference")
+    add = parser.add_argument_group("DPO").add_argument
+    add("--beta", type=runs.ABOVE_0, default=0.1, help="strength of the pull to the reference")
     smoothing = runs.ranged(float, lambda x: 0 <= x < 0.5, "from 0 to below 0.5")
-    group.add_argument("--label-smoothing", type=smoothing, default=0.0, help="P(a preference is wrong)")
-    nll_help = "adds this times -log pi(chosen) per token; not in the paper"
-    group.add_argument("--nll-weight", type=runs.NOT_NEGATIVE, default=0.0, help=nll_help)
-    logprobs_help = "a response's log-prob: sum as in DPO, or mean over its tokens"
-    group.add_argument("--logprobs", choices=["sum", "mean"], default="sum", help=logprobs_help)
+    add("--label-smoothing", type=smoothing, default=0.0, help="P(a preference is wrong)")
+    add("--nll-weight", type=runs.NOT_NEGATIVE, default=0.0, help="of -log pi(chosen) per token; not in the paper")
+    add("--logprobs", choices=["sum", "mean"], default="sum", help="of a response: sum as in DPO, or mean")
 
 
 def parse_args(argv=None):

@@ -40,25 +40,23 @@ ALPACA = (
 
 def add_arguments(parser, out=None):
     """The flags that say which models and data, how a prompt is made of a row, and how long responses may be."""
-    group = parser.add_argument_group("models")
-    group.add_argument("--teacher", help="folder or hub id; without models and data: the toy")
-    group.add_argument("--student", help="folder or hub id, same tokenizer as the teacher; with the toy: its own")
-    group.add_argument("--toy", default=str(runs.ROOT / "toy"), help="folder made by toy/make.py")
-    group.add_argument("--out", default=out, help="folder of the run; the trained model is OUT/student")
-    group.add_argument("--shard-teacher", action="store_true", help="for a teacher that does not fit; slow to decode")
-    group.add_argument("--max-new-tokens", type=runs.COUNT, default=256, help="longest response, whoever wrote it")
-    group.add_argument("--prompts-per-batch", type=runs.COUNT, default=32, help="decoded at once, and in one file")
-    group = parser.add_argument_group("data")
-    group.add_argument("--data", help="hub id or local .json, .jsonl, .csv, .parquet file")
-    group.add_argument("--data-config", help="configuration of a hub data set, such as `main` of openai/gsm8k")
-    group.add_argument("--split", default="train", help="split of a hub data set")
-    group.add_argument("--limit", type=runs.LIMIT, default=0, help="use the first LIMIT rows; 0: all")
-    group.add_argument("--prompt-column", help="column of the prompt, where its name is unusual")
-    group.add_argument("--response-column", help="column of the gold response, where its name is unusual")
-    template_help = "auto: the tokenizer's chat template where there is one, else Alpaca's; none: the text as it is"
-    group.add_argument("--template", choices=TEMPLATES, default="auto", help=template_help)
-    limit_help = "a longer prompt is skipped and counted"
-    group.add_argument("--max-prompt-tokens", type=runs.COUNT, default=256, help=limit_help)
+    add = parser.add_argument_group("models").add_argument
+    add("--teacher", help="folder or hub id; without models and data: the toy")
+    add("--student", help="folder or hub id, same tokenizer as the teacher; with the toy: its own")
+    add("--toy", default=str(runs.ROOT / "toy"), help="folder made by toy/make.py")
+    add("--out", default=out, help="folder of the run; the trained model is OUT/student")
+    add("--shard-teacher", action="store_true", help="for a teacher that does not fit; slow to decode")
+    add("--max-new-tokens", type=runs.COUNT, default=256, help="longest response, whoever wrote it")
+    add("--prompts-per-batch", type=runs.COUNT, default=32, help="decoded at once, and in one file")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", help="hub id or local .json, .jsonl, .csv, .parquet file")
+    add("--data-config", help="configuration of a hub data set, such as `main` of openai/gsm8k")
+    add("--split", default="train", help="split of a hub data set")
+    add("--limit", type=runs.LIMIT, default=0, help="use the first LIMIT rows; 0: all")
+    add("--prompt-column", help="column of the prompt, where its name is unusual")
+    add("--response-column", help="column of the gold response, where its name is unusual")
+    add("--template", choices=TEMPLATES, default="auto", help="auto: chat if the tokenizer has one, else alpaca")
+    add("--max-prompt-tokens", type=runs.COUNT, default=256, help="a longer prompt is skipped and counted")
 
 
 def parse_args(parser, argv, toy, models):
@@ -73,11 +71,11 @@ def parse_args(parser, argv, toy, models):
 
 def add_eval_arguments(parser, default, limit):
     """The flags of a closing table. default: what is done without --eval-data, for the help. limit: of the prompts."""
-    group = parser.add_argument_group("closing table")
-    group.add_argument("--eval-data", help=f"held-out prompts, read as --data is; without them: {default}")
-    group.add_argument("--eval-config", help="configuration of --eval-data; of the same hub id as --data: its own")
-    group.add_argument("--eval-split", default="test", help="split of --eval-data, if it is a hub id")
-    group.add_argument("--eval-limit", type=runs.LIMIT, default=limit, help="prompts in the table; 0: no table")
+    add = parser.add_argument_group("closing table").add_argument
+    add("--eval-data", help=f"held-out prompts, read as --data is; without them: {default}")
+    add("--eval-config", help="configuration of --eval-data; of the same hub id as --data: its own")
+    add("--eval-split", default="test", help="split of --eval-data, if it is a hub id")
+    add("--eval-limit", type=runs.LIMIT, default=limit, help="prompts in the table; 0: no table")
 
 
 def file_rows(path):

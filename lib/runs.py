@@ -285,16 +285,14 @@ TEMPERATURE = ranged(float, lambda x: 1e-6 <= x <= 1e6, "from 1e-6 to 1e6")  # l
 
 def add_arguments(parser):
     """Flags of every script."""
-    group = parser.add_argument_group("run")
-    group.add_argument("--seed", type=SEED, default=0, help="decides every random number of the run")
-    group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda if there is one")
-    dtype_help = "of the arithmetic, auto: bfloat16 on cuda, float32 on cpu; trained weights are float32 in any case"
-    group.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help=dtype_help)
-    group.add_argument("--threads", type=THREADS, default=0, help="CPU threads of each process; 0: torch's choice")
-    group.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with a model")
-    group.add_argument("--traceback", action="store_true", help="show where an error in a file or argument was found")
-    accept_help = "continue in an OUT of other arguments, inputs or code; what is there is kept as it is"
-    group.add_argument("--accept-changes", action="store_true", help=accept_help)
+    add = parser.add_argument_group("run").add_argument
+    add("--seed", type=SEED, default=0, help="decides every random number of the run")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda if there is one")
+    add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bfloat16 on cuda; trained: always float32")
+    add("--threads", type=THREADS, default=0, help="CPU threads of each process; 0: torch's choice")
+    add("--trust-remote-code", action="store_true", help="run Python code that comes with a model")
+    add("--traceback", action="store_true", help="show where an error in a file or argument was found")
+    add("--accept-changes", action="store_true", help="go on in an OUT of other arguments, inputs or code, as it is")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -193,29 +193,26 @@ def stop_signals():
 
 def add_arguments(parser, lr):
     """Flags of every training loop."""
-    group = parser.add_argument_group("training")
-    group.add_argument("--lr", type=runs.ABOVE_0, default=lr, help="peak learning rate of AdamW")
-    group.add_argument("--lr-warmup-ratio", type=runs.SHARE, default=0.03, help="share of the steps with a rising rate")
-    group.add_argument("--lr-final-ratio", type=runs.SHARE, default=0.1, help="the cosine ends at this share of --lr")
+    add = parser.add_argument_group("training").add_argument
+    add("--lr", type=runs.ABOVE_0, default=lr, help="peak learning rate of AdamW")
+    add("--lr-warmup-ratio", type=runs.SHARE, default=0.03, help="share of the steps with a rising rate")
+    add("--lr-final-ratio", type=runs.SHARE, default=0.1, help="the cosine ends at this share of --lr")
     beta = runs.ranged(float, lambda x: 0 <= x < 1, "from 0 to below 1")
-    group.add_argument("--adam-betas", type=beta, nargs=2, default=[0.9, 0.95], help="decay of AdamW's averages")
-    group.add_argument("--weight-decay", type=runs.NOT_NEGATIVE, default=0.0, help="AdamW's decoupled weight decay")
-    group.add_argument("--max-grad-norm", type=runs.ABOVE_0, default=1.0, help="gradients are clipped to this norm")
-    group.add_argument("--epochs", type=runs.COUNT, default=1, help="passes over the data")
-    group.add_argument("--max-steps", type=runs.LIMIT, default=0, help="optimizer steps; 0: as --epochs says")
-    group.add_argument("--batch-size", type=runs.COUNT, default=64, help="examples a step, over all ranks")
-    group.add_argument("--micro-batch-size", type=runs.COUNT, default=4, help="examples in one forward")
+    add("--adam-betas", type=beta, nargs=2, default=[0.9, 0.95], help="decay of AdamW's averages")
+    add("--weight-decay", type=runs.NOT_NEGATIVE, default=0.0, help="AdamW's decoupled weight decay")
+    add("--max-grad-norm", type=runs.ABOVE_0, default=1.0, help="gradients are clipped to this norm")
+    add("--epochs", type=runs.COUNT, default=1, help="passes over the data")
+    add("--max-steps", type=runs.LIMIT, default=0, help="optimizer steps; 0: as --epochs says")
+    add("--batch-size", type=runs.COUNT, default=64, help="examples a step, over all ranks")
+    add("--micro-batch-size", type=runs.COUNT, default=4, help="examples in one forward")
     processes = max(1, runs.from_environment("WORLD_SIZE", 1))
     divides = lambda x: x >= 0 and not (x and processes % x)
     divisor = runs.ranged(int, divides, f"0 or a divisor of {processes} processes")
-    shard_help = "processes that share a copy of the trained weights, such as the GPUs of a node; 0: all"
-    group.add_argument("--shard-size", type=divisor, default=0, help=shard_help)
-    group.add_argument("--activation-checkpointing", action="store_true", help="less memory, a third more time")
-    group.add_argument("--save-every", type=runs.COUNT, default=100, help="steps from one checkpoint to the next")
-    students_help = "copies on the way, equally spaced, in OUT/students; 4 bytes a parameter each (--save-dtype)"
-    group.add_argument("--save-students", type=runs.LIMIT, default=0, help=students_help)
-    dtype_help = "of OUT/student; bfloat16 halves it and rounds most of a small learning rate's updates away"
-    group.add_argument("--save-dtype", choices=list(DTYPES), default="float32", help=dtype_help)
+    add("--shard-size", type=divisor, default=0, help="processes that share a copy of the trained weights; 0: all")
+    add("--activation-checkpointing", action="store_true", help="less memory, a third more time")
+    add("--save-every", type=runs.COUNT, default=100, help="steps from one checkpoint to the next")
+    add("--save-students", type=runs.LIMIT, default=0, help="equally spaced copies on the way: OUT/students")
+    add("--save-dtype", choices=list(DTYPES), default="float32", help="of OUT/student; bfloat16 is rounded")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
