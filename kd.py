@@ -32,27 +32,38 @@ TOY |= {"batch_size": 32, "micro_batch_size": 32, "dtype": "float32", "threads":
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def probs(logits):
+    """softmax in float32 or more."""
+    return F.softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def log_probs(logits):
+    """log softmax in float32 or more."""
+    return F.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def log(x):
+    """log of probabilities, finite, so that 0 log 0 = 0, gradients too."""
+    return x.clamp(min=torch.finfo(x.dtype).tiny).log()
+
+
 def forward_kl(student_logits, teacher_logits):
     """KL(p, q): q covers all of p (Hinton et al., arXiv 1503.02531)."""
-    dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    log_p, log_q = F.log_softmax(teacher_logits, -1, dtype=dtype), F.log_softmax(student_logits, -1, dtype=dtype)
+    log_p, log_q = log_probs(teacher_logits), log_probs(student_logits)
     # sum p log(p/q)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def reverse_kl(student_logits, teacher_logits):
     """KL(q, p): q keeps to where p is (MiniLLM, arXiv 2306.08543; here on given tokens, without its policy gradient)."""
-    dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    log_p, log_q = F.log_softmax(teacher_logits, -1, dtype=dtype), F.log_softmax(student_logits, -1, dtype=dtype)
+    log_p, log_q = log_probs(teacher_logits), log_probs(student_logits)
     # sum q log(q/p)
     return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
 def jsd(student_logits, teacher_logits, beta=0.5):
     """Generalized Jensen-Shannon divergence (GKD, arXiv 2306.13649), 0 < beta < 1; beta 0.5 is symmetric in p and q."""
-    dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    log = lambda x: x.clamp(min=torch.finfo(dtype).tiny).log()  # 0 log 0 = 0, gradients too
-    p, q = F.softmax(teacher_logits, -1, dtype=dtype), F.softmax(student_logits, -1, dtype=dtype)
+    p, q = probs(teacher_logits), probs(student_logits)
     # m = beta p + (1-beta) q, written so that m is exactly p where q is
     m = p + (1 - beta) * (q - p)
     # beta KL(p, m) + (1-beta) KL(q, m)
@@ -61,17 +72,14 @@ def jsd(student_logits, teacher_logits, beta=0.5):
 
 def tvd(student_logits, teacher_logits):
     """Total variation distance, 0 to 1 (f-distill, arXiv 2307.15190)."""
-    dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    p, q = F.softmax(teacher_logits, -1, dtype=dtype), F.softmax(student_logits, -1, dtype=dtype)
+    p, q = probs(teacher_logits), probs(student_logits)
     # 1/2 sum |p - q|
     return (p - q).abs().sum(-1) / 2
 
 
 def skew_forward_kl(student_logits, teacher_logits, alpha=0.1):
     """KL(p, alpha p + (1-alpha) q), at most log(1/alpha) (DistiLLM, arXiv 2402.03898), 0 < alpha < 1."""
-    dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    log = lambda x: x.clamp(min=torch.finfo(dtype).tiny).log()  # 0 log 0 = 0, gradients too
-    p, q = F.softmax(teacher_logits, -1, dtype=dtype), F.softmax(student_logits, -1, dtype=dtype)
+    p, q = probs(teacher_logits), probs(student_logits)
     # m = alpha p + (1-alpha) q;  sum p log(p/m)
     m = q + alpha * (p - q)
     return (p * (log(p) - log(m))).sum(-1)
@@ -79,9 +87,7 @@ def skew_forward_kl(student_logits, teacher_logits, alpha=0.1):
 
 def skew_reverse_kl(student_logits, teacher_logits, alpha=0.1):
     """KL(q, (1-alpha) p + alpha q), at most log(1/alpha) (DistiLLM, arXiv 2402.03898), 0 < alpha < 1."""
-    dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    log = lambda x: x.clamp(min=torch.finfo(dtype).tiny).log()  # 0 log 0 = 0, gradients too
-    p, q = F.softmax(teacher_logits, -1, dtype=dtype), F.softmax(student_logits, -1, dtype=dtype)
+    p, q = probs(teacher_logits), probs(student_logits)
     # m = (1-alpha) p + alpha q;  sum q log(q/m)
     m = p + alpha * (q - p)
     return (q * (log(q) - log(m))).sum(-1)
@@ -89,8 +95,7 @@ def skew_reverse_kl(student_logits, teacher_logits, alpha=0.1):
 
 def adaptive_kl(student_logits, teacher_logits, tail_mass=0.5):
     """Forward and reverse KL, weighed by how far q is from p in p's head and in its tail (AKL, arXiv 2404.02657)."""
-    dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    log_p, log_q = F.log_softmax(teacher_logits, -1, dtype=dtype), F.log_softmax(student_logits, -1, dtype=dtype)
+    log_p, log_q = log_probs(teacher_logits), log_probs(student_logits)
     p, q = log_p.exp(), log_q.exp()
     with torch.no_grad():
         # tail: the least likely tokens of p whose mass adds up to no more than tail_mass; head: the others
@@ -99,7 +104,7 @@ def adaptive_kl(student_logits, teacher_logits, tail_mass=0.5):
         # g = sum |p - q| over the head, over the tail
         gap = (p - q).abs().gather(-1, order)
         g_head, g_tail = (gap * ~tail).sum(-1), (gap * tail).sum(-1)
-        g = (g_head + g_tail).clamp(min=torch.finfo(dtype).tiny)  # at p = q: 0/g is 0, not 0/0
+        g = (g_head + g_tail).clamp(min=torch.finfo(g_head.dtype).tiny)  # at p = q: 0/g is 0, not 0/0
     # (g_head KL(p, q) + g_tail KL(q, p)) / (g_head + g_tail)
     forward, reverse = (p * (log_p - log_q)).sum(-1), (q * (log_q - log_p)).sum(-1)
     return g_head / g * forward + g_tail / g * reverse
@@ -113,8 +118,7 @@ def total_loss(student_logits, teacher_logits, targets, divergence, kd_rate, tem
 
     divergence: one of LOSSES. kd_rate: r; at r = 0 teacher_logits may be None. Returns total, ce and kd, each (M,).
     """
-    dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    ce = F.cross_entropy(student_logits.to(dtype), targets, reduction="none", ignore_index=-100)
+    ce = F.nll_loss(log_probs(student_logits), targets, reduction="none", ignore_index=-100)
     if kd_rate == 0:
         return ce, ce, torch.zeros_like(ce)
     # D(softmax(teacher / T), softmax(student / T)), without the factor T^2

@@ -224,14 +224,17 @@ COPIES = [
     ([dpo.dpo_loss], lambda loss: loss(*-Q, *-P, 0.5)),
     ([dpo.collate_pairs, dpo.shared_length], lambda collate, _: collate([PAIR], 0, True, "cpu")),
     ([dpo.response_logps], lambda logps: logps(-Q[:, :3], None, False)),
-    *[([kd.total_loss, loss], lambda total, loss: total(Q, P, TARGETS, loss, 0.5, 2.0)) for loss in kd.LOSSES.values()],
+    *[
+        ([kd.probs, kd.log_probs, kd.log, kd.total_loss, loss], lambda *f: f[3](Q, P, TARGETS, f[4], 0.5, 2.0))
+        for loss in kd.LOSSES.values()
+    ],
     (
         [decode.token_logprobs, decode.ChunkedLogprobs],
         lambda logprobs, _: logprobs(Q, P, None, torch.tensor([0, 1]), 1),
     ),
     (
         [kd.ChunkedHeadLoss],
-        lambda chunked: chunked.apply(Q, P, None, lambda logits, part: (logits.exp()[:, 0],), 1),
+        lambda chunked: chunked.apply(Q, P, None, lambda part: lambda logits, rows: (logits.exp()[:, 0],), 1),
     ),
     ([scoring.paired_bootstrap], lambda bootstrap: bootstrap(DIFFERENCES, 10, seed=0)),
     ([scoring.interval], lambda interval: interval(0.375, DIFFERENCES)),
