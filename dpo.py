@@ -247,12 +247,7 @@ def train(args, world, tokenizer, pairs, student_path, reference_path, out):
             if not warned and reference_path == student_path:
                 warned = warn_if_chosen_falls(metrics, args, chosen_tokens / pair_count, world)
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", wins=f"{metrics['wins']:.2f}")
-            training.save_on_the_way(args, step + 1, total_steps, out, model, lm, tokenizer, world)
-            stopped = world.any(stop)
-            if stopped or (step + 1) % args.save_every == 0 or step + 1 == total_steps:
-                training.save_checkpoint(out / "checkpoint", model, optimizer, step + 1, world)
-            if stopped:
-                raise runs.Stopped(step + 1)
+            training.end_step(args, step + 1, total_steps, out, model, lm, optimizer, tokenizer, stop, world)
     training.save_model(out / "student", model, lm, tokenizer, runs.DTYPES[args.save_dtype], world)
     return metrics
 

@@ -220,7 +220,7 @@ def divergence_of(args):
 
 
 def train(args, world, tokenizer, tokens, examples, teacher, student_path, out):
-    """Trains the student; writes OUT/metrics.jsonl, OUT/checkpoint, OUT/student. Resumes. Returns the last metrics.
+    """Trains the student; writes OUT/metrics.jsonl, OUT/checkpoint, OUT/student. Resumes.
 
     examples: from `responses.write_examples`. teacher: LiveTeacher or CachedTeacher, None where --kd-rate is 0.
     """
@@ -232,7 +232,7 @@ def train(args, world, tokenizer, tokens, examples, teacher, student_path, out):
     first_step = training.load_checkpoint(out / "checkpoint", model, optimizer, world)
     total_steps = args.max_steps or args.epochs * math.ceil(len(examples) / args.batch_size)
     world.first(lambda: training.cut_metrics(out / "metrics.jsonl", first_step))
-    metrics, sampled = None, {}
+    sampled = {}
     if world.rank == 0:
         print(f"kd: {len(examples)} examples, {total_steps} steps of {args.batch_size}")
     steps = range(first_step, total_steps)
@@ -268,14 +268,8 @@ def train(args, world, tokenizer, tokens, examples, teacher, student_path, out):
             metrics = {"stage": "kd", "step": step + 1, **means, **updated, "response_tokens": token_count}
             training.log_step(out, metrics, columns["prompt_id"], totals["tokens"], started, world)
             bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("loss", "ce", "kd")})
-            training.save_on_the_way(args, step + 1, total_steps, out, model, lm, tokenizer, world)
-            stopped = world.any(stop)
-            if stopped or (step + 1) % args.save_every == 0 or step + 1 == total_steps:
-                training.save_checkpoint(out / "checkpoint", model, optimizer, step + 1, world)
-            if stopped:
-                raise runs.Stopped(step + 1)
+            training.end_step(args, step + 1, total_steps, out, model, lm, optimizer, tokenizer, stop, world)
     training.save_model(out / "student", model, lm, tokenizer, runs.DTYPES[args.save_dtype], world)
-    return metrics
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -317,15 +317,21 @@ def save_model(folder, root, lm, tokenizer, dtype, world):
     world.barrier()
 
 
-def save_on_the_way(args, step, total_steps, out, root, lm, tokenizer, world):
-    """Writes OUT/students/step-000123 if `step`, from 1, is one of --save-students N at k/(N+1) of all steps, rounded up.
+def end_step(args, step, total_steps, out, root, lm, optimizer, tokenizer, stop, world):
+    """Writes what is due after `step`, from 1: a student on the way, a checkpoint. stop: the signals received so far.
 
-    Called before the step's checkpoint is written: then a killed run takes a step whose student is missing again.
+    The students of --save-students N are those at k/(N+1) of all steps, rounded up; each is written before the step's
+    checkpoint: then a killed run takes a step whose student is missing again. Raises `runs.Stopped` after a signal.
     """
     passed, before = (n * (args.save_students + 1) // total_steps for n in (step, step - 1))
     folder = out / "students" / f"step-{step:06d}"
     if before < passed <= args.save_students and not world.first(folder.exists):
-        save_model(folder, root, lm, tokenizer, runs.DTYPES[args.save_dtype], world)
+        save_model(folder, root, lm, tokenizer, DTYPES[args.save_dtype], world)
+    stopped = world.any(stop)
+    if stopped or step % args.save_every == 0 or step == total_steps:
+        save_checkpoint(out / "checkpoint", root, optimizer, step, world)
+    if stopped:
+        raise runs.Stopped(step)
 
 
 def cut_metrics(path, step):
