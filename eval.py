@@ -66,7 +66,7 @@ def evaluate(path, sets, args, world, out, checker, teacher):
     if world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
     for benchmark, examples in sets:
-        name, new_tokens = benchmark.name, args.max_new_tokens if args.max_new_tokens > 0 else benchmark.max_new_tokens
+        name, new_tokens = benchmark.name, args.max_new_tokens or (256 if benchmark.metric == "rouge" else 1024)
         limit = models.prompt_limit([path], args.max_prompt_tokens, new_tokens, args.trust_remote_code)
         prompts, skipped = benchmarks.encode(examples, tokenizer, args.template, limit)
         settings = (prompts, tokens, tokenizer, new_tokens, args.batch_size)

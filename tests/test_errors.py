@@ -426,12 +426,12 @@ KD_ERRORS = {  # the flags that are wrong, the error; {file} is a file of someth
     "cache is a file": ({"teacher_cache": "{file}"}, CACHE.format("{file}")),
 }
 KNOWN = "use dolly, selfinst, vicuna, sni, unni, gsm8k, math, NAME=FILE or FILE"
-NO_METRIC = "nothing says how to score 'toy', in --data toy={data}, give --metric rouge or math, or a known name=FILE"
+NO_METRIC = "nothing says how to score 'toy', in --data toy={data}, give --metric, or a known name=FILE"
 BAD_NAME = "the name 'a/b' cannot be part of a file name, in --data a/b={data}, give NAME=FILE"
 EVAL_ERRORS = {
     "model alone": ({"data": None}, f"the following arguments are required: --data, {COMMAND_LINE}, see …"),
-    "no such file": ({"data": "toy=no.jsonl"}, "no such file, in --data toy=no.jsonl, give NAME=FILE or FILE"),
-    "unknown set": ({"data": "dolli"}, f"unknown data set 'dolli', in --data, {KNOWN}"),
+    "no such file": ({"data": "toy=no.jsonl"}, f"no such data set or file, in --data toy=no.jsonl, {KNOWN}"),
+    "unknown set": ({"data": "dolli"}, f"no such data set or file, in --data dolli, {KNOWN}"),
     "no metric": ({"metric": None}, NO_METRIC),
     "name": ({"data": "a/b={data}"}, BAD_NAME),
     "empty file": ({"data": "x={empty}"}, "no rows, in --data x, give data with at least one row"),
@@ -613,7 +613,7 @@ def test_one_process_prints_one_line(warmup, align, tmp_path, script):
 
 TOGETHER = {  # who meets the error: script, its flags that are wrong, the one line
     "rank 0": ("warmup_distill", {"prompt_column": "q"}, "no column q, in .+, rename one to prompt .+"),
-    "all ranks": ("eval", {"data": "x=no.jsonl"}, "no such file, in --data x=no.jsonl, give NAME=FILE or FILE"),
+    "all ranks": ("eval", {"data": "x=no.jsonl"}, f"no such data set or file, in --data x=no.jsonl, {KNOWN}"),
     "rank 1": (None, {}, r"rank 1 met something, in its own data, repair it \(rank 1\)"),
 }
 
