@@ -182,11 +182,6 @@ def reference_logprobs(model, pairs, lengths, pad_id, with_shared, micro_batch_s
     return sums.cpu()
 
 
-def needs_shared(args):
-    """Whether the log-probs of shared response tokens count: in a difference of sums they cancel, in others not."""
-    return args.logprobs == "mean" or args.nll_weight > 0
-
-
 def load_policy(path, args, tokenizer, world):
     """A model to train: float32 parameters, sharded. Returns (PairModel, the language model in it)."""
     lm = training.load_trainable(path, args, tokenizer, world)
@@ -201,10 +196,10 @@ def train(args, world, tokenizer, pairs, student_path, reference_path, out):
     """
     if world.first(lambda: training.is_trained(out)):
         return None
-    with_shared, pad_id = needs_shared(args), tokenizer.pad_token_id
+    # Do the log-probs of shared response tokens count? In a difference of sums they cancel, in others not
+    with_shared, pad_id = args.logprobs == "mean" or args.nll_weight > 0, tokenizer.pad_token_id
     lengths = pairs["tokens"][:]
-    response_lengths = [pairs["chosen_tokens"][:], pairs["rejected_tokens"][:]]
-    response_lengths = torch.tensor(response_lengths, dtype=torch.long).T  # (n, 2)
+    response_lengths = torch.tensor([pairs["chosen_tokens"][:], pairs["rejected_tokens"][:]]).long().T  # (n, 2)
     model, lm = load_policy(student_path, args, tokenizer, world)
     # log pi_ref never changes: computed once, before the first step and before a checkpoint is loaded
     reference_model = model

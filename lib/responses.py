@@ -75,6 +75,8 @@ def write_examples(args, world, tokenizer, tokens, prompts, out):
     file = out / "examples.arrow"
     world.first(lambda: data.write_arrow(file, rows, prompt_id="int64", ids=["int32"], response=["int32"]))
     examples = data.open_arrow(file)
+    if not len(examples):
+        raise UserError("all responses are over --max-new-tokens", f"in {args.data}", "raise the limit")
     if world.rank == 0 and len(examples) < len(prompts):
         print(f"skipped: {len(prompts) - len(examples)} responses over --max-new-tokens {args.max_new_tokens}")
     return examples
@@ -82,7 +84,6 @@ def write_examples(args, world, tokenizer, tokens, prompts, out):
 
 def gold_responses(prompts, tokenizer, args):
     """Yields each prompt with "response", the ids of the data's response and eos, if it fits into --max-new-tokens."""
-    kept = 0
     for prompt in prompts:
         if prompt["gold"] is None:
             where = f"in {args.data} row {prompt['prompt_id']}"
@@ -90,10 +91,7 @@ def gold_responses(prompts, tokenizer, args):
             raise UserError("there is no response", where, todo)
         ids = tokenizer(prompt["gold"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
         if len(ids) <= args.max_new_tokens:
-            kept += 1
             yield prompt | {"response": ids}
-    if kept == 0:
-        raise UserError("all responses are over --max-new-tokens", f"in {args.data}", "raise the limit")
 
 
 def write_responses(model, prompts, sample_ids, stage, args, tokens, greedy=False, any_rank=None):

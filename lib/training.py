@@ -277,10 +277,9 @@ def load_checkpoint(folder, model, optimizer, world):
 
     Raises UserError if it is of another run, or a file of it is missing or changed.
     """
-    newest = world.first(lambda: checkpoints(folder)[-1:])
-    if not newest:
+    newest = world.first(lambda: checkpoints(folder)[-1] if checkpoints(folder) else None)
+    if newest is None:
         return 0
-    [newest] = newest
     step, todo = int(newest.name[5:]), "delete it, and training starts again from the initial student"
     with runs.reading("the checkpoint is damaged", f"in {newest}", todo):
         made = runs.read_json(newest / "files.json")
