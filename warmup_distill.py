@@ -274,29 +274,25 @@ def merge_pairs(args, tokenizer, prompts, out):
                 above = margins[:, None] > etas  # (T, E)
                 tokens_above, samples_above = tokens_above + above.sum(0), samples_above + above.any(0)
                 margin_counts += torch.bincount(torch.bucketize(margins, bins), minlength=len(bins) + 1)
-                t = record["t_star"]
-                counts["tokens"] += len(margins)
-                counts["prompts"] += record["sample_id"] == 0
                 counts["at_length_limit"] += not record["ended"]
-                if t >= 0:
-                    t_stars[t] += 1
+                t_stars[record["t_star"]] += 1  # -1: none
                 if record["status"] == "kept":
                     counts["chosen_at_length_limit"] += not record["chosen_ended"]
                     names = ("prompt_id", "sample_id", "prompt_ids", "prefix_len", "chosen_ids")
                     pair = {name: record[name] for name in names} | {"rejected_ids": record["response_ids"]}
-                    pair |= {"margin": round(margins[t].item(), 4), "prompt": record["prompt"]}
+                    pair |= {"margin": round(margins[record["t_star"]].item(), 4), "prompt": record["prompt"]}
                     pair |= {"chosen": text(record["chosen_ids"]), "rejected": text(record["response_ids"])}
                     file.write(json.dumps(pair | {"tokenizer": fingerprint}, ensure_ascii=False) + "\n")
-    samples = sum(counts[status] for status in ("kept", "untouched", "identical", "duplicate", "filtered"))
-    rates, tokens = zip(ETA_GRID, samples_above.tolist(), tokens_above.tolist()), counts["tokens"]
+    samples, tokens = len(prompts) * args.samples, margin_counts.sum().item()
+    rates = zip(ETA_GRID, samples_above.tolist(), tokens_above.tolist())
     summary = {"eta": args.eta, "samples": samples, "pairs": counts["kept"], "untouched": counts["untouched"]}
     summary |= {"dropped": {reason: counts[reason] for reason in ("identical", "duplicate", "filtered")}}
-    summary |= {"replaced": samples - counts["untouched"]}
-    names = ("prompts", "prompts_with_pairs", "tokens", "at_length_limit", "chosen_at_length_limit")
-    summary |= {name: counts[name] for name in names}
+    summary |= {"replaced": samples - counts["untouched"], "prompts": len(prompts)}
+    summary |= {"prompts_with_pairs": counts["prompts_with_pairs"], "tokens": tokens}
+    summary |= {name: counts[name] for name in ("at_length_limit", "chosen_at_length_limit")}
     summary["replacement_rate"] = {str(e): {"samples": s / samples, "tokens": t / tokens} for e, s, t in rates}
     summary["margin_histogram"] = {"edges": MARGIN_BINS, "counts": margin_counts.tolist()}
-    summary["t_star_histogram"] = {str(t): t_stars[t] for t in sorted(t_stars)}
+    summary["t_star_histogram"] = {str(t): t_stars[t] for t in sorted(t_stars) if t >= 0}
     summary["warnings"] = warnings_of(summary)
     runs.write_json(out / "mismatch.json", summary, indent=1)
     return summary
