@@ -84,17 +84,15 @@ def evaluate(path, sets, args, world, out, checker, teacher):
         table[name] = {"metric": benchmark.metric, "skipped": skipped, "max_prompt_tokens": limit}
         table[name] |= scoring.summarise(results[name])
         if args.distance is not None:
-            question = {"teacher": args.distance, "eta": args.eta, "seed": args.seeds[0]}
-            question["prompts"] = runs.seal([prompt["ids"] for prompt in prompts], "prompts")
-            question["content"] = [content, runs.fingerprint(args.distance)]
-            file = folder / f"{name}-distance-{model_name(args.distance)}.json"
-            found = world.first(lambda file=file: runs.read_jsonl(file, content)[0] if file.exists() else {})
-            if not question.items() <= found.items():
+            of = {"teacher": args.distance, "eta": args.eta}
+            question = [of, runs.fingerprint(args.distance), args.seeds[0], [prompt["ids"] for prompt in prompts]]
+            file = folder / f"{name}-distance-{runs.seal(question, content)}.json"
+            [found] = world.first(lambda file=file: runs.read_jsonl(file, content) if file.exists() else [None])
+            if found is None:
                 found = measure.distance(model(), teacher(), *settings, args.seeds[0], world, args.eta, first_mismatch)
-                found = question | found
                 if world.rank == 0:
                     runs.write_jsonl(file, [found], content)
-            table[name]["distance"] = found
+            table[name]["distance"] = of | found
     if world.rank == 0 and done:
         print(f"{path}: {done} response files were there already")
     return table, results
@@ -134,11 +132,11 @@ def print_table(table):
                 f"limit; {s['check_failed']} answers scored 0 because their check hung or crashed"
             )
             if "distance" in s:
-                details.append(
-                    "{model}, {name}: KL(p,q) {kl_teacher_student:.4f}, KL(q,p) {kl_student_teacher:.4f} nats a token "
-                    "from {teacher}; margin above {eta:g} in {replaced_tokens:.2%} of tokens, {replaced_samples:.2%} of "
-                    "samples".format(model=model, name=name, **s["distance"])
-                )
+                numbers = [
+                    f"{measure.COLUMNS[c]} {s['distance'][c]:.4f}" for c in measure.COLUMNS if c in s["distance"]
+                ]
+                question = "from {teacher}, eta {eta:g}".format(**s["distance"])
+                details.append(f"{model}, {name}, {question}: {', '.join(numbers)}")
         print("| " + " | ".join([*cells, f"{row['average']:.2f}"]) + " |")
     print(*details, sep="\n", end="\n" if details else "")
     if "compare" in table:

@@ -111,12 +111,10 @@ def distance(
             forward, reverse = (p.exp() * (p - q)).sum(), (q.exp() * (q - p)).sum()
             check_finite(torch.stack([forward, reverse, (log_q - log_p).sum()])[None], [batch[i]["prompt_id"]])
             t_star = first_mismatch(log_q, log_p, torch.ones_like(log_q, dtype=torch.bool), eta)  # (1,)
-            totals["kl_teacher_student"] += forward.item()
-            totals["kl_student_teacher"] += reverse.item()
-            totals["replaced_samples"] += (t_star >= 0).sum().item()
-            totals["replaced_tokens"] += (log_q - log_p > eta).sum().item()
-            totals["response_tokens"] += len(response)
-            totals["samples"] += 1
+            found = {"kl_teacher_student": forward, "kl_student_teacher": reverse, "response_tokens": len(response)}
+            found |= {"replaced_samples": (t_star >= 0).sum(), "replaced_tokens": (log_q - log_p > eta).sum()}
+            for name, value in {**found, "samples": 1}.items():
+                totals[name] += float(value)
     totals = world.sum(totals)
     samples, all_tokens = totals.pop("samples"), totals["response_tokens"]
     per_sample = ("replaced_samples", "response_tokens")
