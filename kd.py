@@ -333,12 +333,11 @@ def main(argv=None):
         training.release_memory()
 
     if eval_prompts:
-        students = {"student before": args.student, "student after": out / "student"}
         teacher_lm = None  # without KD, sharded or cached there is no whole teacher here
         if args.kd_rate > 0 and not args.shard_teacher and not args.teacher_cache:
             teacher_lm = training.load_teacher(args, world, tokenizer) if teacher is None else teacher.lm
         settings = (eval_prompts, args.prompts_per_batch, 4.0, first_mismatch)  # 4.0: the warm-up's default eta
-        measure.closing_table(args, world, tokenizer, tokens, out, students, teacher_lm, *settings)
+        measure.closing_table(args, world, tokenizer, tokens, out, teacher_lm, *settings)
     if world.rank == 0:
         print(f"the run as a page: python -m tools.report {out}")
         print(f"{runs.seconds_since_start():.0f} seconds; the distilled student is {out / 'student'}")

@@ -387,11 +387,10 @@ def main(argv=None):
     if args.eval_limit:
         # A sharded teacher is one that fits on no single device: then there is none in the table
         teacher = None if args.shard_teacher else models.load_frozen(args.teacher, args, world, tokenizer)
-        students = {"student before": args.student, "student after": out / "student"}
         # As many rows as in sampling, but 8 batches or more for the ranks, whose number must change no batch
         size = min(args.prompts_per_batch * args.samples, math.ceil(len(eval_prompts) / 8))
         settings = (eval_prompts, size, args.eta, first_mismatch)
-        measure.closing_table(args, world, tokenizer, tokens, out, students, teacher, *settings)
+        measure.closing_table(args, world, tokenizer, tokens, out, teacher, *settings)
     if world.rank == 0:
         print(f"{runs.seconds_since_start():.0f} seconds; the warmed-up student is {out / 'student'}")
         print(f"the run as a page: python -m tools.report {out}")

@@ -135,16 +135,16 @@ COLUMNS = {
 }
 
 
-def closing_table(args, world, tokenizer, tokens, out, students, teacher, prompts, batch_size, eta, first_mismatch):
+def closing_table(args, world, tokenizer, tokens, out, teacher, prompts, batch_size, eta, first_mismatch):
     """Measures, writes OUT/summary.json and prints it as a table, whose columns the README defines.
 
-    students: {name: path}, before and after. teacher: a loaded model, or None where there is no whole one: then there
+    The students are --student and OUT/student. teacher: a loaded model, or None where there is no whole one: then there
     is no distance. prompts: as `data.encode_prompts` returns them; with a number in each gold response there is an
     accuracy. Returns the summary, {name: {column: value}}, on every rank.
     """
     with_answers = all(p["gold"] is not None and final_number(p["gold"]) is not None for p in prompts)
     settings = (prompts, tokens, tokenizer, args.max_new_tokens, batch_size)
-    summary = {}
+    summary, students = {}, {"student before": args.student, "student after": out / "student"}
     if teacher is not None and with_answers:
         summary["teacher"] = {"accuracy": greedy_accuracy(teacher, *settings, world)}
     for name, path in students.items():

@@ -43,10 +43,7 @@ FREE_ARGS |= {"activation_checkpointing", "accept_changes", "traceback", "shard_
 
 
 class UserError(Exception):
-    """Bad input: what is wrong, where, what to do. Printed as one line, without a traceback."""
-
-    def __init__(self, what, where, what_to_do):
-        super().__init__(what, where, what_to_do)
+    """Bad input: UserError(what is wrong, where, what to do). Printed as one line, without a traceback."""
 
     def __str__(self):
         return printable(", ".join(map(str, self.args)))
@@ -234,8 +231,7 @@ def start_processes(device, threads):
                     socket.create_connection(place, timeout=60).close()
                 store, rank, size = next(dist.rendezvous("env://", timeout=MEETING_TIME))
         # Ranks wait while rank 0 reads the data or merges files: an hour is for a lost peer only
-        options = {"store": store, "rank": rank, "world_size": size, "timeout": timedelta(hours=1)}
-        dist.init_process_group(backend, **options)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(hours=1))
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     return World(dist.get_rank(), dist.get_world_size(), torch.device(device))
@@ -307,9 +303,7 @@ def start_run(out, args, world, inputs=()):
     content must be the same. Returns OUT as a Path. Raises UserError where OUT is no folder of such a run, holds a run
     of other arguments, inputs or code (unless --accept-changes, which args.json records), or another run is at work.
     """
-    out = Path(out)
-    world.first(lambda: claim(out, vars(args), inputs))
-    return out
+    return world.first(lambda: claim(Path(out), vars(args), inputs))
 
 
 def run_key(out):
@@ -350,6 +344,7 @@ def claim(out, args, inputs):
                 record["accepted"].append(refuse_differences(out, record[key], dict(there[key]), accept))
     if not made or record["accepted"] != there["accepted"]:
         write_json(file, record, indent=1)
+    return out
 
 
 def refuse_differences(folder, ours, theirs, accept):

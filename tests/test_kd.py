@@ -638,7 +638,7 @@ def test_closing_table(distil, prompts_file, capsys, monkeypatch):
     assert runs.read_json(out / "summary.json")["student after"].keys() == {"accuracy"}
 
     tables = []
-    monkeypatch.setattr(measure, "closing_table", lambda *arguments: tables.append(arguments[8:]))
+    monkeypatch.setattr(measure, "closing_table", lambda *arguments: tables.append(arguments[7:]))
     distil("run", flags)
     assert tables == [(16, 4.0, kd.first_mismatch)]
 
