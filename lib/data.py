@@ -82,14 +82,13 @@ def file_rows(path):
     """Yields the rows of a local file, a dict each, in order. Strict: that file alone, and text as it is written there."""
     if path.suffix == ".csv":
         with open(path, encoding="utf-8-sig", newline="") as file:
-            lines = csv.reader(file, strict=True)
-            header = next(lines, [])
-            if len(set(header)) < len(header):
+            lines = csv.DictReader(file, strict=True)
+            if len(set(lines.fieldnames or [])) < len(lines.fieldnames or []):
                 raise ValueError("a column is there twice")
-            for line in filter(None, lines):
-                if len(line) != len(header):
-                    raise ValueError(f"line {lines.line_num} has {len(line)} fields, the header has {len(header)}")
-                yield {name: text or None for name, text in zip(header, line)}
+            for row in lines:
+                if None in row or None in row.values():  # fields without a name, names without a field
+                    raise ValueError(f"line {lines.line_num} has not the {len(lines.fieldnames)} fields of the header")
+                yield {name: text or None for name, text in row.items()}
     elif path.suffix == ".parquet":
         file = pyarrow.parquet.ParquetFile(path)
         if len(set(file.schema_arrow.names)) < len(file.schema_arrow.names):
@@ -131,20 +130,19 @@ def read_examples(args):
     with runs.reading("the data cannot be read", where, "check the file, hub id and --split"):
         rows, names = open_rows(args.data, args.data_config, args.split)
         rows = itertools.islice(rows(), args.limit or None)
-        for number, example in enumerate(examples_of(rows, names, where, args.prompt_column, args.response_column)):
-            if not isinstance(example["response"], str | None):
-                what = f"the response is {type(example['response']).__name__}, not text"
-                raise UserError(what, f"{where} row {number}", "repair the row or name a column: --response-column")
-            yield example
+        yield from examples_of(rows, names, where, args.prompt_column, args.response_column)
 
 
-def examples_of(rows, names, where, prompt_column=None, response_column=None, response_columns=RESPONSE_COLUMNS):
-    """Rows with the columns `names` -> examples, as `read_examples` yields them; the responses are not checked."""
+def examples_of(rows, names, where, prompt_column=None, response_column=None, references=()):
+    """Rows with the columns `names` -> examples, as `read_examples` yields them.
+
+    references: columns that count as the response, and whose values may be of any type.
+    """
     if not names:
         raise UserError("no rows", where, "give data with at least one row")
     messages = "messages" if "messages" in names and not (prompt_column or response_column) else None
     prompt = prompt_column or next((c for c in PROMPT_COLUMNS if c in names), None)
-    response = response_column or next((c for c in response_columns if c in names and c != prompt), None)
+    response = response_column or next((c for c in references or RESPONSE_COLUMNS if c in names and c != prompt), None)
     context = next((c for c in INPUT_COLUMNS if c in names and c not in (prompt, response)), None)
     for kind, column in {"prompt": messages or prompt, "response": response_column or "response"}.items():
         if column not in names and (kind == "prompt" or response_column):
@@ -156,10 +154,10 @@ def examples_of(rows, names, where, prompt_column=None, response_column=None, re
         if messages:
             yield conversation_example(row.get(messages), place)
             continue
-        for column in (prompt, context):
+        for column in (prompt, context) if references else (prompt, context, response):
             if not isinstance(row.get(column), str | None):
                 what = f"column {column} is {type(row[column]).__name__}, not text"
-                raise UserError(what, place, "repair the row")
+                raise UserError(what, place, "repair the row, or name another column")
         if not (row.get(prompt) or "").strip():
             raise UserError(f"column {prompt} is empty", place, "repair or delete the row")
         example = {"instruction": row[prompt], "input": row.get(context) or "", "response": row.get(response)}

@@ -217,7 +217,7 @@ NO_ROWS = "…, in …{}, …"  # each library says it in another way
 NO_OBJECT = "%s instead of an object with columns, in {} %s, repair or delete it"
 NO_COLUMN = "no %s, in {} with columns %s, rename one to %s …"
 EMPTY = "column %s is empty, in {} row 1, repair or delete the row"
-NO_TEXT = "column %s is %s, not text, in {} row 0, repair the row"
+NO_TEXT = "column %s is %s, not text, in {} row 0, repair the row, or name another column"
 NO_TURNS = "messages is not a list of turns with text content, in {} row 0, repair the row"
 NO_PROMPT = "messages has no turn before the assistant's, in {} row 0, repair the row"
 PART, QUESTION = {"type": "text", "text": "1"}, jsonl({"prompt": "1+2+3:"}, {"prompt": "12345"})
@@ -250,7 +250,7 @@ BAD_DATA = {  # name of the file: its content, the error ({} is the file's path)
     "empty_cell.csv": ("question,answer\na,b\n,b\n", EMPTY % "question"),
     "number.jsonl": (jsonl({"prompt": 12}), NO_TEXT % ("prompt", "int")),
     "input.jsonl": (jsonl({"prompt": "1", "input": 5}), NO_TEXT % ("input", "int")),
-    "gold.jsonl": (jsonl({"prompt": "1", "answer": 5}), "the response is int, not text, in {} row 0, repair the row …"),
+    "gold.jsonl": (jsonl({"prompt": "1", "answer": 5}), NO_TEXT % ("answer", "int")),
     "m0.jsonl": (messages(), NO_TURNS),
     "m1.jsonl": (jsonl({"messages": None}), NO_TURNS),
     "m4.jsonl": (messages({"content": "hello"}), NO_TURNS),
