@@ -58,8 +58,7 @@ def evaluate(path, sets, args, world, out, checker, teacher):
     """
     tokenizer, tokens = models.shared_tokenizer(path, None, args.trust_remote_code)  # what ends a response: its own eos
     if args.distance is not None:
-        theirs = models.load_tokenizer(args.distance, args.trust_remote_code)
-        models.check_same_tokenizer(tokenizer, theirs, path, args.distance)
+        models.shared_tokenizer(path, args.distance, args.trust_remote_code)  # raises an error unless it is one
     model = functools.cache(lambda: models.load_frozen(path, args, world, tokenizer))
     folder, table, results, done = out / model_name(path), {}, {}, 0
     content = str(runs.fingerprint(path))  # of the model as it is trained now
@@ -181,7 +180,7 @@ def parse_args(argv=None):
     parser.set_defaults(**PRESETS[parser.parse_args(argv).preset])  # a flag that is given wins
     args = parser.parse_args(argv)
     if not set(args.compare) <= set(args.model):
-        raise UserError(f"--compare is {' '.join(args.compare)}", "on the command line", "name two of --model")
+        parser.error(f"--compare is {' '.join(args.compare)}: name two of --model")
     check_once("--model", [model_name(path) for path in args.model])
     check_once("--seeds", args.seeds)
     return args

@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 
 from lib import data, decode, measure, models, responses, runs, training
-from lib.runs import UserError
 from warmup_distill import first_mismatch
 
 # Defaults of the toy, which is used without --teacher and --data
@@ -280,7 +279,7 @@ def train(args, world, tokenizer, tokens, examples, teacher, student_path, out):
 def parse_args(argv=None):
     parser = runs.ArgumentParser(__doc__)
     runs.add_arguments(parser)
-    data.add_arguments(parser, "out/kd")
+    data.add_arguments(parser, "out/kd", eval_limit=500)
     add = parser.add_argument_group("loss").add_argument
     add("--loss", choices=list(LOSSES), default="forward_kl", help="divergence of teacher and student")
     add("--kd-rate", type=runs.SHARE, default=0.5, help="r in (1-r) CE + r KD; 0: SFT, no teacher")
@@ -297,18 +296,15 @@ def parse_args(argv=None):
     add("--teacher-cache", help="folder: store the teacher's log-probs there once, or use those there")
     add("--teacher-top-k", type=runs.COUNT, default=64, help="log-probs a token in --teacher-cache")
     training.add_arguments(parser, lr=1e-5)
-    data.add_eval_arguments(parser, "no table, except with the toy", 500)
     args = data.parse_args(parser, argv, TOY, ["teacher"])
-    where = "on the command line"
     needed = ["student", "data", "teacher"] if args.kd_rate > 0 or args.mode == "teacher" else ["student", "data"]
     for name in needed:
         if not getattr(args, name):
-            raise UserError(f"--{name} is missing", where, "give it, or neither teacher nor data for the toy")
+            parser.error(f"--{name} is missing: give it, or neither teacher nor data for the toy")
     if args.mode == "student" and args.kd_rate == 0:
-        raise UserError("--kd-rate is 0.0", where, "give a value above 0: with --mode student there are no labels")
+        parser.error("--kd-rate is 0.0, and with --mode student there are no labels")
     if args.teacher_cache and (args.mode == "student" or args.kd_rate == 0):
-        what = "--teacher-cache needs responses that stay, and a teacher: not --mode student, not --kd-rate 0"
-        raise UserError(what, where, "leave it out")
+        parser.error("--teacher-cache needs responses that stay, and a teacher: not --mode student, not --kd-rate 0")
     return args
 
 

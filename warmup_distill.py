@@ -323,7 +323,7 @@ def parse_args(argv=None):
     parser = runs.ArgumentParser(__doc__)
     parser.add_argument("--pairs-only", action="store_true", help="stop after OUT/pairs.jsonl")
     runs.add_arguments(parser)
-    data.add_arguments(parser, "out/warmup")
+    data.add_arguments(parser, "out/warmup", eval_limit=64)
     add = parser.add_argument_group("sample, check, splice").add_argument
     add("--samples", type=runs.COUNT, default=8, help="N, responses a prompt; 8 in the paper")
     add("--eta", type=runs.NATS, default=4.0, help="threshold of log q - log p, nats; 4 in the paper")
@@ -337,11 +337,10 @@ def parse_args(argv=None):
     add("--reference", choices=["student", "teacher"], default="student", help="pi_ref of DPO")
     dpo.add_arguments(parser)
     training.add_arguments(parser, lr=5e-7)
-    data.add_eval_arguments(parser, "the training prompts, and the table says so", 64)
     args = data.parse_args(parser, argv, TOY, ["teacher", "student"])
     for flag in ("teacher", "student", "data"):
         if not getattr(args, flag):
-            raise UserError(f"--{flag} is missing", "on the command line", "give all three, or none for the toy")
+            parser.error(f"--{flag} is missing: give all three, or none for the toy")
     return args
 
 

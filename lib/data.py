@@ -38,7 +38,7 @@ ALPACA = (
 )
 
 
-def add_arguments(parser, out=None):
+def add_arguments(parser, out=None, eval_limit=0):
     """The flags that say which models and data, how a prompt is made of a row, and how long responses may be."""
     add = parser.add_argument_group("models").add_argument
     add("--teacher", help="folder or hub id; without models and data: the toy")
@@ -57,6 +57,11 @@ def add_arguments(parser, out=None):
     add("--response-column", help="column of the gold response, where its name is unusual")
     add("--template", choices=TEMPLATES, default="auto", help="auto: chat if the tokenizer has one, else alpaca")
     add("--max-prompt-tokens", type=runs.COUNT, default=256, help="a longer prompt is skipped and counted")
+    add = parser.add_argument_group("closing table").add_argument
+    add("--eval-data", help="held-out prompts, read as --data is; without: the training prompts in warmup_distill.py")
+    add("--eval-config", help="configuration of --eval-data; of the same hub id as --data: its own")
+    add("--eval-split", default="test", help="split of --eval-data, if it is a hub id")
+    add("--eval-limit", type=runs.LIMIT, default=eval_limit, help="prompts in the table; 0: no table")
 
 
 def parse_args(parser, argv, toy, models):
@@ -67,15 +72,6 @@ def parse_args(parser, argv, toy, models):
         parser.set_defaults(**toy, **{flag: str(Path(args.toy) / name) for flag, name in names.items()})
         args = parser.parse_args(argv)
     return args
-
-
-def add_eval_arguments(parser, default, limit):
-    """The flags of a closing table. default: what is done without --eval-data, for the help. limit: of the prompts."""
-    add = parser.add_argument_group("closing table").add_argument
-    add("--eval-data", help=f"held-out prompts, read as --data is; without them: {default}")
-    add("--eval-config", help="configuration of --eval-data; of the same hub id as --data: its own")
-    add("--eval-split", default="test", help="split of --eval-data, if it is a hub id")
-    add("--eval-limit", type=runs.LIMIT, default=limit, help="prompts in the table; 0: no table")
 
 
 def file_rows(path):

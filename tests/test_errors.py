@@ -166,7 +166,7 @@ def test_flags_that_are_no_flags(warmup, words, expected):
 
 def test_teacher_student_data_all_or_none(warmup):
     for missing, also in (("teacher", "teacher"), ("student", "data"), ("data", "data")):
-        expected = f"--{missing} is missing, {COMMAND_LINE}, give all three, or none for the toy"
+        expected = f"--{missing} is missing: give all three, or none for the toy, {SEE_HELP}"
         assert_error(warmup_distill.main, warmup(**{missing: None, also: None}), expected)
 
 
@@ -411,16 +411,16 @@ def test_loss_that_is_no_number(align, tmp_path):
 # kd.py and eval.py; tests/test_dpo.py has what is wrong with pairs
 # ---------------------------------------------------------------------------------------------------------------------
 
-FOR_TOY = f"{COMMAND_LINE}, give it, or neither teacher nor data for the toy"
-NO_LABELS = f"--kd-rate is 0.0, {COMMAND_LINE}, give a value above 0: with --mode student there are no labels"
+FOR_TOY = f"give it, or neither teacher nor data for the toy, {SEE_HELP}"
+NO_LABELS = f"--kd-rate is 0.0, and with --mode student there are no labels, {SEE_HELP}"
 NO_CACHE = "--teacher-cache needs responses that stay, and a teacher: not --mode student, not --kd-rate 0"
 CACHE = "the teacher's files cannot be kept (…), in {}, give another folder"
 KD_ERRORS = {  # the flags that are wrong, the error; {file} is a file of something else, {data} the data's
-    "no teacher": ({"teacher": None}, f"--teacher is missing, {FOR_TOY}"),
-    "no data": ({"data": None}, f"--data is missing, {FOR_TOY}"),
-    "no student": ({"student": None}, f"--student is missing, {FOR_TOY}"),
+    "no teacher": ({"teacher": None}, f"--teacher is missing: {FOR_TOY}"),
+    "no data": ({"data": None}, f"--data is missing: {FOR_TOY}"),
+    "no student": ({"student": None}, f"--student is missing: {FOR_TOY}"),
     "no labels": ({"mode": "student", "kd_rate": 0.0}, NO_LABELS),
-    "cache": ({"mode": "student", "teacher_cache": "c"}, f"{NO_CACHE}, {COMMAND_LINE}, leave it out"),
+    "cache": ({"mode": "student", "teacher_cache": "c"}, f"{NO_CACHE}, {SEE_HELP}"),
     "long": ({"max_new_tokens": 1}, "all responses are over --max-new-tokens, in {data}, raise the limit"),
     "column": ({"response_column": "a"}, "no column a, in {data} with columns …, rename one to response …"),
     "cache is a file": ({"teacher_cache": "{file}"}, CACHE.format("{file}")),

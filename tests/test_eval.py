@@ -262,7 +262,7 @@ def test_damaged_results_are_refused(one_process, english, tmp_path):
     [
         ("--model m", "required: --data"),
         ("--data dolly --compare a b", "required: --model"),
-        ("--model m --data dolly --compare m n", "--compare is m n, on the command line, name two of --model"),
+        ("--model m --data dolly --compare m n", "--compare is m n: name two of --model, on the command line"),
         ("--model m --data dolly dolly", "--data is dolly dolly"),
         ("--model m m --data dolly", "--model is m m"),
         ("--model m --data dolly --seeds 1 1", "--seeds is 1 1"),
