@@ -213,8 +213,7 @@ def train(args, world, tokenizer, pairs, student_path, reference_path, out):
     total_steps = (args.max_steps or args.epochs * math.ceil(len(pairs) / args.batch_size)) if len(pairs) else 0
     world.first(lambda: training.cut_metrics(out / "metrics.jsonl", first_step))
     metrics, warned = None, False
-    if world.rank == 0:
-        print(f"dpo: {len(pairs)} pairs, {total_steps} steps of {args.batch_size}")
+    world.print(f"dpo: {len(pairs)} pairs, {total_steps} steps of {args.batch_size}")
     steps = range(first_step, total_steps)
     bar = runs.progress(steps, desc="dpo", world=world, total=total_steps, initial=first_step, unit="step")
     with training.stop_signals() as stop:
@@ -385,9 +384,8 @@ def main(argv=None):
         raise UserError("no pairs", f"in {args.pairs}", "lower --eta or use more prompts")
     reference_path = args.model if args.reference is None else args.reference
     metrics = train(args, world, tokenizer, pairs, args.model, reference_path, out)
-    if world.rank == 0:
-        end = f" (loss {metrics['loss']:.4f}, wins {metrics['wins']:.3f})" if metrics else ""
-        print(f"{len(pairs)} pairs -> {out / 'student'}{end}; its curves: python -m tools.report {out}")
+    end = f" (loss {metrics['loss']:.4f}, wins {metrics['wins']:.3f})" if metrics else ""
+    world.print(f"{len(pairs)} pairs -> {out / 'student'}{end}; its curves: python -m tools.report {out}")
 
 
 if __name__ == "__main__":

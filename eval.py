@@ -62,8 +62,7 @@ def evaluate(path, sets, args, world, out, checker, teacher):
     model = functools.cache(lambda: models.load_frozen(path, args, world, tokenizer))
     folder, table, results, done = out / model_name(path), {}, {}, 0
     content = str(runs.fingerprint(path))  # of the model as it is trained now
-    if world.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+    world.first(lambda: folder.mkdir(parents=True, exist_ok=True))
     for benchmark, examples in sets:
         name, new_tokens = benchmark.name, args.max_new_tokens or (256 if benchmark.metric == "rouge" else 1024)
         limit = models.prompt_limit([path], args.max_prompt_tokens, new_tokens, args.trust_remote_code)
@@ -77,8 +76,7 @@ def evaluate(path, sets, args, world, out, checker, teacher):
             done += rows is not None
             if rows is None:
                 rows = respond(model(), *settings, benchmark.metric, seed, args, world, checker, file.stem)
-                if world.rank == 0:
-                    runs.write_jsonl(file, rows, content)
+                world.first(functools.partial(runs.write_jsonl, file, rows, content))
             results[name][seed] = rows
         table[name] = {"metric": benchmark.metric, "skipped": skipped, "max_prompt_tokens": limit}
         table[name] |= scoring.summarise(results[name])
@@ -89,11 +87,10 @@ def evaluate(path, sets, args, world, out, checker, teacher):
             [found] = world.first(lambda file=file: runs.read_jsonl(file, content) if file.exists() else [None])
             if found is None:
                 found = measure.distance(model(), teacher(), *settings, args.seeds[0], world, args.eta, first_mismatch)
-                if world.rank == 0:
-                    runs.write_jsonl(file, [found], content)
+                world.first(functools.partial(runs.write_jsonl, file, [found], content))
             table[name]["distance"] = of | found
-    if world.rank == 0 and done:
-        print(f"{path}: {done} response files were there already")
+    if done:
+        world.print(f"{path}: {done} response files were there already")
     return table, results
 
 

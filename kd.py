@@ -232,8 +232,7 @@ def train(args, world, tokenizer, tokens, examples, teacher, student_path, out):
     total_steps = args.max_steps or args.epochs * math.ceil(len(examples) / args.batch_size)
     world.first(lambda: training.cut_metrics(out / "metrics.jsonl", first_step))
     sampled = {}
-    if world.rank == 0:
-        print(f"kd: {len(examples)} examples, {total_steps} steps of {args.batch_size}")
+    world.print(f"kd: {len(examples)} examples, {total_steps} steps of {args.batch_size}")
     steps = range(first_step, total_steps)
     bar = runs.progress(steps, desc="kd", world=world, total=total_steps, initial=first_step, unit="step")
     with training.stop_signals() as stop:
@@ -334,9 +333,8 @@ def main(argv=None):
             teacher_lm = training.load_teacher(args, world, tokenizer) if teacher is None else teacher.lm
         settings = (eval_prompts, args.prompts_per_batch, 4.0, first_mismatch)  # 4.0: the warm-up's default eta
         measure.closing_table(args, world, tokenizer, tokens, out, teacher_lm, *settings)
-    if world.rank == 0:
-        print(f"the run as a page: python -m tools.report {out}")
-        print(f"{runs.seconds_since_start():.0f} seconds; the distilled student is {out / 'student'}")
+    world.print(f"the run as a page: python -m tools.report {out}")
+    world.print(f"{runs.seconds_since_start():.0f} seconds; the distilled student is {out / 'student'}")
 
 
 if __name__ == "__main__":

@@ -358,27 +358,28 @@ def main(argv=None):
     eval_prompts = world.first(lambda: data.load_eval_prompts(args, tokenizer, prompts))
     if args.keep == "correct" and prompts.data["gold"].null_count:
         raise UserError("--keep correct needs gold responses", f"in {args.data}", "name them with --response-column")
-    if world.rank == 0 and args.nll_weight > 0:
-        print(f"not in the paper: --nll-weight {args.nll_weight:g} adds the chosen responses' NLL to the DPO loss")
+    if args.nll_weight > 0:
+        world.print(
+            f"not in the paper: --nll-weight {args.nll_weight:g} adds the chosen responses' NLL to the DPO loss"
+        )
 
     # Steps 1 to 3
     build_pairs(args, world, tokenizer, tokens, prompts, out)
     training.release_memory()
     world.barrier()
     found = world.first(lambda: merge_pairs(args, tokenizer, prompts, out))
-    if world.rank == 0:
-        others = {"untouched": found["untouched"], **found["dropped"]}
-        words = [f"{count} {status}" for status, count in others.items() if count > 0]
-        print(f"{found['pairs']} pairs of {found['samples']} samples{': ' if words else ''}{', '.join(words)}")
-        for line in found["warnings"]:
-            print(f"warning: {line}")
+    others = {"untouched": found["untouched"], **found["dropped"]}
+    words = [f"{count} {status}" for status, count in others.items() if count > 0]
+    world.print(f"{found['pairs']} pairs of {found['samples']} samples{': ' if words else ''}{', '.join(words)}")
+    for line in found["warnings"]:
+        world.print(f"warning: {line}")
     if args.pairs_only:
         return
 
     # Step 4
     pairs = dpo.write_pairs(out / "pairs.jsonl", tokenizer, out, world)
-    if not len(pairs) and world.rank == 0:
-        print("warning: no pair came out, so there is nothing to learn: OUT/student is the student unchanged")
+    if not len(pairs):
+        world.print("warning: no pair came out, so there is nothing to learn: OUT/student is the student unchanged")
     reference = args.student if args.reference == "student" else args.teacher
     dpo.train(args, world, tokenizer, pairs, args.student, reference, out)
     training.release_memory()
@@ -390,9 +391,8 @@ def main(argv=None):
         size = min(args.prompts_per_batch * args.samples, math.ceil(len(eval_prompts) / 8))
         settings = (eval_prompts, size, args.eta, first_mismatch)
         measure.closing_table(args, world, tokenizer, tokens, out, teacher, *settings)
-    if world.rank == 0:
-        print(f"{runs.seconds_since_start():.0f} seconds; the warmed-up student is {out / 'student'}")
-        print(f"the run as a page: python -m tools.report {out}")
+    world.print(f"{runs.seconds_since_start():.0f} seconds; the warmed-up student is {out / 'student'}")
+    world.print(f"the run as a page: python -m tools.report {out}")
 
 
 if __name__ == "__main__":

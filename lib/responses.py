@@ -77,8 +77,8 @@ def write_examples(args, world, tokenizer, tokens, prompts, out):
     examples = data.open_arrow(file)
     if not len(examples):
         raise UserError("all responses are over --max-new-tokens", f"in {args.data}", "raise the limit")
-    if world.rank == 0 and len(examples) < len(prompts):
-        print(f"skipped: {len(prompts) - len(examples)} responses over --max-new-tokens {args.max_new_tokens}")
+    if len(examples) < len(prompts):
+        world.print(f"skipped: {len(prompts) - len(examples)} responses over --max-new-tokens {args.max_new_tokens}")
     return examples
 
 

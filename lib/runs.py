@@ -171,6 +171,11 @@ class World:
     def barrier(self):
         dist.barrier()
 
+    def print(self, text):
+        """On rank 0."""
+        if self.rank == 0:
+            print(text)
+
     def any(self, flag):
         """True on every rank if `flag` is true on at least one."""
         return self.sum({"flag": bool(flag)})["flag"] > 0

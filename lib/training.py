@@ -289,8 +289,7 @@ def load_checkpoint(folder, model, optimizer, world):
             if runs.fingerprint(newest / name) != content:
                 raise ValueError(f"{name} is missing, cut or changed")
         dcp.load(training_state(model, optimizer), storage_reader=HuggingFaceStorageReader(str(newest)))  # in place
-    if world.rank == 0:
-        print(f"checkpoint: continues after step {step}")
+    world.print(f"checkpoint: continues after step {step}")
     return step
 
 
