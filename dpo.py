@@ -298,8 +298,7 @@ def read_pairs(path, tokenizer, context=math.inf):
             raise UserError("no columns chosen and rejected", where, "see the README for the format")
         pair = row if "chosen_ids" in row else tokenize_pair(row, tokenizer, where)
         if pair.get("tokenizer", fingerprint) != fingerprint:
-            what = "the ids were made with another tokenizer"
-            raise UserError(what, where, "use the model that the pairs were made with")
+            raise UserError("the ids were made with another tokenizer", where, "use the model of the pairs")
         for key in ("prompt_ids", "chosen_ids", "rejected_ids"):
             ids = pair.get(key)
             if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < vocab_size for i in ids):
@@ -339,8 +338,7 @@ def tokenize_pair(row, tokenizer, where):
     text = data.render_chat(tokenizer, prompt, add_generation_prompt=True)
     rendered = [data.render_chat(tokenizer, prompt + turns) for turns in (chosen, rejected)]
     if not all(conversation.startswith(text) for conversation in rendered):
-        what = "the chat template writes a prompt otherwise than as the beginning of its conversation"
-        raise UserError(what, where, "give prompt, chosen and rejected as text")
+        raise UserError("the chat template changes the prompt in its conversation", where, "give all three as text")
     responses = [encode(conversation.removeprefix(text)) for conversation in rendered]
     return {"prompt_ids": encode(text), "chosen_ids": responses[0], "rejected_ids": responses[1]}
 

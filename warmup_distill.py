@@ -265,8 +265,9 @@ def merge_pairs(args, tokenizer, prompts, out):
             batch = prompts[start : start + args.prompts_per_batch]
             expected = [prompt for prompt in zip(batch["prompt_id"], batch["ids"]) for _ in range(args.samples)]
             if [(record["prompt_id"], record["prompt_ids"]) for record in records] != expected:
-                what = "the file is cut, or of other prompts or --samples"
-                raise UserError(what, f"in {shard}", "delete it and run again: it is made again")
+                raise UserError(
+                    "the file is cut, or of other prompts", f"in {shard}", "delete it: it is then made again"
+                )
             counts["prompts_with_pairs"] += len({r["prompt_id"] for r in records if r["status"] == "kept"})
             for record in records:
                 counts[record["status"]] += 1

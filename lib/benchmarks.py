@@ -93,8 +93,7 @@ def references(value, metric, where):
     """One reference or a list of them -> a list of strings; at least one has content, or for math states an answer."""
     found = [value] if isinstance(value, str) else value
     if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
-        what = "the reference is neither text nor a list of texts"
-        raise UserError(what, where, f"give a column {' or '.join(REFERENCE_COLUMNS)}")
+        raise UserError("no text and no list of texts", where, f"give a column {' or '.join(REFERENCE_COLUMNS)}")
     if not any(answer_of(text).strip("$ ") if metric == "math" else text.strip() for text in found):
         raise UserError("references missing: they are empty", where, "repair or delete the row")
     return found

@@ -152,8 +152,7 @@ def examples_of(rows, names, where, prompt_column=None, response_column=None, re
             continue
         for column in (prompt, context) if references else (prompt, context, response):
             if not isinstance(row.get(column), str | None):
-                what = f"column {column} is {type(row[column]).__name__}, not text"
-                raise UserError(what, place, "repair the row, or name another column")
+                raise UserError(f"column {column} is {type(row[column]).__name__}, not text", place, "repair the row")
         if not (row.get(prompt) or "").strip():
             raise UserError(f"column {prompt} is empty", place, "repair or delete the row")
         example = {"instruction": row[prompt], "input": row.get(context) or "", "response": row.get(response)}
@@ -242,8 +241,7 @@ def encode_prompts(examples, where, tokenizer, template, max_tokens, skipped):
             kept += 1
             yield prompt
     if kept == 0:
-        what = f"all prompts are over --max-prompt-tokens {max_tokens}"
-        raise UserError(what, where, "raise the limit or give other data")
+        raise UserError(f"all prompts are over --max-prompt-tokens {max_tokens}", where, "raise it or give other data")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

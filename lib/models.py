@@ -65,8 +65,7 @@ def load_model(path, dtype, device, trust_remote_code=False):
         model = load_safetensors(auto_class, path, dtype, trust_remote_code, attn_implementation="sdpa")
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(model.config, name, None) not in (None, 1, 1.0):
-            what = f"the model changes its logits after lm_head ({name})"
-            raise UserError(what, f"in {path}", "use a model without it")
+            raise UserError(f"logits are changed after lm_head ({name})", f"in {path}", "use a model without it")
     layer_types = getattr(model.config, "layer_types", ["sliding_attention"])
     if getattr(model.config, "sliding_window", None) and "sliding_attention" in layer_types:
         raise UserError("sliding-window attention is not supported", f"in {path}", "use a model with full attention")
@@ -170,8 +169,7 @@ def check_model(model, tokenizer, path):
     """Raises UserError unless the model has a row for every token (more are padding, never used) and decodes exactly."""
     rows = model.get_output_embeddings().weight.shape[0]
     if rows < len(tokenizer):
-        what = f"the model has {rows} vocabulary rows for {len(tokenizer)} tokens"
-        raise UserError(what, f"in {path}", "resize its embeddings or use its own tokenizer")
+        raise UserError(f"{rows} vocabulary rows for {len(tokenizer)} tokens", f"in {path}", "use its own tokenizer")
     todo = "use a decoder with full attention, plain logits and a standard cache, such as Llama or Qwen"
     with runs.reading("the model does not decode as lib/decode.py does", f"in {path}", todo):
         decoder_blocks(model)  # StopIteration: it has none

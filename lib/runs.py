@@ -228,8 +228,7 @@ def start_processes(device, threads):
     if not dist.is_initialized():
         store, rank, size = dist.HashStore(), 0, 1
         if "RANK" in os.environ:
-            where = "in the environment's RANK and MASTER_ADDR"
-            with reading("the other processes do not come", where, "use torchrun"):
+            with reading("the other processes do not come", "by RANK and MASTER_ADDR", "use torchrun"):
                 # Is torchrun itself still there? The rendezvous would wait for it
                 if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
                     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

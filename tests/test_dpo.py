@@ -456,7 +456,7 @@ THINKING = TEMPLATE.replace("[assistant]{% endif %}", "[assistant]<think>{% endi
 CONVERSATION = {"prompt": [ASK], "chosen": [GOOD], "rejected": [BAD]}
 REFUSED = [(row, expected, TEMPLATE) for row, expected in REFUSED] + [
     (CONVERSATION, "the pair is a conversation, the tokenizer has no chat template", None),
-    (CONVERSATION, "chat template writes a prompt otherwise than as the beginning of its conversation", THINKING),
+    (CONVERSATION, "chat template changes the prompt in its conversation", THINKING),
 ]
 
 

@@ -217,12 +217,12 @@ NO_ROWS = "…, in …{}, …"  # each library says it in another way
 NO_OBJECT = "%s instead of an object with columns, in {} %s, repair or delete it"
 NO_COLUMN = "no %s, in {} with columns %s, rename one to %s …"
 EMPTY = "column %s is empty, in {} row 1, repair or delete the row"
-NO_TEXT = "column %s is %s, not text, in {} row 0, repair the row, or name another column"
+NO_TEXT = "column %s is %s, not text, in {} row 0, repair the row"
 NO_TURNS = "messages is not a list of turns with text content, in {} row 0, repair the row"
 NO_PROMPT = "messages has no turn before the assistant's, in {} row 0, repair the row"
 PART, QUESTION = {"type": "text", "text": "1"}, jsonl({"prompt": "1+2+3:"}, {"prompt": "12345"})
 
-LONG = "all prompts are over --max-prompt-tokens 3, in {}, raise the limit or give other data"
+LONG = "all prompts are over --max-prompt-tokens 3, in {}, raise it or give other data"
 NO_GOLD = "--keep correct needs gold responses, in {}, name them with --response-column"
 BAD_DATA = {  # name of the file: its content, the error ({} is the file's path), other words of the command
     "empty.jsonl": ("", NO_ROWS),

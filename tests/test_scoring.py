@@ -226,8 +226,8 @@ def test_only_a_part_of_a_set_counts(tmp_path):
 GOOD = minillm_row("Say hi", "hi")
 BAD = [
     ([{"text": "Say hi", "output": "hi"}], "no prompt column"),
-    ([{"instruction": "Say hi"}], "neither text nor a list .* give a column references or output"),
-    ([GOOD, {**GOOD, "output": None}], "neither text nor a list of texts, in .* row 1"),
+    ([{"instruction": "Say hi"}], "no text and no list of texts, .* give a column references or output"),
+    ([GOOD, {**GOOD, "output": None}], "no text and no list of texts, in .* row 1"),
     ([GOOD, {**GOOD, "output": []}], "references missing.* row 1"),
     ([GOOD, {**GOOD, "instruction": " "}], "column instruction is empty.* row 1"),
     ([{**GOOD, "instruction": 7}], "column instruction is int"),
