@@ -301,10 +301,9 @@ def read_pairs(path, tokenizer, context=math.inf):
             raise UserError("the ids were made with another tokenizer", where, "use the model of the pairs")
         for key in ("prompt_ids", "chosen_ids", "rejected_ids"):
             ids = pair.get(key)
-            if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < vocab_size for i in ids):
-                raise UserError(f"{key} is not a list of ids below {vocab_size}", where, "use the pairs' own tokenizer")
-            if not ids:
-                raise UserError(f"{key} is empty", where, "repair or delete the line")
+            if not (isinstance(ids, list) and ids and all(type(i) is int and 0 <= i < vocab_size for i in ids)):
+                what = f"{key} is empty or not a list of ids below {vocab_size}"
+                raise UserError(what, where, "repair or delete the line, or use the pairs' own tokenizer")
         if pair["chosen_ids"] == pair["rejected_ids"]:
             raise UserError("chosen equals rejected", where, "repair or delete the line")
         prompt, chosen, rejected = (len(pair[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids"))

@@ -181,8 +181,6 @@ def conversation_example(messages, where):
 def prompt_text(example, tokenizer, template):
     """The prompt as the model sees it, special tokens written out, up to where the response begins."""
     if template == "chat" or (template == "auto" and tokenizer.chat_template):
-        if not tokenizer.chat_template:
-            raise UserError("the tokenizer has no chat template", "for --template chat", "use --template alpaca")
         return render_chat(tokenizer, messages_of(example), add_generation_prompt=True)
     if template == "none":
         return with_bos(tokenizer, content_of(example))

@@ -447,8 +447,8 @@ REFUSED = [
     ({"chosen": [GOOD], "rejected": [BAD]}, "there is no prompt, and the conversations share none"),
     ({**IDS, "tokenizer": "0123456789abcdef"}, "the ids were made with another tokenizer"),
     # A response of no token has no mean log-prob; even an empty answer has its eos
-    *[({**IDS, key: []}, f"{key} is empty") for key in IDS],
-    *[({**IDS, key: value}, f"{key} is not a list of ids below 258") for key in IDS for value in NO_IDS],
+    *[({**IDS, key: []}, f"{key} is empty or not a list of ids below 258") for key in IDS],
+    *[({**IDS, key: value}, f"{key} is empty or not a list of ids below 258") for key in IDS for value in NO_IDS],
 ]
 # Qwen3 style: the generation prompt opens an empty thought that a finished turn does not have. Where the response begins
 # is then unknown, and taking the whole conversation for it would train on the prompt

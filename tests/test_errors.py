@@ -302,7 +302,7 @@ def test_templates_that_cannot_be_used(warmup, tmp_path, pair_of_models):
     assert_error(warmup_distill.main, warmup(**folders), expected)
     for template in templates:
         template.unlink()
-    expected = "the tokenizer has no chat template, for --template chat, use --template alpaca"
+    expected = "the chat template refuses a conversation (…), of roles user, repair the data or --template alpaca"
     assert_error(warmup_distill.main, warmup(**folders, template="chat"), expected)
 
 
