@@ -1,13 +1,13 @@
 """Evaluation: Rouge-L, math accuracy, teacher-student distance; mean and spread over seeds; paired comparison of runs.
 
-    python eval.py --model OUT/student --data dolly selfinst vicuna sni unni --preset minillm
+    python eval.py --model OUT/student --data dolly selfinst vicuna sni unni --no-repeat-ngram-size 6 --template alpaca
     torchrun --nproc_per_node 8 eval.py --model A B --data gsm8k math --compare A B --distance TEACHER
 
 Instruction following is scored as in MiniLLM (arXiv 2306.08543), DistiLLM and DSKD: five sets, sampled at temperature 1,
 seeds 10 to 50, Rouge-L F with the stemmer, the best over the references, times 100. Math is scored by math-verify on
 greedy responses, in percent; a greedy response needs no second seed, so the first one names its file.
 Deviations from MiniLLM's protocol: a prompt is never cut (theirs loses its response marker after 256 tokens): one that
-is over the limit is skipped and counted. They forbid repeated 6-grams: off here, on with --preset minillm. Their stream
+is over the limit is skipped and counted. They forbid repeated 6-grams: off here but for --no-repeat-ngram-size 6. Their stream
 of random numbers differs with the number of GPUs; here that of a token depends on its position alone.
 
 Every response is in OUT/eval/<model>/<set>-seed<seed>.jsonl with its score. A file that is there is done, so a killed
@@ -26,7 +26,6 @@ from warmup_distill import first_mismatch
 
 # What all response files of one OUT/eval have in common
 SETTINGS = ("temperature", "top_p", "max_new_tokens", "no_repeat_ngram_size", "batch_size", "dtype", "accept_changes")
-PRESETS = {"none": {}, "minillm": {"no_repeat_ngram_size": 6, "template": "alpaca"}}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
@@ -161,20 +160,18 @@ def parse_args(argv=None):
     add("--template", choices=["auto", "chat", "alpaca", "none"], default="auto", help="as in training")
     add("--max-prompt-tokens", type=runs.COUNT, default=1024, help="longer ones are skipped, counted")
     add = parser.add_argument_group("decoding; math is greedy").add_argument
-    add("--preset", choices=PRESETS, default="none", help="minillm: their decoding and template")
     add("--seeds", type=runs.SEED, nargs="+", default=[10, 20, 30, 40, 50], help="a response for each")
     add("--temperature", type=runs.TEMPERATURE, default=1.0, help="of sampling")
     add("--top-p", type=runs.TOP_P, default=1.0, help="of sampling")
     add("--max-new-tokens", type=runs.LIMIT, default=0, help="0: 256, and 1024 for math")
     ngram = runs.ranged(int, lambda x: x == 0 or x >= 2, "0, or 2 or more")
-    add("--no-repeat-ngram-size", type=ngram, default=0, help="never sample an n-gram twice; 0: off")
+    add("--no-repeat-ngram-size", type=ngram, default=0, help="never sample an n-gram twice; 0: off, MiniLLM: 6")
     add("--batch-size", type=runs.COUNT, default=32, help="prompts decoded at once by one process")
     add = parser.add_argument_group("comparisons").add_argument
     add("--compare", nargs=2, metavar=("A", "B"), default=[], help="two of --model")
     add("--resamples", type=runs.COUNT, default=10_000, help="of the paired bootstrap, from --seed")
     add("--distance", metavar="TEACHER", help="measure each model's distance from this one")
     add("--eta", type=runs.NATS, default=4.0, help="threshold of the margin log q - log p, nats")
-    parser.set_defaults(**PRESETS[parser.parse_args(argv).preset])  # a flag that is given wins
     args = parser.parse_args(argv)
     if not set(args.compare) <= set(args.model):
         parser.error(f"--compare is {' '.join(args.compare)}: name two of --model")

@@ -33,7 +33,7 @@ if [ -n "${TOY:-}" ]; then # pair, data and settings are those of the scripts
 else
     OUT=${OUT:-out/paper} LAUNCH=${LAUNCH:-torchrun --nproc_per_node 8} DATA=${DATA:-openai/gsm8k --data-config main}
     LOSSES=${LOSSES:-forward_kl reverse_kl skew_reverse_kl} STUDENT=${STUDENT:-Qwen/Qwen2.5-1.5B-Instruct}
-    case $DATA in *gsm8k*) sets="gsm8k math" ;; *) sets="selfinst vicuna sni unni --preset minillm" ;; esac
+    case $DATA in *gsm8k*) sets="gsm8k math" ;; *) sets="selfinst vicuna sni unni --no-repeat-ngram-size 6 --template alpaca" ;; esac
     EVAL_DATA=${EVAL_DATA-$sets}
     pair="--teacher ${TEACHER:-Qwen/Qwen2.5-7B-Instruct} --data $DATA"
     train="--max-prompt-tokens 512 --max-new-tokens 512 --batch-size 64 --micro-batch-size 4 --activation-checkpointing"

@@ -226,15 +226,6 @@ def test_a_nan_names_the_prompt(english, tmp_path, name):
     assert not list(tmp_path.glob("out/eval/*/*.jsonl"))
 
 
-def test_presets():
-    parse = lambda flags: evaluation.parse_args(f"--model m --data dolly {flags}".split())
-    args = parse("--preset minillm")
-    assert (args.no_repeat_ngram_size, args.template, args.temperature, args.top_p) == (6, "alpaca", 1, 1)
-    assert args.seeds == [10, 20, 30, 40, 50]
-    assert parse("--preset minillm --no-repeat-ngram-size 0").no_repeat_ngram_size == 0  # a flag that is given wins
-    assert parse("").no_repeat_ngram_size == 0 and parse("").template == "auto"
-
-
 def test_results_of_something_else_are_refused(one_process, english):
     """Other settings, other prompts, or a model trained since: never scored as if they were this run's."""
     weights = english / "a" / "model.safetensors"
