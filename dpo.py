@@ -235,7 +235,12 @@ def train(args, world, tokenizer, pairs, student_path, reference_path, out):
                     totals[name] = totals.get(name, 0) + weight * value
             updated = training.optimizer_step(model, optimizer, step, total_steps, args)
             totals = world.sum(totals)
-            means = step_metrics(totals, pair_count, chosen_tokens, args)
+            # What metrics.jsonl holds; each is defined in the README
+            means = {name: total / pair_count for name, total in totals.items() if name not in ("nll", "tokens")}
+            means = {"loss": means["dpo_loss"], **means, "margin": means["chosen_reward"] - means["rejected_reward"]}
+            if args.nll_weight > 0:
+                means["nll"] = totals["nll"] / chosen_tokens
+                means["loss"] += args.nll_weight * means["nll"]
             metrics = {"stage": "dpo", "step": step + 1, **means, **updated}
             training.log_step(out, metrics, pairs[batch]["prompt_id"], totals["tokens"], started, world)
             if not warned and reference_path == student_path:
@@ -243,16 +248,6 @@ def train(args, world, tokenizer, pairs, student_path, reference_path, out):
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", wins=f"{metrics['wins']:.2f}")
             training.end_step(args, step + 1, total_steps, out, model, lm, optimizer, tokenizer, stop, world)
     training.save_model(out / "student", model, lm, tokenizer, runs.DTYPES[args.save_dtype], world)
-    return metrics
-
-
-def step_metrics(totals, pair_count, chosen_tokens, args):
-    """{name: sum over the step's pairs on all ranks} -> what metrics.jsonl holds; each is defined in the README."""
-    means = {name: total / pair_count for name, total in totals.items() if name not in ("nll", "tokens")}
-    metrics = {"loss": means["dpo_loss"], **means, "margin": means["chosen_reward"] - means["rejected_reward"]}
-    if args.nll_weight > 0:
-        metrics["nll"] = totals["nll"] / chosen_tokens
-        metrics["loss"] += args.nll_weight * metrics["nll"]
     return metrics
 
 

@@ -7,8 +7,8 @@ Instruction following is scored as in MiniLLM (arXiv 2306.08543), DistiLLM and D
 seeds 10 to 50, Rouge-L F with the stemmer, the best over the references, times 100. Math is scored by math-verify on
 greedy responses, in percent; a greedy response needs no second seed, so the first one names its file.
 Deviations from MiniLLM's protocol: a prompt is never cut (theirs loses its response marker after 256 tokens): one that
-is over the limit is skipped and counted. They forbid repeated 6-grams: off here but for --no-repeat-ngram-size 6. Their stream
-of random numbers differs with the number of GPUs; here that of a token depends on its position alone.
+is over the limit is skipped and counted. They forbid repeated 6-grams: here it takes --no-repeat-ngram-size 6. Their
+stream of random numbers differs with the number of GPUs; here that of a token depends on its position alone.
 
 Every response is in OUT/eval/<model>/<set>-seed<seed>.jsonl with its score. A file that is there is done, so a killed
 run continues. Batches are cut from the order of the prompts: files and table are the same for any number of processes.

@@ -90,11 +90,6 @@ def same_answer(response, gold):
     return bool(answer) and verify(read(wanted), read(answer), timeout_seconds=None)
 
 
-def limit_memory(size):
-    """For the checker's process: an answer like 2^10000000000 then is a MemoryError, and not the machine's end."""
-    resource.setrlimit(resource.RLIMIT_DATA, (size, size))
-
-
 def verdict(compare, response, gold):
     """compare(response, gold) as True or False, or None if it raises."""
     try:
@@ -125,7 +120,9 @@ class AnswerChecker:
         try:
             if self.process is None:
                 context = multiprocessing.get_context("spawn")  # a fork would inherit locks and GPU handles
-                self.process = context.Pool(1, limit_memory, [self.memory])
+                # An answer like 2^10000000000 is then a MemoryError, and not the machine's end
+                limit = [resource.RLIMIT_DATA, (self.memory, self.memory)]
+                self.process = context.Pool(1, resource.setrlimit, limit)
                 self.process.apply_async(verdict, [self.compare, "", ""]).get(60)  # its imports do not count
             return self.process.apply_async(verdict, [self.compare, response, gold]).get(self.seconds)
         except multiprocessing.TimeoutError:
