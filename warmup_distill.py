@@ -231,7 +231,6 @@ def build_pairs(args, world, tokenizer, tokens, prompts, out):
     student = models.load_frozen(args.student, args, world, tokenizer)
     teacher = training.load_teacher(args, world, tokenizer)
     keep = pair_filter(args, world, tokenizer)
-    key = runs.run_key(out)
     sampling = Sampling(args.samples, args.max_new_tokens, args.temperature, args.top_p, args.seed)
     any_rank = world.any if args.shard_teacher else None
     settings = (tokens, sampling, args.eta, args.replace, args.teacher_decoding == "greedy", any_rank)
@@ -244,7 +243,7 @@ def build_pairs(args, world, tokenizer, tokens, prompts, out):
             status = pair_status(sample, seen, keep, prompt)
             records.append({"status": status, "prompt": prompt["text"], "prompt_ids": prompt["ids"], **sample})
         if is_ours:
-            runs.write_jsonl(out / "pairs" / f"{k:05d}.jsonl", records, key)
+            runs.write_jsonl(out / "pairs" / f"{k:05d}.jsonl", records, runs.run_key(out))
 
 
 def merge_pairs(args, tokenizer, prompts, out):

@@ -155,8 +155,8 @@ def examples_of(rows, names, where, prompt_column=None, response_column=None, re
                 raise UserError(f"column {column} is {type(row[column]).__name__}, not text", place, "repair the row")
         if not (row.get(prompt) or "").strip():
             raise UserError(f"column {prompt} is empty", place, "repair or delete the row")
-        example = {"instruction": row[prompt], "input": row.get(context) or "", "response": row.get(response)}
-        yield {**example, "messages": None}
+        texts = {"instruction": row[prompt], "input": row.get(context) or "", "response": row.get(response)}
+        yield texts | {"messages": None}
 
 
 def is_conversation(value):
@@ -269,8 +269,7 @@ def write_prompts(args, tokenizer, out, world):
     """
     file, skipped = out / "prompts.arrow", []
     examples = runs.progress(read_examples(args), desc="prompts", unit="row", world=world, leave=False)
-    limits = (args.template, args.max_prompt_tokens, skipped)
-    prompts = encode_prompts(examples, f"in {args.data}", tokenizer, *limits)
+    prompts = encode_prompts(examples, f"in {args.data}", tokenizer, args.template, args.max_prompt_tokens, skipped)
     rows = (prompt | {"messages": json.dumps(prompt["messages"])} for prompt in prompts)
     columns = {"prompt_id": "int64", "text": "string", "ids": ["int32"], "gold": "string", "messages": "string"}
     world.first(lambda: write_arrow(file, rows, **columns))

@@ -85,8 +85,7 @@ def empty_model(path, dtype, trust_remote_code=False):
 
 def load_frozen(path, args, world, tokenizer, device=None):
     """A model that is not trained: in --dtype, on this rank's device or on `device`, a row for every token."""
-    dtype = compute_dtype(args.dtype, world.device)
-    model = load_model(path, dtype, world.device if device is None else device, args.trust_remote_code)
+    model = load_model(path, compute_dtype(args.dtype, world.device), device or world.device, args.trust_remote_code)
     check_model(model, tokenizer, path)
     return model.requires_grad_(False)
 
@@ -219,5 +218,4 @@ def shared_tokenizer(student, teacher, trust_remote_code=False):
     if teacher:
         check_same_tokenizer(tokenizer, load_tokenizer(teacher, trust_remote_code), student, teacher)
         paths.append(teacher)
-    eos_ids = model_eos_ids(paths, tokenizer, trust_remote_code)
-    return tokenizer, Tokens(tokenizer.pad_token_id, eos_ids, len(tokenizer))
+    return tokenizer, Tokens(tokenizer.pad_token_id, model_eos_ids(paths, tokenizer, trust_remote_code), len(tokenizer))

@@ -329,9 +329,8 @@ def claim(out, args, inputs):
     begun = {"args.json", "eval", "cache.json"}
     made = [path for path in sorted(out.glob("[!.]*")) if path.suffix != ".arrow" and path.name not in begun]
     made = [path for path in made if not path.is_dir() or {file.name for file in path.glob("[!.]*")} - begun]
-    if (out.exists() and not out.is_dir()) or (made and not file.exists()):
-        what = f"OUT holds {made[0].name}, which no run made" if made else "OUT is not a folder"
-        raise UserError(what, f"at {out}", "give another --out")
+    if made and not file.exists():
+        raise UserError(f"OUT holds {made[0].name}, which no run made", f"at {out}", "give another --out")
     with reading("OUT cannot be used", f"at {out}", "give another --out"):
         out.mkdir(parents=True, exist_ok=True)
         str(out).encode()  # Arrow files can have no other names
