@@ -202,20 +202,13 @@ def train(args, world, tokenizer, pairs, student_path, reference_path, out):
     response_lengths = torch.tensor([pairs["chosen_tokens"][:], pairs["rejected_tokens"][:]]).long().T  # (n, 2)
     model, lm = load_policy(student_path, args, tokenizer, world)
     # log pi_ref never changes: computed once, before the first step and before a checkpoint is loaded
-    reference_model = model
-    if reference_path != student_path:
-        reference_model = load_policy(reference_path, args, tokenizer, world)[0]
+    same = reference_path == student_path
+    reference_model = model if same else load_policy(reference_path, args, tokenizer, world)[0]
     reference = reference_logprobs(reference_model, pairs, lengths, pad_id, with_shared, args.micro_batch_size, world)
     del reference_model
     training.release_memory()
-    optimizer = training.make_optimizer(model, args)
-    first_step = training.load_checkpoint(out / "checkpoint", model, optimizer, world)
-    total_steps = (args.max_steps or args.epochs * math.ceil(len(pairs) / args.batch_size)) if len(pairs) else 0
-    world.first(lambda: training.cut_metrics(out / "metrics.jsonl", first_step))
+    optimizer, total_steps, bar = training.begin("dpo", len(pairs), "pairs", model, args, out, world)
     metrics, warned = None, False
-    world.print(f"dpo: {len(pairs)} pairs, {total_steps} steps of {args.batch_size}")
-    steps = range(first_step, total_steps)
-    bar = runs.progress(steps, desc="dpo", world=world, total=total_steps, initial=first_step, unit="step")
     with training.stop_signals() as stop:
         for step in bar:
             started = time.perf_counter()
@@ -243,7 +236,7 @@ def train(args, world, tokenizer, pairs, student_path, reference_path, out):
                 means["loss"] += args.nll_weight * means["nll"]
             metrics = {"stage": "dpo", "step": step + 1, **means, **updated}
             training.log_step(out, metrics, pairs[batch]["prompt_id"], totals["tokens"], started, world)
-            if not warned and reference_path == student_path:
+            if same and not warned:
                 warned = warn_if_chosen_falls(metrics, args, chosen_tokens / pair_count, world)
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", wins=f"{metrics['wins']:.2f}")
             training.end_step(args, step + 1, total_steps, out, model, lm, optimizer, tokenizer, stop, world)

@@ -227,14 +227,8 @@ def train(args, world, tokenizer, tokens, examples, teacher, student_path, out):
     model = KDModel(lm, tokens.vocab_size, divergence_of(args), args.kd_rate, args.temperature)
     model = training.shard(model, lm, models.compute_dtype(args.dtype, world.device), world, args.shard_size)
     replica = models.load_frozen(student_path, args, world, tokenizer) if args.mode == "student" else None
-    optimizer = training.make_optimizer(model, args)
-    first_step = training.load_checkpoint(out / "checkpoint", model, optimizer, world)
-    total_steps = args.max_steps or args.epochs * math.ceil(len(examples) / args.batch_size)
-    world.first(lambda: training.cut_metrics(out / "metrics.jsonl", first_step))
+    optimizer, total_steps, bar = training.begin("kd", len(examples), "examples", model, args, out, world)
     sampled = {}
-    world.print(f"kd: {len(examples)} examples, {total_steps} steps of {args.batch_size}")
-    steps = range(first_step, total_steps)
-    bar = runs.progress(steps, desc="kd", world=world, total=total_steps, initial=first_step, unit="step")
     with training.stop_signals() as stop:
         for step in bar:
             started = time.perf_counter()

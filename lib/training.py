@@ -315,6 +315,18 @@ def save_model(folder, root, lm, tokenizer, dtype, world):
     world.barrier()
 
 
+def begin(stage, count, unit, model, args, out, world):
+    """AdamW, the number of steps over `count` examples, and a progress bar over those that the newest checkpoint leaves."""
+    optimizer = make_optimizer(model, args)
+    first_step = load_checkpoint(out / "checkpoint", model, optimizer, world)
+    world.first(lambda: cut_metrics(out / "metrics.jsonl", first_step))
+    total_steps = (args.max_steps or args.epochs * math.ceil(count / args.batch_size)) if count else 0
+    world.print(f"{stage}: {count} {unit}, {total_steps} steps of {args.batch_size}")
+    options = {"total": total_steps, "initial": first_step, "unit": "step"}
+    bar = runs.progress(range(first_step, total_steps), desc=stage, world=world, **options)
+    return optimizer, total_steps, bar
+
+
 def end_step(args, step, total_steps, out, root, lm, optimizer, tokenizer, stop, world):
     """Writes what is due after `step`, from 1: a student on the way, a checkpoint. stop: the signals received so far.
 
