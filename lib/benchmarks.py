@@ -82,7 +82,7 @@ def load(benchmark, limit=0):
             parts = [data.open_rows(file)]
         else:
             parts = [data.open_rows(benchmark.repo, config, "test") for config in benchmark.configs]
-        rows = itertools.islice(itertools.chain(*(read() for read, _ in parts)), limit or benchmark.first or None)
+        rows = itertools.islice(itertools.chain(*(rows for rows, _ in parts)), limit or benchmark.first or None)
         examples = list(data.examples_of(rows, parts[0][1], where, references=REFERENCE_COLUMNS))
     for number, example in enumerate(examples):
         example["response"] = references(example["response"], benchmark.metric, f"{where} row {number}")

@@ -105,16 +105,16 @@ def file_rows(path):
 
 
 def open_rows(source, config=None, split=None):
-    """A local file or a data set of the hub: a function that returns an iterator over its rows, and their columns."""
+    """A local file or a data set of the hub: an iterator over its rows, and their columns."""
     path = Path(source)
     if path.is_file():
-        return lambda: file_rows(path), list(dict.fromkeys(name for row in file_rows(path) for name in row))
+        return file_rows(path), list(dict.fromkeys(name for row in file_rows(path) for name in row))
     if path.exists():
         raise UserError("it is no file", f"in {source}", "name the file itself")
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its complaints are in the exception, too
     rows = datasets.load_dataset(source, config, split=split)
-    return lambda: iter(rows), rows.column_names
+    return iter(rows), rows.column_names
 
 
 def read_examples(args):
@@ -125,7 +125,7 @@ def read_examples(args):
     where = f"in {args.data}"
     with runs.reading("the data cannot be read", where, "check the file, hub id and --split"):
         rows, names = open_rows(args.data, args.data_config, args.split)
-        rows = itertools.islice(rows(), args.limit or None)
+        rows = itertools.islice(rows, args.limit or None)
         yield from examples_of(rows, names, where, args.prompt_column, args.response_column)
 
 
@@ -283,8 +283,6 @@ def load_eval_prompts(args, tokenizer, prompts=()):
 
     Returns a list of dicts as `encode_prompt` does.
     """
-    if not args.eval_limit:
-        return []
     if args.eval_data is not None:
         config = args.eval_config or (args.data_config if args.eval_data == args.data else None)
         changes = {"data": args.eval_data, "data_config": config, "limit": 0, "split": args.eval_split}

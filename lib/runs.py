@@ -55,10 +55,7 @@ def printable(text):
 
 
 class Stopped(Exception):
-    """A training loop was told to stop by a signal; `step` is the step whose checkpoint it has written."""
-
-    def __init__(self, step):
-        super().__init__(f"stopped after step {step}, whose checkpoint is written: the same command continues")
+    """A training loop was told to stop by a signal, and has written a checkpoint. Printed as one line."""
 
 
 class ArgumentParser(argparse.ArgumentParser):

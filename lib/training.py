@@ -341,7 +341,7 @@ def end_step(args, step, total_steps, out, root, lm, optimizer, tokenizer, stop,
     if stopped or step % args.save_every == 0 or step == total_steps:
         save_checkpoint(out / "checkpoint", root, optimizer, step, world)
     if stopped:
-        raise runs.Stopped(step)
+        raise runs.Stopped(f"stopped after step {step}, whose checkpoint is written: the same command continues")
 
 
 def cut_metrics(path, step):

@@ -503,13 +503,13 @@ def raises(error):
     return main
 
 
-STOPPED = "stopped after step 7, whose checkpoint is written: the same command continues\n"
+STOPPED = "stopped after step 7"
 ENDS = {
     "done": (lambda: None, 0, ""),
     "--help": (lambda: dpo.main(["--help"]), 0, ""),
     "UserError": (raises(UserError("what", "where", "todo")), 2, "error: what, where, todo\n"),
     "Ctrl-C": (lambda: signal.raise_signal(signal.SIGINT), 130, ""),
-    "Stopped": (raises(runs.Stopped(7)), 143, STOPPED),
+    "Stopped": (raises(runs.Stopped(STOPPED)), 143, f"{STOPPED}\n"),
 }
 
 
