@@ -28,7 +28,7 @@ class Benchmark:
     metric: str  # "rouge": Rouge-L of sampled responses. "math": accuracy of greedy ones
     repo: str = ""
     file: str = ""
-    configs: tuple = ()
+    configs: tuple = (None,)
     first: int = 0  # only the first rows count; 0: all
     path: str = ""  # a local file instead of the hub
 
@@ -61,7 +61,7 @@ def find(spec, metric):
     if not re.fullmatch(r"[\w.-]*[^\W_][\w.-]*", name):
         raise UserError(f"the name {name!r} cannot be part of a file name", where, "give NAME=FILE")
     if name in BENCHMARKS:
-        return replace(BENCHMARKS[name], path=path)
+        return replace(BENCHMARKS[name], path=path, configs=(None,))
     if metric is None:
         raise UserError(f"nothing says how to score {name!r}", where, "give --metric, or a known name=FILE")
     return Benchmark(name, metric, path=path)
@@ -72,16 +72,12 @@ def load(benchmark, limit=0):
 
     limit: first rows only; 0: all. Raises UserError if there is no file, no network, or nothing in it.
     """
-    where = f"in --data {benchmark.name}"
+    where, path = f"in --data {benchmark.name}", benchmark.path or benchmark.repo
     todo = "check the file" if benchmark.path else f"fetch it elsewhere and give --data {benchmark.name}=FILE"
-    with runs.reading(f"{benchmark.path or benchmark.repo} cannot be read", where, todo):
-        if benchmark.path:
-            parts = [data.open_rows(benchmark.path)]
-        elif benchmark.file:
-            file = huggingface_hub.hf_hub_download(benchmark.repo, benchmark.file, repo_type="dataset")
-            parts = [data.open_rows(file)]
-        else:
-            parts = [data.open_rows(benchmark.repo, config, "test") for config in benchmark.configs]
+    with runs.reading(f"{path} cannot be read", where, todo):
+        if benchmark.file and not benchmark.path:
+            path = huggingface_hub.hf_hub_download(benchmark.repo, benchmark.file, repo_type="dataset")
+        parts = [data.open_rows(path, config, "test") for config in benchmark.configs]
         rows = itertools.islice(itertools.chain(*(rows for rows, _ in parts)), limit or benchmark.first or None)
         examples = list(data.examples_of(rows, parts[0][1], where, references=REFERENCE_COLUMNS))
     for number, example in enumerate(examples):
