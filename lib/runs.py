@@ -335,11 +335,10 @@ def claim(out, args, inputs):
         for partial in out.glob(".*.*[0-9].partial"):  # of a killed run's `atomic_path`
             partial.unlink()
     with reading("args.json is not of a run of this project", f"in {out}", "give another --out"):
-        there = read_json(file) if file.exists() else record
-        if made:
-            record |= {"accepted": list(there["accepted"]), "key": there["key"]}
+        there = read_json(file) if made else record
+        record |= {"accepted": list(there["accepted"]), "key": there["key"]}
         for key in ("settings", "inputs", "code"):
-            if made and record[key] != there[key]:
+            if record[key] != there[key]:
                 accept = args.get("accept_changes", False)
                 record["accepted"].append(refuse_differences(out, record[key], dict(there[key]), accept))
     if not made or record["accepted"] != there["accepted"]:
@@ -409,10 +408,8 @@ def code_fingerprints():
 def git_commit():
     """The commit of this checkout, with "-dirty" where a file of it has been changed since; None without git."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    with contextlib.suppress(OSError):  # there is no git
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
 
 
 def shards_to_do(folder, count, suffix, world):
