@@ -87,8 +87,7 @@ def gold_responses(prompts, tokenizer, args):
     for prompt in prompts:
         if prompt["gold"] is None:
             where = f"in {args.data} row {prompt['prompt_id']}"
-            todo = "name its column, --response-column, or let the teacher write it, --mode teacher"
-            raise UserError("there is no response", where, todo)
+            raise UserError("there is no response", where, "give --response-column, or --mode teacher to write them")
         ids = tokenizer(prompt["gold"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
         if len(ids) <= args.max_new_tokens:
             yield prompt | {"response": ids}

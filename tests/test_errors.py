@@ -465,7 +465,7 @@ def test_errors_of_kd_and_eval(scripts, tmp_path, prompts_file, script, name, ca
 def test_kd_rows_without_a_response(scripts, tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_text(jsonl({"prompt": "1", "response": "2"}, {"prompt": "3", "response": None}))
-    todo = "name its column, --response-column, or let the teacher write it, --mode teacher"
+    todo = "give --response-column, or --mode teacher to write them"
     expected = f"there is no response, in {path} row 1, {todo}"
     assert_error(kd.main, scripts["kd"][1](data=path), expected)
 
