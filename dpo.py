@@ -183,10 +183,10 @@ def reference_logprobs(model, pairs, lengths, pad_id, with_shared, micro_batch_s
 
 
 def load_policy(path, args, tokenizer, world):
-    """A model to train: float32 parameters, sharded. Returns (PairModel, the language model in it)."""
+    """A `PairModel` to train: float32 parameters, sharded."""
     lm = training.load_trainable(path, args, tokenizer, world)
     dtype = models.compute_dtype(args.dtype, world.device)
-    return training.shard(PairModel(lm, len(tokenizer)), lm, dtype, world, args.shard_size), lm
+    return training.shard(PairModel(lm, len(tokenizer)), lm, dtype, world, args.shard_size)
 
 
 def train(args, world, tokenizer, pairs, student_path, reference_path, out):
@@ -200,10 +200,10 @@ def train(args, world, tokenizer, pairs, student_path, reference_path, out):
     with_shared, pad_id = args.logprobs == "mean" or args.nll_weight > 0, tokenizer.pad_token_id
     lengths = pairs["tokens"][:]
     response_lengths = torch.tensor([pairs["chosen_tokens"][:], pairs["rejected_tokens"][:]]).long().T  # (n, 2)
-    model, lm = load_policy(student_path, args, tokenizer, world)
+    model = load_policy(student_path, args, tokenizer, world)
     # log pi_ref never changes: computed once, before the first step and before a checkpoint is loaded
     same = reference_path == student_path
-    reference_model = model if same else load_policy(reference_path, args, tokenizer, world)[0]
+    reference_model = model if same else load_policy(reference_path, args, tokenizer, world)
     reference = reference_logprobs(reference_model, pairs, lengths, pad_id, with_shared, args.micro_batch_size, world)
     del reference_model
     training.release_memory()
@@ -239,8 +239,8 @@ def train(args, world, tokenizer, pairs, student_path, reference_path, out):
             if same and not warned:
                 warned = warn_if_chosen_falls(metrics, args, chosen_tokens / pair_count, world)
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", wins=f"{metrics['wins']:.2f}")
-            training.end_step(args, step + 1, total_steps, out, model, lm, optimizer, tokenizer, stop, world)
-    training.save_model(out / "student", model, lm, tokenizer, runs.DTYPES[args.save_dtype], world)
+            training.end_step(args, step + 1, total_steps, out, model, optimizer, tokenizer, stop, world)
+    training.save_model(out / "student", model.lm, tokenizer, runs.DTYPES[args.save_dtype], world)
     return metrics
 
 

@@ -260,8 +260,8 @@ def train(args, world, tokenizer, tokens, examples, teacher, student_path, out):
             metrics = {"stage": "kd", "step": step + 1, **means, **updated, "response_tokens": token_count}
             training.log_step(out, metrics, columns["prompt_id"], totals["tokens"], started, world)
             bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("loss", "ce", "kd")})
-            training.end_step(args, step + 1, total_steps, out, model, lm, optimizer, tokenizer, stop, world)
-    training.save_model(out / "student", model, lm, tokenizer, runs.DTYPES[args.save_dtype], world)
+            training.end_step(args, step + 1, total_steps, out, model, optimizer, tokenizer, stop, world)
+    training.save_model(out / "student", model.lm, tokenizer, runs.DTYPES[args.save_dtype], world)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

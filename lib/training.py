@@ -293,13 +293,12 @@ def load_checkpoint(folder, model, optimizer, world):
     return step
 
 
-def save_model(folder, root, lm, tokenizer, dtype, world):
-    """Gathers the sharded `root` and writes `lm` and tokenizer as a Hugging Face folder in `dtype`, whole or not at all."""
+def save_model(folder, lm, tokenizer, dtype, world):
+    """Gathers the sharded `lm` and writes it and its tokenizer as a Hugging Face folder in `dtype`, whole or not at all."""
     options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = dcp_state.get_model_state_dict(root, options=options)
+    state = dcp_state.get_model_state_dict(lm, options=options)
     if world.rank == 0:
-        prefix = next(name for name, module in root.named_modules() if module is lm) + "."
-        state = {key.removeprefix(prefix): value.to(dtype) for key, value in state.items()}
+        state = {key: value.to(dtype) for key, value in state.items()}
         if not all(value.isfinite().all() for value in state.values()):
             raise UserError("the trained weights are NaN or infinite", f"for {folder}", "lower --lr or --weight-decay")
         for tied in lm.all_tied_weights_keys:  # gathered twice; from_pretrained ties them again
@@ -327,7 +326,7 @@ def begin(stage, count, unit, model, args, out, world):
     return optimizer, total_steps, bar
 
 
-def end_step(args, step, total_steps, out, root, lm, optimizer, tokenizer, stop, world):
+def end_step(args, step, total_steps, out, root, optimizer, tokenizer, stop, world):
     """Writes what is due after `step`, from 1: a student on the way, a checkpoint. stop: the signals received so far.
 
     The students of --save-students N are those at k/(N+1) of all steps, rounded up; each is written before the step's
@@ -336,7 +335,7 @@ def end_step(args, step, total_steps, out, root, lm, optimizer, tokenizer, stop,
     passed, before = (n * (args.save_students + 1) // total_steps for n in (step, step - 1))
     folder = out / "students" / f"step-{step:06d}"
     if before < passed <= args.save_students and not world.first(folder.exists):
-        save_model(folder, root, lm, tokenizer, DTYPES[args.save_dtype], world)
+        save_model(folder, root.lm, tokenizer, DTYPES[args.save_dtype], world)
     stopped = world.any(stop)
     if stopped or step % args.save_every == 0 or step == total_steps:
         save_checkpoint(out / "checkpoint", root, optimizer, step, world)

@@ -254,7 +254,7 @@ def test_sharded_models_are_freed(pair_of_models, tmp_path, monkeypatch, referen
 
     def load(*arguments):
         policy = load_policy(*arguments)
-        loaded.append(weakref.ref(policy[0]))
+        loaded.append(weakref.ref(policy))
         return policy
 
     there = lambda: [model() is not None for model in loaded]

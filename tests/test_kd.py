@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -429,7 +430,7 @@ def test_steps_of_the_students(tmp_path, monkeypatch, total, count, expected):
     monkeypatch.setattr(runs.World, "first", lambda _, function: function())
     monkeypatch.setattr(runs.World, "any", lambda _, flag: bool(flag))
     for step in range(1, total + 1):
-        training.end_step(args, step, total, tmp_path, None, None, None, None, [], world)
+        training.end_step(args, step, total, tmp_path, SimpleNamespace(lm=None), None, None, [], world)
     assert saved == sorted(expected)
 
 
