@@ -173,10 +173,9 @@ def reference_logprobs(model, pairs, lengths, pad_id, with_shared, micro_batch_s
     """(number of pairs, 3) float32 on the CPU: what `PairModel` returns for each pair, under a model that stays."""
     sums = torch.zeros(len(pairs), 3, device=world.device)
     batches = training.micro_batches(range(len(pairs)), lengths, micro_batch_size, world)
-    for indices in runs.progress(batches, desc="reference", world=world, leave=False):
-        used = indices or [0]  # an idle rank computes a pair, too: FSDP's collectives need every rank
-        values = model(**collate_pairs([pairs[i] for i in used], pad_id, with_shared, world.device))
-        sums[indices] = values[: len(indices)]
+    for indices, weight in runs.progress(batches, desc="reference", world=world, leave=False):
+        values = model(**collate_pairs([pairs[i] for i in indices], pad_id, with_shared, world.device))
+        sums[indices] += weight * values
     model.reshard()  # FSDP leaves its root gathered after a forward: checkpoints and optimizers must see the shards
     torch.distributed.all_reduce(sums)  # each row is non-zero on one rank only: the sum is exact
     return sums.cpu()
@@ -217,11 +216,9 @@ def train(args, world, tokenizer, pairs, student_path, reference_path, out):
             # FSDP averages gradients over ranks, so each rank's loss is multiplied by their number
             pair_count, chosen_tokens = len(batch), response_lengths[batch, 0].sum().item()
             totals = {}
-            for indices in training.micro_batches(batch, lengths, args.micro_batch_size, world):
-                weight = float(len(indices) > 0)  # an idle rank computes a pair of weight 0
-                used = indices or batch[:1]
-                rows = collate_pairs([pairs[i] for i in used], pad_id, with_shared, world.device)
-                constants = reference[used].to(world.device), response_lengths[used].to(world.device)
+            for indices, weight in training.micro_batches(batch, lengths, args.micro_batch_size, world):
+                rows = collate_pairs([pairs[i] for i in indices], pad_id, with_shared, world.device)
+                constants = reference[indices].to(world.device), response_lengths[indices].to(world.device)
                 loss, sums = batch_loss(model(**rows), *constants, pair_count, chosen_tokens, args)
                 (weight * world.size * loss).backward()
                 for name, value in {**sums, "tokens": rows["token_ids"].numel()}.items():

@@ -245,15 +245,13 @@ def train(args, world, tokenizer, tokens, examples, teacher, student_path, out):
             token_count = sum(len(response) for _, response, _ in sequences.values())
             lengths = {i: len(prompt) + len(response) for i, (prompt, response, _) in sequences.items()}
             totals = {"loss": 0.0, "ce": 0.0, "kd": 0.0, "tokens": 0.0}  # tokens: computed, padding too
-            for indices in training.micro_batches(batch, lengths, args.micro_batch_size, world):
-                used = indices if indices else batch[:1]  # an idle rank takes part in FSDP's collectives, times 0
-                share = float(len(indices) > 0)
-                inputs = responses.collate([sequences[i] for i in used], tokens.pad_id, world.device)
-                teacher_logits = None if teacher is None else teacher(inputs, used)
+            for indices, weight in training.micro_batches(batch, lengths, args.micro_batch_size, world):
+                inputs = responses.collate([sequences[i] for i in indices], tokens.pad_id, world.device)
+                teacher_logits = None if teacher is None else teacher(inputs, indices)
                 loss, sums = model(**inputs, teacher_logits=teacher_logits)
-                (share * world.size / token_count * loss).backward()  # FSDP averages gradients over ranks
+                (weight * world.size / token_count * loss).backward()  # FSDP averages gradients over ranks
                 for name, value in {**sums, "tokens": inputs["token_ids"].numel()}.items():
-                    totals[name] = totals[name] + share * value
+                    totals[name] = totals[name] + weight * value
             updated = training.optimizer_step(model, optimizer, step, total_steps, args)
             totals = world.sum(totals)
             means = {name: totals[name] / token_count for name in ("loss", "ce", "kd")}

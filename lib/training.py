@@ -107,14 +107,16 @@ def batch_of_step(step, count, batch_size, seed):
 
 
 def micro_batches(indices, lengths, micro_batch_size, world):
-    """This rank's share of a global batch, in micro-batches; every rank gets equally many, some perhaps empty.
+    """This rank's share of a global batch: a list of (indices of a micro-batch, weight 1.0), equally long on every rank.
 
-    Indices are dealt out in order of length, so that rows of similar length meet and ranks finish together.
+    Indices are dealt out in order of length, so that rows of similar length meet and ranks finish together. A rank that
+    has none left takes part in FSDP's collectives with an example of weight 0.0.
     """
     indices = sorted(indices, key=lambda i: (lengths[i], i))
     count = math.ceil(math.ceil(len(indices) / world.size) / micro_batch_size)
     mine = indices[world.rank :: world.size]
-    return [mine[k * micro_batch_size : (k + 1) * micro_batch_size] for k in range(count)]
+    parts = [mine[k * micro_batch_size : (k + 1) * micro_batch_size] for k in range(count)]
+    return [(part, 1.0) if part else (indices[:1], 0.0) for part in parts]
 
 
 def learning_rate(step, total_steps, args):
