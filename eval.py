@@ -37,16 +37,9 @@ def model_name(path):
     return re.sub(r"^\.+|[^\w.-]+", "--", str(path).strip("/"))
 
 
-def read_responses(file, content, metric, prompts):
-    """The rows of a response file, None without one. Raises UserError if they are of other prompts or another `content`."""
-    if not file.exists():
-        return None
-    rows, todo = runs.read_jsonl(file, content), "delete it or give another --out"
-    keys = ("prompt_id", "prompt", "references", "metric")
-    wanted = [(p["prompt_id"], p["text"], p["gold"], metric) for p in prompts]
-    if [tuple(row.get(key) for key in keys) for row in rows] != wanted:
-        raise UserError("the responses are to other prompts or scored otherwise", f"in {file}", todo)
-    return rows
+def read_stored(file, key, count):
+    """The `count` rows of a file that was written with `key`, None without one."""
+    return runs.read_jsonl(file, key, count) if file.exists() else None
 
 
 def evaluate(path, sets, args, world, out, checker, teacher):
@@ -67,15 +60,16 @@ def evaluate(path, sets, args, world, out, checker, teacher):
         limit = models.prompt_limit([path], args.max_prompt_tokens, new_tokens, args.trust_remote_code)
         prompts, skipped = benchmarks.encode(examples, tokenizer, args.template, limit)
         settings = (prompts, tokens, tokenizer, new_tokens, args.batch_size)
-        results[name] = {}
+        results[name], questions = {}, [(prompt["prompt_id"], prompt["text"], prompt["gold"]) for prompt in prompts]
+        key = runs.seal([benchmark.metric, questions], content)
         # A greedy response has no randomness: one seed is enough
         for seed in args.seeds if benchmark.metric == "rouge" else args.seeds[:1]:
             file = folder / f"{name}-seed{seed}.jsonl"
-            rows = world.first(functools.partial(read_responses, file, content, benchmark.metric, prompts))
+            rows = world.first(functools.partial(read_stored, file, key, len(prompts)))
             done += rows is not None
             if rows is None:
                 rows = respond(model(), *settings, benchmark.metric, seed, args, world, checker, file.stem)
-                world.first(functools.partial(runs.write_jsonl, file, rows, content))
+                world.first(functools.partial(runs.write_jsonl, file, rows, key))
             results[name][seed] = rows
         table[name] = {"metric": benchmark.metric, "skipped": skipped, "max_prompt_tokens": limit}
         table[name] |= scoring.summarise(results[name])
@@ -83,11 +77,11 @@ def evaluate(path, sets, args, world, out, checker, teacher):
             of = {"teacher": args.distance, "eta": args.eta}
             question = [of, runs.fingerprint(args.distance), args.seeds[0], [prompt["ids"] for prompt in prompts]]
             file = folder / f"{name}-distance-{runs.seal(question, content)}.json"
-            [found] = world.first(lambda file=file: runs.read_jsonl(file, content) if file.exists() else [None])
-            if found is None:
-                found = measure.distance(model(), teacher(), *settings, args.seeds[0], world, args.eta, first_mismatch)
-                world.first(functools.partial(runs.write_jsonl, file, [found], content))
-            table[name]["distance"] = of | found
+            rows = world.first(functools.partial(read_stored, file, content, 1))
+            if rows is None:
+                rows = [measure.distance(model(), teacher(), *settings, args.seeds[0], world, args.eta, first_mismatch)]
+                world.first(functools.partial(runs.write_jsonl, file, rows, content))
+            table[name]["distance"] = of | rows[0]
     if done:
         world.print(f"{path}: {done} response files were there already")
     return table, results

@@ -466,7 +466,7 @@ def write_json(path, value, indent=None):
 def write_jsonl(path, rows, key=None):
     """Writes one JSON object a line, atomically; with a key, each has the seal that `read_jsonl` asks for."""
     if key is not None:
-        rows = (row | {"seal": seal(row, key)} for row in rows)
+        rows = (row | {"seal": seal(row, f"{key} {number}")} for number, row in enumerate(rows, 1))
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
@@ -508,18 +508,20 @@ def iterate_jsonl(path, blank_lines=False):
             yield number, value
 
 
-def read_jsonl(path, key=None):
+def read_jsonl(path, key=None, count=None):
     """A list of the JSON values in `path`, one a line. Raises UserError that names the first bad line.
 
-    With a key, a line that was changed or made under another key is a bad one.
+    With a key, a line that was changed, moved or made under another key is a bad one; with a count, so is a missing one.
     """
-    values = []
-    for number, value in iterate_jsonl(path):
-        if key is not None and (not isinstance(value, dict) or value.pop("seal", None) != seal(value, key)):
-            what = "the line was changed, or is of another run or model"
-            raise UserError(what, f"in {path} line {number}", "delete the file: it is then made again")
-        values.append(value)
-    return values
+    rows, todo = [], "delete the file: it is then made again"
+    for number, row in iterate_jsonl(path):
+        if key is not None and not (isinstance(row, dict) and row.pop("seal", "") == seal(row, f"{key} {number}")):
+            what = "the line was changed, or is of another run, model or data"
+            raise UserError(what, f"in {path} line {number}", todo)
+        rows.append(row)
+    if count not in (None, len(rows)):
+        raise UserError(f"{len(rows)} lines instead of {count}", f"in {path}", todo)
+    return rows
 
 
 def append_jsonl(path, row):

@@ -229,12 +229,17 @@ def test_a_nan_names_the_prompt(english, tmp_path, name):
 def test_results_of_something_else_are_refused(one_process, english):
     """Other settings, other prompts, or a model trained since: never scored as if they were this run's."""
     weights = english / "a" / "model.safetensors"
-    for flags, message in (("--temperature 0.5", "temperature: 1.0 there, 0.5 now"), ("--limit 2", "other prompts")):
+    for flags, message in (
+        ("--temperature 0.5", "temperature: 1.0 there, 0.5 now"),
+        ("--limit 2", "of another run, model or data"),
+    ):
         with pytest.raises(UserError, match=message):
             evaluation.main(command(english, one_process, flags))
     before = weights.read_bytes()
     weights.write_bytes(before[:-4] + bytes(4))  # trained further, at the same time
-    with pytest.raises(UserError, match="the line was changed, or is of another run or model, in .* line 1, delete"):
+    with pytest.raises(
+        UserError, match="the line was changed, or is of another run, model or data, in .* line 1, delete"
+    ):
         evaluation.main(command(english, one_process))
     weights.write_bytes(before)
 
