@@ -173,25 +173,19 @@ def reference_logprobs(model, pairs, lengths, pad_id, with_shared, micro_batch_s
     """(number of pairs, 3) float32 on the CPU: what `PairModel` returns for each pair, under a model that stays."""
     sums = torch.zeros(len(pairs), 3, device=world.device)
     batches = training.micro_batches(range(len(pairs)), lengths, micro_batch_size, world)
-    for indices in runs.progress(batches, desc="reference", world=world, leave=False):
-        used = indices or [0]  # an idle rank computes a pair, too: FSDP's collectives need every rank
-        values = model(**collate_pairs([pairs[i] for i in used], pad_id, with_shared, world.device))
-        sums[indices] = values[: len(indices)]
+    for indices, weight in runs.progress(batches, desc="reference", world=world, leave=False):
+        values = model(**collate_pairs([pairs[i] for i in indices], pad_id, with_shared, world.device))
+        sums[indices] += weight * values
     model.reshard()  # FSDP leaves its root gathered after a forward: checkpoints and optimizers must see the shards
     torch.distributed.all_reduce(sums)  # each row is non-zero on one rank only: the sum is exact
     return sums.cpu()
 
 
-def needs_shared(args):
-    """Whether the log-probs of shared response tokens count: in a difference of sums they cancel, in others not."""
-    return args.logprobs == "mean" or args.nll_weight > 0
-
-
 def load_policy(path, args, tokenizer, world):
-    """A model to train: float32 parameters, sharded. Returns (PairModel, the language model in it)."""
+    """A `PairModel` to train: float32 parameters, sharded."""
     lm = training.load_trainable(path, args, tokenizer, world)
     dtype = models.compute_dtype(args.dtype, world.device)
-    return training.shard(PairModel(lm, len(tokenizer)), lm, dtype, world, args.shard_size), lm
+    return training.shard(PairModel(lm, len(tokenizer)), lm, dtype, world, args.shard_size)
 
 
 def train(args, world, tokenizer, pairs, student_path, reference_path, out):
@@ -201,27 +195,19 @@ def train(args, world, tokenizer, pairs, student_path, reference_path, out):
     """
     if world.first(lambda: training.is_trained(out)):
         return None
-    with_shared, pad_id = needs_shared(args), tokenizer.pad_token_id
+    # Do the log-probs of shared response tokens count? In a difference of sums they cancel, in others not
+    with_shared, pad_id = args.logprobs == "mean" or args.nll_weight > 0, tokenizer.pad_token_id
     lengths = pairs["tokens"][:]
-    response_lengths = [pairs["chosen_tokens"][:], pairs["rejected_tokens"][:]]
-    response_lengths = torch.tensor(response_lengths, dtype=torch.long).T  # (n, 2)
-    model, lm = load_policy(student_path, args, tokenizer, world)
+    response_lengths = torch.tensor([pairs["chosen_tokens"][:], pairs["rejected_tokens"][:]]).long().T  # (n, 2)
+    model = load_policy(student_path, args, tokenizer, world)
     # log pi_ref never changes: computed once, before the first step and before a checkpoint is loaded
-    reference_model = model
-    if reference_path != student_path:
-        reference_model = load_policy(reference_path, args, tokenizer, world)[0]
+    same = reference_path == student_path
+    reference_model = model if same else load_policy(reference_path, args, tokenizer, world)
     reference = reference_logprobs(reference_model, pairs, lengths, pad_id, with_shared, args.micro_batch_size, world)
     del reference_model
     training.release_memory()
-    optimizer = training.make_optimizer(model, args)
-    first_step = training.load_checkpoint(out / "checkpoint", model, optimizer, world)
-    total_steps = (args.max_steps or args.epochs * math.ceil(len(pairs) / args.batch_size)) if len(pairs) else 0
-    world.first(lambda: training.cut_metrics(out / "metrics.jsonl", first_step))
+    optimizer, total_steps, bar = training.begin("dpo", len(pairs), "pairs", model, args, out, world)
     metrics, warned = None, False
-    if world.rank == 0:
-        print(f"dpo: {len(pairs)} pairs, {total_steps} steps of {args.batch_size}")
-    steps = range(first_step, total_steps)
-    bar = runs.progress(steps, desc="dpo", world=world, total=total_steps, initial=first_step, unit="step")
     with training.stop_signals() as stop:
         for step in bar:
             started = time.perf_counter()
@@ -230,40 +216,28 @@ def train(args, world, tokenizer, pairs, student_path, reference_path, out):
             # FSDP averages gradients over ranks, so each rank's loss is multiplied by their number
             pair_count, chosen_tokens = len(batch), response_lengths[batch, 0].sum().item()
             totals = {}
-            for indices in training.micro_batches(batch, lengths, args.micro_batch_size, world):
-                weight = float(len(indices) > 0)  # an idle rank computes a pair of weight 0
-                used = indices or batch[:1]
-                rows = collate_pairs([pairs[i] for i in used], pad_id, with_shared, world.device)
-                constants = reference[used].to(world.device), response_lengths[used].to(world.device)
+            for indices, weight in training.micro_batches(batch, lengths, args.micro_batch_size, world):
+                rows = collate_pairs([pairs[i] for i in indices], pad_id, with_shared, world.device)
+                constants = reference[indices].to(world.device), response_lengths[indices].to(world.device)
                 loss, sums = batch_loss(model(**rows), *constants, pair_count, chosen_tokens, args)
                 (weight * world.size * loss).backward()
                 for name, value in {**sums, "tokens": rows["token_ids"].numel()}.items():
                     totals[name] = totals.get(name, 0) + weight * value
             updated = training.optimizer_step(model, optimizer, step, total_steps, args)
             totals = world.sum(totals)
-            means = step_metrics(totals, pair_count, chosen_tokens, args)
+            # What metrics.jsonl holds; each is defined in the README
+            means = {name: total / pair_count for name, total in totals.items() if name not in ("nll", "tokens")}
+            means = {"loss": means["dpo_loss"], **means, "margin": means["chosen_reward"] - means["rejected_reward"]}
+            if args.nll_weight > 0:
+                means["nll"] = totals["nll"] / chosen_tokens
+                means["loss"] += args.nll_weight * means["nll"]
             metrics = {"stage": "dpo", "step": step + 1, **means, **updated}
             training.log_step(out, metrics, pairs[batch]["prompt_id"], totals["tokens"], started, world)
-            if not warned and reference_path == student_path:
+            if same and not warned:
                 warned = warn_if_chosen_falls(metrics, args, chosen_tokens / pair_count, world)
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", wins=f"{metrics['wins']:.2f}")
-            training.save_on_the_way(args, step + 1, total_steps, out, model, lm, tokenizer, world)
-            stopped = world.any(stop)
-            if stopped or (step + 1) % args.save_every == 0 or step + 1 == total_steps:
-                training.save_checkpoint(out / "checkpoint", model, optimizer, step + 1, world)
-            if stopped:
-                raise runs.Stopped(step + 1)
-    training.save_model(out / "student", model, lm, tokenizer, runs.DTYPES[args.save_dtype], world)
-    return metrics
-
-
-def step_metrics(totals, pair_count, chosen_tokens, args):
-    """{name: sum over the step's pairs on all ranks} -> what metrics.jsonl holds; each is defined in the README."""
-    means = {name: total / pair_count for name, total in totals.items() if name not in ("nll", "tokens")}
-    metrics = {"loss": means["dpo_loss"], **means, "margin": means["chosen_reward"] - means["rejected_reward"]}
-    if args.nll_weight > 0:
-        metrics["nll"] = totals["nll"] / chosen_tokens
-        metrics["loss"] += args.nll_weight * metrics["nll"]
+            training.end_step(args, step + 1, total_steps, out, model, optimizer, tokenizer, stop, world)
+    training.save_model(out / "student", model.lm, tokenizer, runs.DTYPES[args.save_dtype], world)
     return metrics
 
 
@@ -309,14 +283,12 @@ def read_pairs(path, tokenizer, context=math.inf):
             raise UserError("no columns chosen and rejected", where, "see the README for the format")
         pair = row if "chosen_ids" in row else tokenize_pair(row, tokenizer, where)
         if pair.get("tokenizer", fingerprint) != fingerprint:
-            what = "the ids were made with another tokenizer"
-            raise UserError(what, where, "use the model that the pairs were made with")
+            raise UserError("the ids were made with another tokenizer", where, "use the model of the pairs")
         for key in ("prompt_ids", "chosen_ids", "rejected_ids"):
             ids = pair.get(key)
-            if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < vocab_size for i in ids):
-                raise UserError(f"{key} is not a list of ids below {vocab_size}", where, "use the pairs' own tokenizer")
-            if not ids:
-                raise UserError(f"{key} is empty", where, "repair or delete the line")
+            if not (isinstance(ids, list) and ids and all(type(i) is int and 0 <= i < vocab_size for i in ids)):
+                what = f"{key} is empty or not a list of ids below {vocab_size}"
+                raise UserError(what, where, "repair or delete the line, or use the pairs' own tokenizer")
         if pair["chosen_ids"] == pair["rejected_ids"]:
             raise UserError("chosen equals rejected", where, "repair or delete the line")
         prompt, chosen, rejected = (len(pair[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids"))
@@ -350,8 +322,7 @@ def tokenize_pair(row, tokenizer, where):
     text = data.render_chat(tokenizer, prompt, add_generation_prompt=True)
     rendered = [data.render_chat(tokenizer, prompt + turns) for turns in (chosen, rejected)]
     if not all(conversation.startswith(text) for conversation in rendered):
-        what = "the chat template writes a prompt otherwise than as the beginning of its conversation"
-        raise UserError(what, where, "give prompt, chosen and rejected as text")
+        raise UserError("the chat template changes the prompt in its conversation", where, "give all three as text")
     responses = [encode(conversation.removeprefix(text)) for conversation in rendered]
     return {"prompt_ids": encode(text), "chosen_ids": responses[0], "rejected_ids": responses[1]}
 
@@ -363,14 +334,12 @@ def tokenize_pair(row, tokenizer, where):
 
 def add_arguments(parser):
     """The flags of the DPO stage; `warmup_distill.py` has them too."""
-    group = parser.add_argument_group("DPO")
-    group.add_argument("--beta", type=runs.ABOVE_0, default=0.1, help="strength of the pull to the reference")
+    add = parser.add_argument_group("DPO").add_argument
+    add("--beta", type=runs.ABOVE_0, default=0.1, help="strength of the pull to the reference")
     smoothing = runs.ranged(float, lambda x: 0 <= x < 0.5, "from 0 to below 0.5")
-    group.add_argument("--label-smoothing", type=smoothing, default=0.0, help="P(a preference is wrong)")
-    nll_help = "adds this times -log pi(chosen) per token; not in the paper"
-    group.add_argument("--nll-weight", type=runs.NOT_NEGATIVE, default=0.0, help=nll_help)
-    logprobs_help = "a response's log-prob: sum as in DPO, or mean over its tokens"
-    group.add_argument("--logprobs", choices=["sum", "mean"], default="sum", help=logprobs_help)
+    add("--label-smoothing", type=smoothing, default=0.0, help="P(a preference is wrong)")
+    add("--nll-weight", type=runs.NOT_NEGATIVE, default=0.0, help="of -log pi(chosen) per token; not in the paper")
+    add("--logprobs", choices=["sum", "mean"], default="sum", help="of a response: sum as in DPO, or mean")
 
 
 def parse_args(argv=None):
@@ -397,9 +366,8 @@ def main(argv=None):
         raise UserError("no pairs", f"in {args.pairs}", "lower --eta or use more prompts")
     reference_path = args.model if args.reference is None else args.reference
     metrics = train(args, world, tokenizer, pairs, args.model, reference_path, out)
-    if world.rank == 0:
-        end = f" (loss {metrics['loss']:.4f}, wins {metrics['wins']:.3f})" if metrics else ""
-        print(f"{len(pairs)} pairs -> {out / 'student'}{end}; its curves: python -m tools.report {out}")
+    end = f" (loss {metrics['loss']:.4f}, wins {metrics['wins']:.3f})" if metrics else ""
+    world.print(f"{len(pairs)} pairs -> {out / 'student'}{end}; its curves: python -m tools.report {out}")
 
 
 if __name__ == "__main__":

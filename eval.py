@@ -1,15 +1,14 @@
 """Evaluation: Rouge-L, math accuracy, teacher-student distance; mean and spread over seeds; paired comparison of runs.
 
-    python eval.py --model OUT/student --data dolly selfinst vicuna sni unni --preset minillm
+    python eval.py --model OUT/student --data dolly selfinst vicuna sni unni --no-repeat-ngram-size 6 --template alpaca
     torchrun --nproc_per_node 8 eval.py --model A B --data gsm8k math --compare A B --distance TEACHER
-    python eval.py --compare OUT/eval/A OTHER/eval/B                                results that are there already
 
 Instruction following is scored as in MiniLLM (arXiv 2306.08543), DistiLLM and DSKD: five sets, sampled at temperature 1,
 seeds 10 to 50, Rouge-L F with the stemmer, the best over the references, times 100. Math is scored by math-verify on
 greedy responses, in percent; a greedy response needs no second seed, so the first one names its file.
 Deviations from MiniLLM's protocol: a prompt is never cut (theirs loses its response marker after 256 tokens): one that
-is over the limit is skipped and counted. They forbid repeated 6-grams: off here, on with --preset minillm. Their stream
-of random numbers differs with the number of GPUs; here that of a token depends on its position alone.
+is over the limit is skipped and counted. They forbid repeated 6-grams: here it takes --no-repeat-ngram-size 6. Their
+stream of random numbers differs with the number of GPUs; here that of a token depends on its position alone.
 
 Every response is in OUT/eval/<model>/<set>-seed<seed>.jsonl with its score. A file that is there is done, so a killed
 run continues. Batches are cut from the order of the prompts: files and table are the same for any number of processes.
@@ -21,15 +20,12 @@ import re
 import statistics
 from pathlib import Path
 
-import torch.distributed as dist
-
 from lib import benchmarks, decode, measure, models, runs, scoring
 from lib.runs import UserError
 from warmup_distill import first_mismatch
 
 # What all response files of one OUT/eval have in common
 SETTINGS = ("temperature", "top_p", "max_new_tokens", "no_repeat_ngram_size", "batch_size", "dtype", "accept_changes")
-PRESETS = {"none": {}, "minillm": {"no_repeat_ngram_size": 6, "template": "alpaca"}}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
@@ -41,33 +37,9 @@ def model_name(path):
     return re.sub(r"^\.+|[^\w.-]+", "--", str(path).strip("/"))
 
 
-def read_responses(file, content, metric, prompts):
-    """The rows of a response file, None without one. Raises UserError if they are of other prompts or another `content`."""
-    if not file.exists():
-        return None
-    rows, todo = runs.read_jsonl(file, content), "delete it or give another --out"
-    keys = ("prompt_id", "prompt", "references", "metric")
-    wanted = [(p["prompt_id"], p["text"], p["gold"], metric) for p in prompts]
-    if [tuple(row.get(key) for key in keys) for row in rows] != wanted:
-        raise UserError("the responses are to other prompts or scored otherwise", f"in {file}", todo)
-    return rows
-
-
-def read_folder(name):
-    """{set: {seed: rows}} of the response files in a folder that --compare names."""
-    results = {}
-    for file in sorted(Path(name).glob("*-seed*.jsonl")):
-        benchmark, _, seed = file.stem.rpartition("-seed")
-        with runs.reading("not a response file of eval.py", f"in {file}", "name a folder in OUT/eval"):
-            rows = results.setdefault(benchmark, {}).setdefault(int(seed), [])
-            for row in runs.read_jsonl(file):
-                if not 0 <= row["score"] <= 100:
-                    raise ValueError(f"a score is {row['score']}")
-                kept = {key: row[key] for key in ("score", "metric", "references")}
-                rows.append({"prompt_id": int(row["prompt_id"]), **kept})
-    if not results:
-        raise UserError(f"{name} is no --model and no folder of response files", "in --compare", "name one of these")
-    return results
+def read_stored(file, key, count):
+    """The `count` rows of a file that was written with `key`, None without one."""
+    return runs.read_jsonl(file, key, count) if file.exists() else None
 
 
 def evaluate(path, sets, args, world, out, checker, teacher):
@@ -78,45 +50,40 @@ def evaluate(path, sets, args, world, out, checker, teacher):
     """
     tokenizer, tokens = models.shared_tokenizer(path, None, args.trust_remote_code)  # what ends a response: its own eos
     if args.distance is not None:
-        theirs = models.load_tokenizer(args.distance, args.trust_remote_code)
-        models.check_same_tokenizer(tokenizer, theirs, path, args.distance)
+        models.shared_tokenizer(path, args.distance, args.trust_remote_code)  # raises an error unless it is one
     model = functools.cache(lambda: models.load_frozen(path, args, world, tokenizer))
     folder, table, results, done = out / model_name(path), {}, {}, 0
     content = str(runs.fingerprint(path))  # of the model as it is trained now
-    if world.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+    world.first(lambda: folder.mkdir(parents=True, exist_ok=True))
     for benchmark, examples in sets:
-        name, new_tokens = benchmark.name, args.max_new_tokens if args.max_new_tokens > 0 else benchmark.max_new_tokens
+        name, new_tokens = benchmark.name, args.max_new_tokens or (256 if benchmark.metric == "rouge" else 1024)
         limit = models.prompt_limit([path], args.max_prompt_tokens, new_tokens, args.trust_remote_code)
         prompts, skipped = benchmarks.encode(examples, tokenizer, args.template, limit)
         settings = (prompts, tokens, tokenizer, new_tokens, args.batch_size)
-        results[name] = {}
+        results[name], questions = {}, [(prompt["prompt_id"], prompt["text"], prompt["gold"]) for prompt in prompts]
+        key = runs.seal([benchmark.metric, questions], content)
         # A greedy response has no randomness: one seed is enough
         for seed in args.seeds if benchmark.metric == "rouge" else args.seeds[:1]:
             file = folder / f"{name}-seed{seed}.jsonl"
-            rows = world.first(functools.partial(read_responses, file, content, benchmark.metric, prompts))
+            rows = world.first(functools.partial(read_stored, file, key, len(prompts)))
             done += rows is not None
             if rows is None:
                 rows = respond(model(), *settings, benchmark.metric, seed, args, world, checker, file.stem)
-                if world.rank == 0:
-                    runs.write_jsonl(file, rows, content)
+                world.first(functools.partial(runs.write_jsonl, file, rows, key))
             results[name][seed] = rows
         table[name] = {"metric": benchmark.metric, "skipped": skipped, "max_prompt_tokens": limit}
         table[name] |= scoring.summarise(results[name])
         if args.distance is not None:
-            question = {"teacher": args.distance, "eta": args.eta, "seed": args.seeds[0]}
-            question["prompts"] = runs.seal([prompt["ids"] for prompt in prompts], "prompts")
-            question["content"] = [content, runs.fingerprint(args.distance)]
-            file = folder / f"{name}-distance-{model_name(args.distance)}.json"
-            found = world.first(lambda file=file: runs.read_jsonl(file, content)[0] if file.exists() else {})
-            if not question.items() <= found.items():
-                found = measure.distance(model(), teacher(), *settings, args.seeds[0], world, args.eta, first_mismatch)
-                found = question | found
-                if world.rank == 0:
-                    runs.write_jsonl(file, [found], content)
-            table[name]["distance"] = found
-    if world.rank == 0 and done:
-        print(f"{path}: {done} response files were there already")
+            of = {"teacher": args.distance, "eta": args.eta}
+            question = [of, runs.fingerprint(args.distance), args.seeds[0], [prompt["ids"] for prompt in prompts]]
+            file = folder / f"{name}-distance-{runs.seal(question, content)}.json"
+            rows = world.first(functools.partial(read_stored, file, content, 1))
+            if rows is None:
+                rows = [measure.distance(model(), teacher(), *settings, args.seeds[0], world, args.eta, first_mismatch)]
+                world.first(functools.partial(runs.write_jsonl, file, rows, content))
+            table[name]["distance"] = of | rows[0]
+    if done:
+        world.print(f"{path}: {done} response files were there already")
     return table, results
 
 
@@ -135,9 +102,7 @@ def respond(model, prompts, tokens, tokenizer, max_new_tokens, batch_size, metri
             row = {"prompt_id": prompt["prompt_id"], "prompt": prompt["text"], "response": text, "score": score}
             row |= {"metric": metric, "references": prompt["gold"], "tokens": len(ids)}
             rows.append(row | {"ended": ids[-1] in tokens.eos_ids, "check_failed": check_failed})
-    parts = [None] * world.size
-    dist.all_gather_object(parts, rows)
-    return sorted((row for part in parts for row in part), key=lambda row: row["prompt_id"])
+    return sorted((row for part in world.gather(rows) for row in part), key=lambda row: row["prompt_id"])
 
 
 def print_table(table):
@@ -156,11 +121,11 @@ def print_table(table):
                 f"limit; {s['check_failed']} answers scored 0 because their check hung or crashed"
             )
             if "distance" in s:
-                details.append(
-                    "{model}, {name}: KL(p,q) {kl_teacher_student:.4f}, KL(q,p) {kl_student_teacher:.4f} nats a token "
-                    "from {teacher}; margin above {eta:g} in {replaced_tokens:.2%} of tokens, {replaced_samples:.2%} of "
-                    "samples".format(model=model, name=name, **s["distance"])
-                )
+                numbers = [
+                    f"{measure.COLUMNS[c]} {s['distance'][c]:.4f}" for c in measure.COLUMNS if c in s["distance"]
+                ]
+                question = "from {teacher}, eta {eta:g}".format(**s["distance"])
+                details.append(f"{model}, {name}, {question}: {', '.join(numbers)}")
         print("| " + " | ".join([*cells, f"{row['average']:.2f}"]) + " |")
     print(*details, sep="\n", end="\n" if details else "")
     if "compare" in table:
@@ -178,35 +143,32 @@ def print_table(table):
 
 def parse_args(argv=None):
     parser = runs.ArgumentParser(__doc__)
-    parser.add_argument("--model", nargs="+", default=[], help="folders or hub ids")
-    parser.add_argument("--data", nargs="+", default=[], help=f"{', '.join(benchmarks.BENCHMARKS)}, NAME=FILE or FILE")
+    parser.add_argument("--model", nargs="+", required=True, help="folders or hub ids")
+    names = ", ".join(benchmarks.BENCHMARKS)
+    parser.add_argument("--data", nargs="+", required=True, help=f"{names}, NAME=FILE or FILE")
     parser.add_argument("--out", default="out", help="results go to OUT/eval")
     runs.add_arguments(parser)
-    group = parser.add_argument_group("prompts")
-    group.add_argument("--metric", choices=["rouge", "math"], help="of files that have none of the known names")
-    group.add_argument("--limit", type=runs.LIMIT, default=0, help="use the first LIMIT rows of each set; 0: all")
-    group.add_argument("--template", choices=["auto", "chat", "alpaca", "none"], default="auto", help="as in training")
-    group.add_argument("--max-prompt-tokens", type=runs.COUNT, default=1024, help="longer ones are skipped, counted")
-    group = parser.add_argument_group("decoding; math is greedy")
-    group.add_argument("--preset", choices=PRESETS, default="none", help="minillm: their decoding and template")
-    group.add_argument("--seeds", type=runs.SEED, nargs="+", default=[10, 20, 30, 40, 50], help="a response for each")
-    group.add_argument("--temperature", type=runs.TEMPERATURE, default=1.0, help="of sampling")
-    group.add_argument("--top-p", type=runs.TOP_P, default=1.0, help="of sampling")
-    group.add_argument("--max-new-tokens", type=runs.LIMIT, default=0, help="0: 256, and 1024 for math")
+    add = parser.add_argument_group("prompts").add_argument
+    add("--metric", choices=["rouge", "math"], help="of files that have none of the known names")
+    add("--limit", type=runs.LIMIT, default=0, help="use the first LIMIT rows of each set; 0: all")
+    add("--template", choices=["auto", "chat", "alpaca", "none"], default="auto", help="as in training")
+    add("--max-prompt-tokens", type=runs.COUNT, default=1024, help="longer ones are skipped, counted")
+    add = parser.add_argument_group("decoding; math is greedy").add_argument
+    add("--seeds", type=runs.SEED, nargs="+", default=[10, 20, 30, 40, 50], help="a response for each")
+    add("--temperature", type=runs.TEMPERATURE, default=1.0, help="of sampling")
+    add("--top-p", type=runs.TOP_P, default=1.0, help="of sampling")
+    add("--max-new-tokens", type=runs.LIMIT, default=0, help="0: 256, and 1024 for math")
     ngram = runs.ranged(int, lambda x: x == 0 or x >= 2, "0, or 2 or more")
-    group.add_argument("--no-repeat-ngram-size", type=ngram, default=0, help="never sample an n-gram twice; 0: off")
-    group.add_argument("--batch-size", type=runs.COUNT, default=32, help="prompts decoded at once by one process")
-    group = parser.add_argument_group("comparisons")
-    group.add_argument("--compare", nargs=2, metavar=("A", "B"), default=[], help="of --model, or response folders")
-    group.add_argument("--resamples", type=runs.COUNT, default=10_000, help="of the paired bootstrap, from --seed")
-    group.add_argument("--distance", metavar="TEACHER", help="measure each model's distance from this one")
-    group.add_argument("--eta", type=runs.NATS, default=4.0, help="threshold of the margin log q - log p, nats")
-    parser.set_defaults(**PRESETS[parser.parse_args(argv).preset])  # a flag that is given wins
+    add("--no-repeat-ngram-size", type=ngram, default=0, help="never sample an n-gram twice; 0: off, MiniLLM: 6")
+    add("--batch-size", type=runs.COUNT, default=32, help="prompts decoded at once by one process")
+    add = parser.add_argument_group("comparisons").add_argument
+    add("--compare", nargs=2, metavar=("A", "B"), default=[], help="two of --model")
+    add("--resamples", type=runs.COUNT, default=10_000, help="of the paired bootstrap, from --seed")
+    add("--distance", metavar="TEACHER", help="measure each model's distance from this one")
+    add("--eta", type=runs.NATS, default=4.0, help="threshold of the margin log q - log p, nats")
     args = parser.parse_args(argv)
-    if bool(args.model) != bool(args.data) or not (args.model or args.compare):
-        raise UserError("--model and --data go together", "on the command line", "give both, or --compare alone")
-    if args.distance is not None and not args.model:
-        raise UserError("--distance needs --model and --data", "on the command line", "give them")
+    if not set(args.compare) <= set(args.model):
+        parser.error(f"--compare is {' '.join(args.compare)}: name two of --model")
     check_once("--model", [model_name(path) for path in args.model])
     check_once("--seeds", args.seeds)
     return args
@@ -224,18 +186,16 @@ def main(argv=None):
     found = [benchmarks.find(spec, args.metric) for spec in args.data]
     check_once("--data", [benchmark.name for benchmark in found])
     sets = [(benchmark, benchmarks.load(benchmark, args.limit)) for benchmark in found]
-    results = {name: read_folder(name) for name in args.compare if name not in args.model}
     settings = {key: getattr(args, key) for key in SETTINGS}
     settings["dtype"] = str(models.compute_dtype(args.dtype, world.device)).removeprefix("torch.")
-    if args.model:
-        runs.start_run(out, argparse.Namespace(**settings), world)
+    runs.start_run(out, argparse.Namespace(**settings), world)
 
     @functools.cache
     def teacher():
         tokenizer = models.load_tokenizer(args.distance, args.trust_remote_code)
         return models.load_frozen(args.distance, args, world, tokenizer)
 
-    checker, table = scoring.AnswerChecker(), {"models": {}}
+    checker, table, results = scoring.AnswerChecker(), {"models": {}}, {}
     for path in args.model:
         lines, results[path] = evaluate(path, sets, args, world, out, checker, teacher)
         table["models"][path] = {"sets": lines, "average": statistics.fmean(s["mean"] for s in lines.values())}
@@ -246,8 +206,7 @@ def main(argv=None):
         a, b = args.compare
         table["compare"] = {"a": a, "b": b, "resamples": args.resamples}
         table["compare"]["sets"] = scoring.compare(results[a], results[b], args.resamples, args.seed)
-    out.mkdir(parents=True, exist_ok=True)
-    runs.write_json(out / ("table.json" if args.model else "compare.json"), table, indent=1)
+    runs.write_json(out / "table.json", table, indent=1)
     print_table(table)
 
 

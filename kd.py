@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 
 from lib import data, decode, measure, models, responses, runs, training
-from lib.runs import UserError
 from warmup_distill import first_mismatch
 
 # Defaults of the toy, which is used without --teacher and --data
@@ -32,27 +31,38 @@ TOY |= {"batch_size": 32, "micro_batch_size": 32, "dtype": "float32", "threads":
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def probs(logits):
+    """softmax in float32 or more."""
+    return F.softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def log_probs(logits):
+    """log softmax in float32 or more."""
+    return F.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def log(x):
+    """log of probabilities, finite, so that 0 log 0 = 0, gradients too."""
+    return x.clamp(min=torch.finfo(x.dtype).tiny).log()
+
+
 def forward_kl(student_logits, teacher_logits):
     """KL(p, q): q covers all of p (Hinton et al., arXiv 1503.02531)."""
-    dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    log_p, log_q = F.log_softmax(teacher_logits, -1, dtype=dtype), F.log_softmax(student_logits, -1, dtype=dtype)
+    log_p, log_q = log_probs(teacher_logits), log_probs(student_logits)
     # sum p log(p/q)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def reverse_kl(student_logits, teacher_logits):
     """KL(q, p): q keeps to where p is (MiniLLM, arXiv 2306.08543; here on given tokens, without its policy gradient)."""
-    dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    log_p, log_q = F.log_softmax(teacher_logits, -1, dtype=dtype), F.log_softmax(student_logits, -1, dtype=dtype)
+    log_p, log_q = log_probs(teacher_logits), log_probs(student_logits)
     # sum q log(q/p)
     return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
 def jsd(student_logits, teacher_logits, beta=0.5):
     """Generalized Jensen-Shannon divergence (GKD, arXiv 2306.13649), 0 < beta < 1; beta 0.5 is symmetric in p and q."""
-    dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    log = lambda x: x.clamp(min=torch.finfo(dtype).tiny).log()  # 0 log 0 = 0, gradients too
-    p, q = F.softmax(teacher_logits, -1, dtype=dtype), F.softmax(student_logits, -1, dtype=dtype)
+    p, q = probs(teacher_logits), probs(student_logits)
     # m = beta p + (1-beta) q, written so that m is exactly p where q is
     m = p + (1 - beta) * (q - p)
     # beta KL(p, m) + (1-beta) KL(q, m)
@@ -61,17 +71,14 @@ def jsd(student_logits, teacher_logits, beta=0.5):
 
 def tvd(student_logits, teacher_logits):
     """Total variation distance, 0 to 1 (f-distill, arXiv 2307.15190)."""
-    dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    p, q = F.softmax(teacher_logits, -1, dtype=dtype), F.softmax(student_logits, -1, dtype=dtype)
+    p, q = probs(teacher_logits), probs(student_logits)
     # 1/2 sum |p - q|
     return (p - q).abs().sum(-1) / 2
 
 
 def skew_forward_kl(student_logits, teacher_logits, alpha=0.1):
     """KL(p, alpha p + (1-alpha) q), at most log(1/alpha) (DistiLLM, arXiv 2402.03898), 0 < alpha < 1."""
-    dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    log = lambda x: x.clamp(min=torch.finfo(dtype).tiny).log()  # 0 log 0 = 0, gradients too
-    p, q = F.softmax(teacher_logits, -1, dtype=dtype), F.softmax(student_logits, -1, dtype=dtype)
+    p, q = probs(teacher_logits), probs(student_logits)
     # m = alpha p + (1-alpha) q;  sum p log(p/m)
     m = q + alpha * (p - q)
     return (p * (log(p) - log(m))).sum(-1)
@@ -79,9 +86,7 @@ def skew_forward_kl(student_logits, teacher_logits, alpha=0.1):
 
 def skew_reverse_kl(student_logits, teacher_logits, alpha=0.1):
     """KL(q, (1-alpha) p + alpha q), at most log(1/alpha) (DistiLLM, arXiv 2402.03898), 0 < alpha < 1."""
-    dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    log = lambda x: x.clamp(min=torch.finfo(dtype).tiny).log()  # 0 log 0 = 0, gradients too
-    p, q = F.softmax(teacher_logits, -1, dtype=dtype), F.softmax(student_logits, -1, dtype=dtype)
+    p, q = probs(teacher_logits), probs(student_logits)
     # m = (1-alpha) p + alpha q;  sum q log(q/m)
     m = p + alpha * (q - p)
     return (q * (log(q) - log(m))).sum(-1)
@@ -89,8 +94,7 @@ def skew_reverse_kl(student_logits, teacher_logits, alpha=0.1):
 
 def adaptive_kl(student_logits, teacher_logits, tail_mass=0.5):
     """Forward and reverse KL, weighed by how far q is from p in p's head and in its tail (AKL, arXiv 2404.02657)."""
-    dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    log_p, log_q = F.log_softmax(teacher_logits, -1, dtype=dtype), F.log_softmax(student_logits, -1, dtype=dtype)
+    log_p, log_q = log_probs(teacher_logits), log_probs(student_logits)
     p, q = log_p.exp(), log_q.exp()
     with torch.no_grad():
         # tail: the least likely tokens of p whose mass adds up to no more than tail_mass; head: the others
@@ -99,7 +103,7 @@ def adaptive_kl(student_logits, teacher_logits, tail_mass=0.5):
         # g = sum |p - q| over the head, over the tail
         gap = (p - q).abs().gather(-1, order)
         g_head, g_tail = (gap * ~tail).sum(-1), (gap * tail).sum(-1)
-        g = (g_head + g_tail).clamp(min=torch.finfo(dtype).tiny)  # at p = q: 0/g is 0, not 0/0
+        g = (g_head + g_tail).clamp(min=torch.finfo(g_head.dtype).tiny)  # at p = q: 0/g is 0, not 0/0
     # (g_head KL(p, q) + g_tail KL(q, p)) / (g_head + g_tail)
     forward, reverse = (p * (log_p - log_q)).sum(-1), (q * (log_q - log_p)).sum(-1)
     return g_head / g * forward + g_tail / g * reverse
@@ -113,8 +117,7 @@ def total_loss(student_logits, teacher_logits, targets, divergence, kd_rate, tem
 
     divergence: one of LOSSES. kd_rate: r; at r = 0 teacher_logits may be None. Returns total, ce and kd, each (M,).
     """
-    dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    ce = F.cross_entropy(student_logits.to(dtype), targets, reduction="none", ignore_index=-100)
+    ce = F.nll_loss(log_probs(student_logits), targets, reduction="none", ignore_index=-100)
     if kd_rate == 0:
         return ce, ce, torch.zeros_like(ce)
     # D(softmax(teacher / T), softmax(student / T)), without the factor T^2
@@ -217,7 +220,7 @@ def divergence_of(args):
 
 
 def train(args, world, tokenizer, tokens, examples, teacher, student_path, out):
-    """Trains the student; writes OUT/metrics.jsonl, OUT/checkpoint, OUT/student. Resumes. Returns the last metrics.
+    """Trains the student; writes OUT/metrics.jsonl, OUT/checkpoint, OUT/student. Resumes.
 
     examples: from `responses.write_examples`. teacher: LiveTeacher or CachedTeacher, None where --kd-rate is 0.
     """
@@ -225,26 +228,17 @@ def train(args, world, tokenizer, tokens, examples, teacher, student_path, out):
     model = KDModel(lm, tokens.vocab_size, divergence_of(args), args.kd_rate, args.temperature)
     model = training.shard(model, lm, models.compute_dtype(args.dtype, world.device), world, args.shard_size)
     replica = models.load_frozen(student_path, args, world, tokenizer) if args.mode == "student" else None
-    optimizer = training.make_optimizer(model, args)
-    first_step = training.load_checkpoint(out / "checkpoint", model, optimizer, world)
-    total_steps = args.max_steps or args.epochs * math.ceil(len(examples) / args.batch_size)
-    world.first(lambda: training.cut_metrics(out / "metrics.jsonl", first_step))
-    metrics, sampled, warned = None, {}, False
-    if world.rank == 0:
-        print(f"kd: {len(examples)} examples, {total_steps} steps of {args.batch_size}")
-    steps = range(first_step, total_steps)
-    bar = runs.progress(steps, desc="kd", world=world, total=total_steps, initial=first_step, unit="step")
+    optimizer, total_steps, bar = training.begin("kd", len(examples), "examples", model, args, out, world)
+    sampled = {}
     with training.stop_signals() as stop:
         for step in bar:
             started = time.perf_counter()
-            if args.mode == "student" and (step == first_step or step % args.refresh_every == 0):
-                ahead = range(step, min((step // args.refresh_every + 1) * args.refresh_every, total_steps))
-                sampled = responses.sample_ahead(args, world, tokens, replica, lm, examples, ahead)
-                warned = warned or responses.warn_if_responses_run_on(sampled, tokens, world)
             batch = training.batch_of_step(step, len(examples), args.batch_size, args.seed)
             columns = examples[batch]
+            if args.mode == "student":
+                sampled = responses.sample_from_student(args, world, tokens, replica, lm, examples, batch, step)
             sequences = {  # number of the example: prompt, response, whether the response is a label
-                i: (prompt, sampled.get((step, i), response), (step, i) not in sampled)
+                i: (prompt, sampled.get(i, response), i not in sampled)
                 for i, prompt, response in zip(batch, columns["ids"], columns["response"])
             }
             # Counted over all ranks before the first backward: neither ranks nor accumulation change the gradient.
@@ -252,30 +246,21 @@ def train(args, world, tokenizer, tokens, examples, teacher, student_path, out):
             token_count = sum(len(response) for _, response, _ in sequences.values())
             lengths = {i: len(prompt) + len(response) for i, (prompt, response, _) in sequences.items()}
             totals = {"loss": 0.0, "ce": 0.0, "kd": 0.0, "tokens": 0.0}  # tokens: computed, padding too
-            for indices in training.micro_batches(batch, lengths, args.micro_batch_size, world):
-                used = indices if indices else batch[:1]  # an idle rank takes part in FSDP's collectives, times 0
-                share = float(len(indices) > 0)
-                inputs = responses.collate([sequences[i] for i in used], tokens.pad_id, world.device)
-                teacher_logits = None if teacher is None else teacher(inputs, used)
+            for indices, weight in training.micro_batches(batch, lengths, args.micro_batch_size, world):
+                inputs = responses.collate([sequences[i] for i in indices], tokens.pad_id, world.device)
+                teacher_logits = None if teacher is None else teacher(inputs, indices)
                 loss, sums = model(**inputs, teacher_logits=teacher_logits)
-                (share * world.size / token_count * loss).backward()  # FSDP averages gradients over ranks
+                (weight * world.size / token_count * loss).backward()  # FSDP averages gradients over ranks
                 for name, value in {**sums, "tokens": inputs["token_ids"].numel()}.items():
-                    totals[name] = totals[name] + share * value
+                    totals[name] = totals[name] + weight * value
             updated = training.optimizer_step(model, optimizer, step, total_steps, args)
             totals = world.sum(totals)
             means = {name: totals[name] / token_count for name in ("loss", "ce", "kd")}
             metrics = {"stage": "kd", "step": step + 1, **means, **updated, "response_tokens": token_count}
             training.log_step(out, metrics, columns["prompt_id"], totals["tokens"], started, world)
             bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("loss", "ce", "kd")})
-            training.save_on_the_way(args, step + 1, total_steps, out, model, lm, tokenizer, world)
-            # On-policy samples are in no checkpoint, so it must be one where new samples are drawn
-            stopped = (args.mode != "student" or (step + 1) % args.refresh_every == 0) and world.any(stop)
-            if stopped or (step + 1) % args.save_every == 0 or step + 1 == total_steps:
-                training.save_checkpoint(out / "checkpoint", model, optimizer, step + 1, world)
-            if stopped:
-                raise runs.Stopped(step + 1)
-    training.save_model(out / "student", model, lm, tokenizer, runs.DTYPES[args.save_dtype], world)
-    return metrics
+            training.end_step(args, step + 1, total_steps, out, model, optimizer, tokenizer, stop, world)
+    training.save_model(out / "student", model.lm, tokenizer, runs.DTYPES[args.save_dtype], world)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -286,41 +271,32 @@ def train(args, world, tokenizer, tokens, examples, teacher, student_path, out):
 def parse_args(argv=None):
     parser = runs.ArgumentParser(__doc__)
     runs.add_arguments(parser)
-    data.add_arguments(parser, "out/kd")
-    group = parser.add_argument_group("loss")
-    group.add_argument("--loss", choices=list(LOSSES), default="forward_kl", help="divergence of teacher and student")
-    group.add_argument("--kd-rate", type=runs.SHARE, default=0.5, help="r in (1-r) CE + r KD; 0: SFT, no teacher")
-    group.add_argument("--temperature", type=runs.TEMPERATURE, default=1.0, help="of both's logits; no factor T^2")
-    group.add_argument("--jsd-beta", type=runs.OPEN_SHARE, default=0.5, help="beta of jsd")
-    group.add_argument("--skew-alpha", type=runs.OPEN_SHARE, default=0.1, help="alpha of the two skewed losses")
-    group.add_argument("--tail-mass", type=runs.SHARE, default=0.5, help="share of p that is adaptive_kl's tail")
-    group = parser.add_argument_group("responses")
-    group.add_argument("--mode", choices=["gold", "teacher", "student"], default="gold", help="who wrote the responses")
-    group.add_argument("--teacher-decoding", choices=["sample", "greedy"], default="greedy", help="in --mode teacher")
-    responses_help = "folder: store the teacher's there once, greedy ones for every --seed; None: OUT/responses"
-    group.add_argument("--responses", help=responses_help)
-    group.add_argument("--on-policy", type=runs.SHARE, default=1.0, help="student's share of a batch in --mode student")
-    group.add_argument("--refresh-every", type=runs.COUNT, default=1, help="steps sampled from the same student")
-    group = parser.add_argument_group("teacher")
-    group.add_argument("--teacher-cache", help="folder: store the teacher's log-probs there once, or use those there")
-    group.add_argument("--teacher-top-k", type=runs.COUNT, default=64, help="log-probs a token in --teacher-cache")
+    data.add_arguments(parser, "out/kd", eval_limit=500)
+    add = parser.add_argument_group("loss").add_argument
+    add("--loss", choices=list(LOSSES), default="forward_kl", help="divergence of teacher and student")
+    add("--kd-rate", type=runs.SHARE, default=0.5, help="r in (1-r) CE + r KD; 0: SFT, no teacher")
+    add("--temperature", type=runs.TEMPERATURE, default=1.0, help="of both's logits; no factor T^2")
+    add("--jsd-beta", type=runs.OPEN_SHARE, default=0.5, help="beta of jsd")
+    add("--skew-alpha", type=runs.OPEN_SHARE, default=0.1, help="alpha of the two skewed losses")
+    add("--tail-mass", type=runs.SHARE, default=0.5, help="share of p that is adaptive_kl's tail")
+    add = parser.add_argument_group("responses").add_argument
+    add("--mode", choices=["gold", "teacher", "student"], default="gold", help="who wrote the responses")
+    add("--teacher-decoding", choices=["sample", "greedy"], default="greedy", help="in --mode teacher")
+    add("--responses", help="folder: store the teacher's there once, greedy ones for every --seed; None: OUT/responses")
+    add("--on-policy", type=runs.SHARE, default=1.0, help="student's share of a batch in --mode student")
+    add = parser.add_argument_group("teacher").add_argument
+    add("--teacher-cache", help="folder: store the teacher's log-probs there once, or use those there")
+    add("--teacher-top-k", type=runs.COUNT, default=64, help="log-probs a token in --teacher-cache")
     training.add_arguments(parser, lr=1e-5)
-    data.add_eval_arguments(parser, "no table, except with the toy", 500)
     args = data.parse_args(parser, argv, TOY, ["teacher"])
-    where = "on the command line"
     needed = ["student", "data", "teacher"] if args.kd_rate > 0 or args.mode == "teacher" else ["student", "data"]
     for name in needed:
         if not getattr(args, name):
-            raise UserError(f"--{name} is missing", where, "give it, or neither teacher nor data for the toy")
+            parser.error(f"--{name} is missing: give it, or neither teacher nor data for the toy")
     if args.mode == "student" and args.kd_rate == 0:
-        raise UserError("--kd-rate is 0.0", where, "give a value above 0: with --mode student there are no labels")
-    if args.mode == "student" and args.save_every % args.refresh_every:
-        # On-policy samples are in no checkpoint, so it must be one where new samples are drawn
-        todo = f"give a value that --refresh-every {args.refresh_every} divides"
-        raise UserError(f"--save-every is {args.save_every}", where, todo)
+        parser.error("--kd-rate is 0.0, and with --mode student there are no labels")
     if args.teacher_cache and (args.mode == "student" or args.kd_rate == 0):
-        what = "--teacher-cache needs responses that stay, and a teacher: not --mode student, not --kd-rate 0"
-        raise UserError(what, where, "leave it out")
+        parser.error("--teacher-cache needs responses that stay, and a teacher: not --mode student, not --kd-rate 0")
     return args
 
 
@@ -345,15 +321,13 @@ def main(argv=None):
         training.release_memory()
 
     if eval_prompts:
-        students = {"student before": args.student, "student after": out / "student"}
         teacher_lm = None  # without KD, sharded or cached there is no whole teacher here
         if args.kd_rate > 0 and not args.shard_teacher and not args.teacher_cache:
             teacher_lm = training.load_teacher(args, world, tokenizer) if teacher is None else teacher.lm
         settings = (eval_prompts, args.prompts_per_batch, 4.0, first_mismatch)  # 4.0: the warm-up's default eta
-        measure.closing_table(args, world, tokenizer, tokens, out, students, teacher_lm, *settings)
-    if world.rank == 0:
-        print(f"the run as a page: python -m tools.report {out}")
-        print(f"{runs.seconds_since_start():.0f} seconds; the distilled student is {out / 'student'}")
+        measure.closing_table(args, world, tokenizer, tokens, out, teacher_lm, *settings)
+    world.print(f"the run as a page: python -m tools.report {out}")
+    world.print(f"{runs.seconds_since_start():.0f} seconds; the distilled student is {out / 'student'}")
 
 
 if __name__ == "__main__":

@@ -231,7 +231,6 @@ def build_pairs(args, world, tokenizer, tokens, prompts, out):
     student = models.load_frozen(args.student, args, world, tokenizer)
     teacher = training.load_teacher(args, world, tokenizer)
     keep = pair_filter(args, world, tokenizer)
-    key = runs.run_key(out)
     sampling = Sampling(args.samples, args.max_new_tokens, args.temperature, args.top_p, args.seed)
     any_rank = world.any if args.shard_teacher else None
     settings = (tokens, sampling, args.eta, args.replace, args.teacher_decoding == "greedy", any_rank)
@@ -244,7 +243,7 @@ def build_pairs(args, world, tokenizer, tokens, prompts, out):
             status = pair_status(sample, seen, keep, prompt)
             records.append({"status": status, "prompt": prompt["text"], "prompt_ids": prompt["ids"], **sample})
         if is_ours:
-            runs.write_jsonl(out / "pairs" / f"{k:05d}.jsonl", records, key)
+            runs.write_jsonl(out / "pairs" / f"{k:05d}.jsonl", records, runs.run_key(out))
 
 
 def merge_pairs(args, tokenizer, prompts, out):
@@ -265,8 +264,9 @@ def merge_pairs(args, tokenizer, prompts, out):
             batch = prompts[start : start + args.prompts_per_batch]
             expected = [prompt for prompt in zip(batch["prompt_id"], batch["ids"]) for _ in range(args.samples)]
             if [(record["prompt_id"], record["prompt_ids"]) for record in records] != expected:
-                what = "the file is cut, or of other prompts or --samples"
-                raise UserError(what, f"in {shard}", "delete it and run again: it is made again")
+                raise UserError(
+                    "the file is cut, or of other prompts", f"in {shard}", "delete it: it is then made again"
+                )
             counts["prompts_with_pairs"] += len({r["prompt_id"] for r in records if r["status"] == "kept"})
             for record in records:
                 counts[record["status"]] += 1
@@ -274,29 +274,25 @@ def merge_pairs(args, tokenizer, prompts, out):
                 above = margins[:, None] > etas  # (T, E)
                 tokens_above, samples_above = tokens_above + above.sum(0), samples_above + above.any(0)
                 margin_counts += torch.bincount(torch.bucketize(margins, bins), minlength=len(bins) + 1)
-                t = record["t_star"]
-                counts["tokens"] += len(margins)
-                counts["prompts"] += record["sample_id"] == 0
                 counts["at_length_limit"] += not record["ended"]
-                if t >= 0:
-                    t_stars[t] += 1
+                t_stars[record["t_star"]] += 1  # -1: none
                 if record["status"] == "kept":
                     counts["chosen_at_length_limit"] += not record["chosen_ended"]
                     names = ("prompt_id", "sample_id", "prompt_ids", "prefix_len", "chosen_ids")
                     pair = {name: record[name] for name in names} | {"rejected_ids": record["response_ids"]}
-                    pair |= {"margin": round(margins[t].item(), 4), "prompt": record["prompt"]}
+                    pair |= {"margin": round(margins[record["t_star"]].item(), 4), "prompt": record["prompt"]}
                     pair |= {"chosen": text(record["chosen_ids"]), "rejected": text(record["response_ids"])}
                     file.write(json.dumps(pair | {"tokenizer": fingerprint}, ensure_ascii=False) + "\n")
-    samples = sum(counts[status] for status in ("kept", "untouched", "identical", "duplicate", "filtered"))
-    rates, tokens = zip(ETA_GRID, samples_above.tolist(), tokens_above.tolist()), counts["tokens"]
+    samples, tokens = len(prompts) * args.samples, margin_counts.sum().item()
+    rates = zip(ETA_GRID, samples_above.tolist(), tokens_above.tolist())
     summary = {"eta": args.eta, "samples": samples, "pairs": counts["kept"], "untouched": counts["untouched"]}
     summary |= {"dropped": {reason: counts[reason] for reason in ("identical", "duplicate", "filtered")}}
-    summary |= {"replaced": samples - counts["untouched"]}
-    names = ("prompts", "prompts_with_pairs", "tokens", "at_length_limit", "chosen_at_length_limit")
-    summary |= {name: counts[name] for name in names}
+    summary |= {"replaced": samples - counts["untouched"], "prompts": len(prompts)}
+    summary |= {"prompts_with_pairs": counts["prompts_with_pairs"], "tokens": tokens}
+    summary |= {name: counts[name] for name in ("at_length_limit", "chosen_at_length_limit")}
     summary["replacement_rate"] = {str(e): {"samples": s / samples, "tokens": t / tokens} for e, s, t in rates}
     summary["margin_histogram"] = {"edges": MARGIN_BINS, "counts": margin_counts.tolist()}
-    summary["t_star_histogram"] = {str(t): t_stars[t] for t in sorted(t_stars)}
+    summary["t_star_histogram"] = {str(t): t_stars[t] for t in sorted(t_stars) if t >= 0}
     summary["warnings"] = warnings_of(summary)
     runs.write_json(out / "mismatch.json", summary, indent=1)
     return summary
@@ -327,26 +323,24 @@ def parse_args(argv=None):
     parser = runs.ArgumentParser(__doc__)
     parser.add_argument("--pairs-only", action="store_true", help="stop after OUT/pairs.jsonl")
     runs.add_arguments(parser)
-    data.add_arguments(parser, "out/warmup")
-    group = parser.add_argument_group("sample, check, splice")
-    group.add_argument("--samples", type=runs.COUNT, default=8, help="N, responses a prompt; 8 in the paper")
-    group.add_argument("--eta", type=runs.NATS, default=4.0, help="threshold of log q - log p, nats; 4 in the paper")
-    group.add_argument("--temperature", type=runs.TEMPERATURE, default=1.0, help="of both models' sampling")
-    group.add_argument("--top-p", type=runs.TOP_P, default=1.0, help="of both; margins use the full distribution")
-    replace_help = "the teacher writes from t* on, or from the token after it"
-    group.add_argument("--replace", choices=["at", "after"], default="at", help=replace_help)
-    group.add_argument("--teacher-decoding", choices=["sample", "greedy"], default="sample", help="in the splice")
+    data.add_arguments(parser, "out/warmup", eval_limit=64)
+    add = parser.add_argument_group("sample, check, splice").add_argument
+    add("--samples", type=runs.COUNT, default=8, help="N, responses a prompt; 8 in the paper")
+    add("--eta", type=runs.NATS, default=4.0, help="threshold of log q - log p, nats; 4 in the paper")
+    add("--temperature", type=runs.TEMPERATURE, default=1.0, help="of both models' sampling")
+    add("--top-p", type=runs.TOP_P, default=1.0, help="of both; margins use the full distribution")
+    add("--replace", choices=["at", "after"], default="at", help="the teacher writes from t* on, or from t* + 1")
+    add("--teacher-decoding", choices=["sample", "greedy"], default="sample", help="in the splice")
     choices = "all, teacher, correct or reward:MODEL"
     keep = runs.ranged(str, re.compile("all|teacher|correct|reward:.+").fullmatch, choices)
-    group.add_argument("--keep", type=keep, default="all", help=f"which pairs: {choices}")
-    group.add_argument("--reference", choices=["student", "teacher"], default="student", help="pi_ref of DPO")
+    add("--keep", type=keep, default="all", help=f"which pairs: {choices}")
+    add("--reference", choices=["student", "teacher"], default="student", help="pi_ref of DPO")
     dpo.add_arguments(parser)
     training.add_arguments(parser, lr=5e-7)
-    data.add_eval_arguments(parser, "the training prompts, and the table says so", 64)
     args = data.parse_args(parser, argv, TOY, ["teacher", "student"])
     for flag in ("teacher", "student", "data"):
         if not getattr(args, flag):
-            raise UserError(f"--{flag} is missing", "on the command line", "give all three, or none for the toy")
+            parser.error(f"--{flag} is missing: give all three, or none for the toy")
     return args
 
 
@@ -364,27 +358,28 @@ def main(argv=None):
     eval_prompts = world.first(lambda: data.load_eval_prompts(args, tokenizer, prompts))
     if args.keep == "correct" and prompts.data["gold"].null_count:
         raise UserError("--keep correct needs gold responses", f"in {args.data}", "name them with --response-column")
-    if world.rank == 0 and args.nll_weight > 0:
-        print(f"not in the paper: --nll-weight {args.nll_weight:g} adds the chosen responses' NLL to the DPO loss")
+    if args.nll_weight > 0:
+        world.print(
+            f"not in the paper: --nll-weight {args.nll_weight:g} adds the chosen responses' NLL to the DPO loss"
+        )
 
     # Steps 1 to 3
     build_pairs(args, world, tokenizer, tokens, prompts, out)
     training.release_memory()
     world.barrier()
     found = world.first(lambda: merge_pairs(args, tokenizer, prompts, out))
-    if world.rank == 0:
-        others = {"untouched": found["untouched"], **found["dropped"]}
-        words = [f"{count} {status}" for status, count in others.items() if count > 0]
-        print(f"{found['pairs']} pairs of {found['samples']} samples{': ' if words else ''}{', '.join(words)}")
-        for line in found["warnings"]:
-            print(f"warning: {line}")
+    others = {"untouched": found["untouched"], **found["dropped"]}
+    words = [f"{count} {status}" for status, count in others.items() if count > 0]
+    world.print(f"{found['pairs']} pairs of {found['samples']} samples{': ' if words else ''}{', '.join(words)}")
+    for line in found["warnings"]:
+        world.print(f"warning: {line}")
     if args.pairs_only:
         return
 
     # Step 4
     pairs = dpo.write_pairs(out / "pairs.jsonl", tokenizer, out, world)
-    if not len(pairs) and world.rank == 0:
-        print("warning: no pair came out, so there is nothing to learn: OUT/student is the student unchanged")
+    if not len(pairs):
+        world.print("warning: no pair came out, so there is nothing to learn: OUT/student is the student unchanged")
     reference = args.student if args.reference == "student" else args.teacher
     dpo.train(args, world, tokenizer, pairs, args.student, reference, out)
     training.release_memory()
@@ -392,14 +387,12 @@ def main(argv=None):
     if args.eval_limit:
         # A sharded teacher is one that fits on no single device: then there is none in the table
         teacher = None if args.shard_teacher else models.load_frozen(args.teacher, args, world, tokenizer)
-        students = {"student before": args.student, "student after": out / "student"}
         # As many rows as in sampling, but 8 batches or more for the ranks, whose number must change no batch
         size = min(args.prompts_per_batch * args.samples, math.ceil(len(eval_prompts) / 8))
         settings = (eval_prompts, size, args.eta, first_mismatch)
-        measure.closing_table(args, world, tokenizer, tokens, out, students, teacher, *settings)
-    if world.rank == 0:
-        print(f"{runs.seconds_since_start():.0f} seconds; the warmed-up student is {out / 'student'}")
-        print(f"the run as a page: python -m tools.report {out}")
+        measure.closing_table(args, world, tokenizer, tokens, out, teacher, *settings)
+    world.print(f"{runs.seconds_since_start():.0f} seconds; the warmed-up student is {out / 'student'}")
+    world.print(f"the run as a page: python -m tools.report {out}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 #     bash experiments/paper.sh                Qwen2.5-7B-Instruct -> Qwen2.5-1.5B-Instruct, GSM8K, 8 GPUs
 #     TEACHER=meta-llama/Llama-3.1-8B-Instruct STUDENT=meta-llama/Llama-3.2-1B-Instruct OUT=out/llama \
 #         DATA=databricks/databricks-dolly-15k FLAGS="--template alpaca --max-new-tokens 256" \
-#         EVAL_FLAGS="--preset minillm" bash experiments/paper.sh
+#         EVAL_FLAGS="--no-repeat-ngram-size 6 --template alpaca" bash experiments/paper.sh
 #     LAUNCH=echo bash experiments/paper.sh    prints the commands
 #
 # NOT RUN at the size of 8 GPUs: no such machine was available. A test checks that every command parses, another runs TOY=1.

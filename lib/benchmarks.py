@@ -28,13 +28,9 @@ class Benchmark:
     metric: str  # "rouge": Rouge-L of sampled responses. "math": accuracy of greedy ones
     repo: str = ""
     file: str = ""
-    configs: tuple = ()
+    configs: tuple = (None,)
     first: int = 0  # only the first rows count; 0: all
     path: str = ""  # a local file instead of the hub
-
-    @property
-    def max_new_tokens(self):
-        return 256 if self.metric == "rouge" else 1024
 
 
 MATH_SUBJECTS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
@@ -59,63 +55,41 @@ def find(spec, metric):
     if spec in BENCHMARKS:
         return BENCHMARKS[spec]
     where = f"in --data {spec}"
-    name, equals, path = (Path(spec).stem, "", spec) if Path(spec).is_file() else spec.partition("=")
+    name, _, path = (Path(spec).stem, "", spec) if Path(spec).is_file() else spec.partition("=")
     if not Path(path).is_file():
-        if equals or "/" in spec or Path(spec).suffix:
-            raise UserError("no such file", where, "give NAME=FILE or FILE")
-        todo = f"use {', '.join(BENCHMARKS)}, NAME=FILE or FILE"
-        raise UserError(f"unknown data set {spec!r}", "in --data", todo)
+        raise UserError("no such data set or file", where, f"use {', '.join(BENCHMARKS)}, NAME=FILE or FILE")
     if not re.fullmatch(r"[\w.-]*[^\W_][\w.-]*", name):
         raise UserError(f"the name {name!r} cannot be part of a file name", where, "give NAME=FILE")
     if name in BENCHMARKS:
-        return replace(BENCHMARKS[name], path=path)
+        return replace(BENCHMARKS[name], path=path, configs=(None,))
     if metric is None:
-        what, todo = f"nothing says how to score {name!r}", "give --metric rouge or math, or a known name=FILE"
-        raise UserError(what, where, todo)
+        raise UserError(f"nothing says how to score {name!r}", where, "give --metric, or a known name=FILE")
     return Benchmark(name, metric, path=path)
 
 
 def load(benchmark, limit=0):
     """Examples of a set, as `data.encode_prompts` takes them: "response" holds the list of references.
 
-    "templated" is the prompt as MiniLLM's files have it, ready for the model, or None. limit: first rows only; 0: all.
-    Raises UserError if there is no file, no network, or nothing in it.
+    limit: first rows only; 0: all. Raises UserError if there is no file, no network, or nothing in it.
     """
-    where = f"in --data {benchmark.name}"
+    where, path = f"in --data {benchmark.name}", benchmark.path or benchmark.repo
     todo = "check the file" if benchmark.path else f"fetch it elsewhere and give --data {benchmark.name}=FILE"
-    with runs.reading(f"{benchmark.path or benchmark.repo} cannot be read", where, todo):
-        if benchmark.path:
-            parts = [data.open_rows(benchmark.path)]
-        elif benchmark.file:
-            file = huggingface_hub.hf_hub_download(benchmark.repo, benchmark.file, repo_type="dataset")
-            parts = [data.open_rows(file)]
-        else:
-            parts = [data.open_rows(benchmark.repo, config, "test") for config in benchmark.configs]
-        rows = itertools.chain(*(read() for read, _ in parts))
-        rows = list(itertools.islice(rows, limit or benchmark.first or None))
-        examples = list(data.examples_of(rows, parts[0][1], where, response_columns=REFERENCE_COLUMNS))
-    for number, (row, example) in enumerate(zip(rows, examples)):
-        place = f"{where} row {number}"
-        example["response"] = references(example["response"], benchmark.metric, place)
-        example["templated"] = templated(row.get("prompt"), place)
+    with runs.reading(f"{path} cannot be read", where, todo):
+        if benchmark.file and not benchmark.path:
+            path = huggingface_hub.hf_hub_download(benchmark.repo, benchmark.file, repo_type="dataset")
+        parts = [data.open_rows(path, config, "test") for config in benchmark.configs]
+        rows = itertools.islice(itertools.chain(*(rows for rows, _ in parts)), limit or benchmark.first or None)
+        examples = list(data.examples_of(rows, parts[0][1], where, references=REFERENCE_COLUMNS))
+    for number, example in enumerate(examples):
+        example["response"] = references(example["response"], benchmark.metric, f"{where} row {number}")
     return examples
-
-
-def templated(prompt, where):
-    """A prompt that is in the Alpaca template already, line breaks restored, or None if it is not."""
-    if not isinstance(prompt, str) or "### Instruction:" not in prompt:
-        return None
-    if "### Response:" not in prompt:
-        raise UserError("the prompt was cut: it has no response marker", where, "give the whole prompt")
-    return prompt.replace("<n>", "\n")
 
 
 def references(value, metric, where):
     """One reference or a list of them -> a list of strings; at least one has content, or for math states an answer."""
     found = [value] if isinstance(value, str) else value
     if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
-        what = "the reference is neither text nor a list of texts"
-        raise UserError(what, where, f"give a column {' or '.join(REFERENCE_COLUMNS)}")
+        raise UserError("no text and no list of texts", where, f"give a column {' or '.join(REFERENCE_COLUMNS)}")
     if not any(answer_of(text).strip("$ ") if metric == "math" else text.strip() for text in found):
         raise UserError("references missing: they are empty", where, "repair or delete the row")
     return found
@@ -124,11 +98,10 @@ def references(value, metric, where):
 def encode(examples, tokenizer, template, max_tokens):
     """(prompts, how many were over `max_tokens`): as `data.encode_prompts`, whose "gold" is the list of references.
 
-    A prompt that the file brings in the Alpaca template is taken as it is, unless the model is to see its chat template
-    and the file has the instruction by itself.
+    A file without a column instruction brings its prompts in the Alpaca template: they are taken as they are.
     """
-    chat = template == "chat" or (template == "auto" and tokenizer.chat_template)
-    if all(e["templated"] and (not chat or "### Instruction:" in e["instruction"]) for e in examples):
-        examples, template = [{**e, "instruction": e["templated"], "input": ""} for e in examples], "none"
+    if all("### Instruction:" in e["instruction"] for e in examples):
+        examples = [{**e, "instruction": e["instruction"].replace("<n>", "\n"), "input": ""} for e in examples]
+        template = "none"
     skipped = []
     return list(data.encode_prompts(examples, "in --data", tokenizer, template, max_tokens, skipped)), len(skipped)

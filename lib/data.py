@@ -38,27 +38,30 @@ ALPACA = (
 )
 
 
-def add_arguments(parser, out=None):
+def add_arguments(parser, out=None, eval_limit=0):
     """The flags that say which models and data, how a prompt is made of a row, and how long responses may be."""
-    group = parser.add_argument_group("models")
-    group.add_argument("--teacher", help="folder or hub id; without models and data: the toy")
-    group.add_argument("--student", help="folder or hub id, same tokenizer as the teacher; with the toy: its own")
-    group.add_argument("--toy", default=str(runs.ROOT / "toy"), help="folder made by toy/make.py")
-    group.add_argument("--out", default=out, help="folder of the run; the trained model is OUT/student")
-    group.add_argument("--shard-teacher", action="store_true", help="for a teacher that does not fit; slow to decode")
-    group.add_argument("--max-new-tokens", type=runs.COUNT, default=256, help="longest response, whoever wrote it")
-    group.add_argument("--prompts-per-batch", type=runs.COUNT, default=32, help="decoded at once, and in one file")
-    group = parser.add_argument_group("data")
-    group.add_argument("--data", help="hub id or local .json, .jsonl, .csv, .parquet file")
-    group.add_argument("--data-config", help="configuration of a hub data set, such as `main` of openai/gsm8k")
-    group.add_argument("--split", default="train", help="split of a hub data set")
-    group.add_argument("--limit", type=runs.LIMIT, default=0, help="use the first LIMIT rows; 0: all")
-    group.add_argument("--prompt-column", help="column of the prompt, where its name is unusual")
-    group.add_argument("--response-column", help="column of the gold response, where its name is unusual")
-    template_help = "auto: the tokenizer's chat template where there is one, else Alpaca's; none: the text as it is"
-    group.add_argument("--template", choices=TEMPLATES, default="auto", help=template_help)
-    limit_help = "a longer prompt is skipped and counted"
-    group.add_argument("--max-prompt-tokens", type=runs.COUNT, default=256, help=limit_help)
+    add = parser.add_argument_group("models").add_argument
+    add("--teacher", help="folder or hub id; without models and data: the toy")
+    add("--student", help="folder or hub id, same tokenizer as the teacher; with the toy: its own")
+    add("--toy", default=str(runs.ROOT / "toy"), help="folder made by toy/make.py")
+    add("--out", default=out, help="folder of the run; the trained model is OUT/student")
+    add("--shard-teacher", action="store_true", help="for a teacher that does not fit; slow to decode")
+    add("--max-new-tokens", type=runs.COUNT, default=256, help="longest response, whoever wrote it")
+    add("--prompts-per-batch", type=runs.COUNT, default=32, help="decoded at once, and in one file")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", help="hub id or local .json, .jsonl, .csv, .parquet file")
+    add("--data-config", help="configuration of a hub data set, such as `main` of openai/gsm8k")
+    add("--split", default="train", help="split of a hub data set")
+    add("--limit", type=runs.LIMIT, default=0, help="use the first LIMIT rows; 0: all")
+    add("--prompt-column", help="column of the prompt, where its name is unusual")
+    add("--response-column", help="column of the gold response, where its name is unusual")
+    add("--template", choices=TEMPLATES, default="auto", help="auto: chat if the tokenizer has one, else alpaca")
+    add("--max-prompt-tokens", type=runs.COUNT, default=256, help="a longer prompt is skipped and counted")
+    add = parser.add_argument_group("closing table").add_argument
+    add("--eval-data", help="held-out prompts, read as --data is; without: the training prompts in warmup_distill.py")
+    add("--eval-config", help="configuration of --eval-data; of the same hub id as --data: its own")
+    add("--eval-split", default="test", help="split of --eval-data, if it is a hub id")
+    add("--eval-limit", type=runs.LIMIT, default=eval_limit, help="prompts in the table; 0: no table")
 
 
 def parse_args(parser, argv, toy, models):
@@ -71,27 +74,17 @@ def parse_args(parser, argv, toy, models):
     return args
 
 
-def add_eval_arguments(parser, default, limit):
-    """The flags of a closing table. default: what is done without --eval-data, for the help. limit: of the prompts."""
-    group = parser.add_argument_group("closing table")
-    group.add_argument("--eval-data", help=f"held-out prompts, read as --data is; without them: {default}")
-    group.add_argument("--eval-config", help="configuration of --eval-data; of the same hub id as --data: its own")
-    group.add_argument("--eval-split", default="test", help="split of --eval-data, if it is a hub id")
-    group.add_argument("--eval-limit", type=runs.LIMIT, default=limit, help="prompts in the table; 0: no table")
-
-
 def file_rows(path):
     """Yields the rows of a local file, a dict each, in order. Strict: that file alone, and text as it is written there."""
     if path.suffix == ".csv":
         with open(path, encoding="utf-8-sig", newline="") as file:
-            lines = csv.reader(file, strict=True)
-            header = next(lines, [])
-            if len(set(header)) < len(header):
+            lines = csv.DictReader(file, strict=True)
+            if len(set(lines.fieldnames or [])) < len(lines.fieldnames or []):
                 raise ValueError("a column is there twice")
-            for line in filter(None, lines):
-                if len(line) != len(header):
-                    raise ValueError(f"line {lines.line_num} has {len(line)} fields, the header has {len(header)}")
-                yield {name: text or None for name, text in zip(header, line)}
+            for row in lines:
+                if None in row or None in row.values():  # fields without a name, names without a field
+                    raise ValueError(f"line {lines.line_num} has not the {len(lines.fieldnames)} fields of the header")
+                yield {name: text or None for name, text in row.items()}
     elif path.suffix == ".parquet":
         file = pyarrow.parquet.ParquetFile(path)
         if len(set(file.schema_arrow.names)) < len(file.schema_arrow.names):
@@ -112,16 +105,16 @@ def file_rows(path):
 
 
 def open_rows(source, config=None, split=None):
-    """A local file or a data set of the hub: a function that returns an iterator over its rows, and their columns."""
+    """A local file or a data set of the hub: an iterator over its rows, and their columns."""
     path = Path(source)
     if path.is_file():
-        return lambda: file_rows(path), list(dict.fromkeys(name for row in file_rows(path) for name in row))
+        return file_rows(path), list(dict.fromkeys(name for row in file_rows(path) for name in row))
     if path.exists():
         raise UserError("it is no file", f"in {source}", "name the file itself")
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its complaints are in the exception, too
     rows = datasets.load_dataset(source, config, split=split)
-    return lambda: iter(rows), rows.column_names
+    return iter(rows), rows.column_names
 
 
 def read_examples(args):
@@ -132,21 +125,20 @@ def read_examples(args):
     where = f"in {args.data}"
     with runs.reading("the data cannot be read", where, "check the file, hub id and --split"):
         rows, names = open_rows(args.data, args.data_config, args.split)
-        rows = itertools.islice(rows(), args.limit or None)
-        for number, example in enumerate(examples_of(rows, names, where, args.prompt_column, args.response_column)):
-            if not isinstance(example["response"], str | None):
-                what = f"the response is {type(example['response']).__name__}, not text"
-                raise UserError(what, f"{where} row {number}", "repair the row or name a column: --response-column")
-            yield example
+        rows = itertools.islice(rows, args.limit or None)
+        yield from examples_of(rows, names, where, args.prompt_column, args.response_column)
 
 
-def examples_of(rows, names, where, prompt_column=None, response_column=None, response_columns=RESPONSE_COLUMNS):
-    """Rows with the columns `names` -> examples, as `read_examples` yields them; the responses are not checked."""
+def examples_of(rows, names, where, prompt_column=None, response_column=None, references=()):
+    """Rows with the columns `names` -> examples, as `read_examples` yields them.
+
+    references: columns that count as the response, and whose values may be of any type.
+    """
     if not names:
         raise UserError("no rows", where, "give data with at least one row")
     messages = "messages" if "messages" in names and not (prompt_column or response_column) else None
     prompt = prompt_column or next((c for c in PROMPT_COLUMNS if c in names), None)
-    response = response_column or next((c for c in response_columns if c in names and c != prompt), None)
+    response = response_column or next((c for c in references or RESPONSE_COLUMNS if c in names and c != prompt), None)
     context = next((c for c in INPUT_COLUMNS if c in names and c not in (prompt, response)), None)
     for kind, column in {"prompt": messages or prompt, "response": response_column or "response"}.items():
         if column not in names and (kind == "prompt" or response_column):
@@ -158,14 +150,13 @@ def examples_of(rows, names, where, prompt_column=None, response_column=None, re
         if messages:
             yield conversation_example(row.get(messages), place)
             continue
-        for column in (prompt, context):
+        for column in (prompt, context) if references else (prompt, context, response):
             if not isinstance(row.get(column), str | None):
-                what = f"column {column} is {type(row[column]).__name__}, not text"
-                raise UserError(what, place, "repair the row")
+                raise UserError(f"column {column} is {type(row[column]).__name__}, not text", place, "repair the row")
         if not (row.get(prompt) or "").strip():
             raise UserError(f"column {prompt} is empty", place, "repair or delete the row")
-        example = {"instruction": row[prompt], "input": row.get(context) or "", "response": row.get(response)}
-        yield {**example, "messages": None}
+        texts = {"instruction": row[prompt], "input": row.get(context) or "", "response": row.get(response)}
+        yield texts | {"messages": None}
 
 
 def is_conversation(value):
@@ -190,8 +181,6 @@ def conversation_example(messages, where):
 def prompt_text(example, tokenizer, template):
     """The prompt as the model sees it, special tokens written out, up to where the response begins."""
     if template == "chat" or (template == "auto" and tokenizer.chat_template):
-        if not tokenizer.chat_template:
-            raise UserError("the tokenizer has no chat template", "for --template chat", "use --template alpaca")
         return render_chat(tokenizer, messages_of(example), add_generation_prompt=True)
     if template == "none":
         return with_bos(tokenizer, content_of(example))
@@ -250,8 +239,7 @@ def encode_prompts(examples, where, tokenizer, template, max_tokens, skipped):
             kept += 1
             yield prompt
     if kept == 0:
-        what = f"all prompts are over --max-prompt-tokens {max_tokens}"
-        raise UserError(what, where, "raise the limit or give other data")
+        raise UserError(f"all prompts are over --max-prompt-tokens {max_tokens}", where, "raise it or give other data")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,8 +269,7 @@ def write_prompts(args, tokenizer, out, world):
     """
     file, skipped = out / "prompts.arrow", []
     examples = runs.progress(read_examples(args), desc="prompts", unit="row", world=world, leave=False)
-    limits = (args.template, args.max_prompt_tokens, skipped)
-    prompts = encode_prompts(examples, f"in {args.data}", tokenizer, *limits)
+    prompts = encode_prompts(examples, f"in {args.data}", tokenizer, args.template, args.max_prompt_tokens, skipped)
     rows = (prompt | {"messages": json.dumps(prompt["messages"])} for prompt in prompts)
     columns = {"prompt_id": "int64", "text": "string", "ids": ["int32"], "gold": "string", "messages": "string"}
     world.first(lambda: write_arrow(file, rows, **columns))
@@ -296,8 +283,6 @@ def load_eval_prompts(args, tokenizer, prompts=()):
 
     Returns a list of dicts as `encode_prompt` does.
     """
-    if not args.eval_limit:
-        return []
     if args.eval_data is not None:
         config = args.eval_config or (args.data_config if args.eval_data == args.data else None)
         changes = {"data": args.eval_data, "data_config": config, "limit": 0, "split": args.eval_split}

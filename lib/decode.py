@@ -344,12 +344,8 @@ def score(model, rows, responses, tokens):
     hidden = forward_tokens(model, rows.cache, token_ids, attention, positions)
     hidden = torch.cat([rows.hidden[:, None], hidden], 1)  # (B, T + 1, D)
     logprobs = torch.zeros(len(responses), width, device=device)
-    logprobs[valid] = token_logprobs(
-        hidden[:, :-1][valid],
-        *lm_head(model, tokens.vocab_size),
-        token_ids[valid],
-        head_chunk(tokens.vocab_size),
-    )
+    head, chunk = lm_head(model, tokens.vocab_size), head_chunk(tokens.vocab_size)
+    logprobs[valid] = token_logprobs(hidden[:, :-1][valid], *head, token_ids[valid], chunk)
     last = hidden[torch.arange(len(responses), device=device), lengths]
     scored = Rows(rows.cache, torch.cat([rows.visible, valid], 1), rows.next_position + lengths, last)
     return scored, hidden, logprobs

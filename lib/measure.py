@@ -111,12 +111,10 @@ def distance(
             forward, reverse = (p.exp() * (p - q)).sum(), (q.exp() * (q - p)).sum()
             check_finite(torch.stack([forward, reverse, (log_q - log_p).sum()])[None], [batch[i]["prompt_id"]])
             t_star = first_mismatch(log_q, log_p, torch.ones_like(log_q, dtype=torch.bool), eta)  # (1,)
-            totals["kl_teacher_student"] += forward.item()
-            totals["kl_student_teacher"] += reverse.item()
-            totals["replaced_samples"] += (t_star >= 0).sum().item()
-            totals["replaced_tokens"] += (log_q - log_p > eta).sum().item()
-            totals["response_tokens"] += len(response)
-            totals["samples"] += 1
+            found = {"kl_teacher_student": forward, "kl_student_teacher": reverse, "response_tokens": len(response)}
+            found |= {"replaced_samples": (t_star >= 0).sum(), "replaced_tokens": (log_q - log_p > eta).sum()}
+            for name, value in {**found, "samples": 1}.items():
+                totals[name] += float(value)
     totals = world.sum(totals)
     samples, all_tokens = totals.pop("samples"), totals["response_tokens"]
     per_sample = ("replaced_samples", "response_tokens")
@@ -137,16 +135,16 @@ COLUMNS = {
 }
 
 
-def closing_table(args, world, tokenizer, tokens, out, students, teacher, prompts, batch_size, eta, first_mismatch):
+def closing_table(args, world, tokenizer, tokens, out, teacher, prompts, batch_size, eta, first_mismatch):
     """Measures, writes OUT/summary.json and prints it as a table, whose columns the README defines.
 
-    students: {name: path}, before and after. teacher: a loaded model, or None where there is no whole one: then there
+    The students are --student and OUT/student. teacher: a loaded model, or None where there is no whole one: then there
     is no distance. prompts: as `data.encode_prompts` returns them; with a number in each gold response there is an
     accuracy. Returns the summary, {name: {column: value}}, on every rank.
     """
     with_answers = all(p["gold"] is not None and final_number(p["gold"]) is not None for p in prompts)
     settings = (prompts, tokens, tokenizer, args.max_new_tokens, batch_size)
-    summary = {}
+    summary, students = {}, {"student before": args.student, "student after": out / "student"}
     if teacher is not None and with_answers:
         summary["teacher"] = {"accuracy": greedy_accuracy(teacher, *settings, world)}
     for name, path in students.items():

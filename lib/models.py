@@ -18,13 +18,9 @@ MAX_DECODING_ERROR = {torch.float32: 0.001, torch.bfloat16: 0.25}
 
 
 def compute_dtype(name, device):
-    """torch dtype of "auto", "float32" or "bfloat16"; auto: bfloat16 on a GPU that has it, else float32."""
-    on_gpu = device.type == "cuda"
-    has_bfloat16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
+    """torch dtype of "auto", "float32" or "bfloat16"; auto: bfloat16 on a GPU, float32 on the CPU."""
     if name == "auto":
-        name = "bfloat16" if on_gpu and has_bfloat16 else "float32"
-    if name == "bfloat16" and not has_bfloat16:
-        raise UserError("this GPU has no bfloat16", "for --dtype bfloat16", "use --dtype float32")
+        name = "bfloat16" if device.type == "cuda" else "float32"
     return DTYPES[name]
 
 
@@ -69,8 +65,7 @@ def load_model(path, dtype, device, trust_remote_code=False):
         model = load_safetensors(auto_class, path, dtype, trust_remote_code, attn_implementation="sdpa")
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(model.config, name, None) not in (None, 1, 1.0):
-            what = f"the model changes its logits after lm_head ({name})"
-            raise UserError(what, f"in {path}", "use a model without it")
+            raise UserError(f"logits are changed after lm_head ({name})", f"in {path}", "use a model without it")
     layer_types = getattr(model.config, "layer_types", ["sliding_attention"])
     if getattr(model.config, "sliding_window", None) and "sliding_attention" in layer_types:
         raise UserError("sliding-window attention is not supported", f"in {path}", "use a model with full attention")
@@ -90,8 +85,7 @@ def empty_model(path, dtype, trust_remote_code=False):
 
 def load_frozen(path, args, world, tokenizer, device=None):
     """A model that is not trained: in --dtype, on this rank's device or on `device`, a row for every token."""
-    dtype = compute_dtype(args.dtype, world.device)
-    model = load_model(path, dtype, world.device if device is None else device, args.trust_remote_code)
+    model = load_model(path, compute_dtype(args.dtype, world.device), device or world.device, args.trust_remote_code)
     check_model(model, tokenizer, path)
     return model.requires_grad_(False)
 
@@ -174,8 +168,7 @@ def check_model(model, tokenizer, path):
     """Raises UserError unless the model has a row for every token (more are padding, never used) and decodes exactly."""
     rows = model.get_output_embeddings().weight.shape[0]
     if rows < len(tokenizer):
-        what = f"the model has {rows} vocabulary rows for {len(tokenizer)} tokens"
-        raise UserError(what, f"in {path}", "resize its embeddings or use its own tokenizer")
+        raise UserError(f"{rows} vocabulary rows for {len(tokenizer)} tokens", f"in {path}", "use its own tokenizer")
     todo = "use a decoder with full attention, plain logits and a standard cache, such as Llama or Qwen"
     with runs.reading("the model does not decode as lib/decode.py does", f"in {path}", todo):
         decoder_blocks(model)  # StopIteration: it has none
@@ -225,5 +218,4 @@ def shared_tokenizer(student, teacher, trust_remote_code=False):
     if teacher:
         check_same_tokenizer(tokenizer, load_tokenizer(teacher, trust_remote_code), student, teacher)
         paths.append(teacher)
-    eos_ids = model_eos_ids(paths, tokenizer, trust_remote_code)
-    return tokenizer, Tokens(tokenizer.pad_token_id, eos_ids, len(tokenizer))
+    return tokenizer, Tokens(tokenizer.pad_token_id, model_eos_ids(paths, tokenizer, trust_remote_code), len(tokenizer))

@@ -17,10 +17,8 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
 from lib import data, decode, measure, models, runs, training
 from lib.runs import UserError
@@ -77,25 +75,22 @@ def write_examples(args, world, tokenizer, tokens, prompts, out):
     file = out / "examples.arrow"
     world.first(lambda: data.write_arrow(file, rows, prompt_id="int64", ids=["int32"], response=["int32"]))
     examples = data.open_arrow(file)
-    if world.rank == 0 and len(examples) < len(prompts):
-        print(f"skipped: {len(prompts) - len(examples)} responses over --max-new-tokens {args.max_new_tokens}")
+    if not len(examples):
+        raise UserError("all responses are over --max-new-tokens", f"in {args.data}", "raise the limit")
+    if len(examples) < len(prompts):
+        world.print(f"skipped: {len(prompts) - len(examples)} responses over --max-new-tokens {args.max_new_tokens}")
     return examples
 
 
 def gold_responses(prompts, tokenizer, args):
     """Yields each prompt with "response", the ids of the data's response and eos, if it fits into --max-new-tokens."""
-    kept = 0
     for prompt in prompts:
         if prompt["gold"] is None:
             where = f"in {args.data} row {prompt['prompt_id']}"
-            todo = "name its column, --response-column, or let the teacher write it, --mode teacher"
-            raise UserError("there is no response", where, todo)
+            raise UserError("there is no response", where, "give --response-column, or --mode teacher to write them")
         ids = tokenizer(prompt["gold"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
         if len(ids) <= args.max_new_tokens:
-            kept += 1
             yield prompt | {"response": ids}
-    if kept == 0:
-        raise UserError("all responses are over --max-new-tokens", f"in {args.data}", "raise the limit")
 
 
 def write_responses(model, prompts, sample_ids, stage, args, tokens, greedy=False, any_rank=None):
@@ -176,34 +171,20 @@ def teacher_responses(args, world, tokenizer, tokens, prompts, folder):
 
 
 @torch.no_grad()
-def sample_ahead(args, world, tokens, replica, lm, examples, steps):
-    """On-policy data (GKD, arXiv 2306.13649): {(step, example): response ids} for `steps`, from the student as it is now.
+def sample_from_student(args, world, tokens, replica, lm, examples, batch, step):
+    """On-policy data (GKD, arXiv 2306.13649): {example: response ids} from the student as it is before `step`.
 
     The weights of the sharded `lm` are gathered into `replica`: FSDP never decodes. The student writes the first
-    --on-policy of each batch, which is shuffled.
+    --on-policy of the step's batch, which is shuffled.
     """
     for target, source in zip(replica.parameters(), lm.parameters()):
         target.copy_(source.full_tensor() if isinstance(source, DTensor) else source)
-    batches = {step: training.batch_of_step(step, len(examples), args.batch_size, args.seed) for step in steps}
-    work = [(step, i) for step, batch in batches.items() for i in batch[: round(args.on_policy * len(batch))]]
-    size, sampled = args.prompts_per_batch, {}
+    work, size, sampled = batch[: round(args.on_policy * len(batch))], args.prompts_per_batch, {}
     for start in range(world.rank * size, len(work), world.size * size):
-        batch = work[start : start + size]
-        prompts, step_ids = examples[[i for _, i in batch]], [step for step, _ in batch]
-        responses = write_responses(replica, prompts, step_ids, decode.KD_STUDENT_STAGE, args, tokens)
-        sampled.update(zip(batch, responses))
-    gathered = [None] * world.size
-    dist.all_gather_object(gathered, sampled)
-    return {key: ids for part in gathered for key, ids in part.items()}
-
-
-def warn_if_responses_run_on(sampled, tokens, world):
-    """On-policy KD's known failure: the student's responses grow until nothing ends them. True if that has begun."""
-    endless = sum(ids[-1] not in tokens.eos_ids for ids in sampled.values())
-    if endless > len(sampled) / 2 and world.rank == 0:
-        what = f"{endless} of {len(sampled)} responses of the student have no end within --max-new-tokens"
-        tqdm.write(f"warning: {what}; a lower --lr, a smaller --on-policy or a larger limit may help")
-    return endless > len(sampled) / 2
+        part = work[start : start + size]
+        settings = ([step] * len(part), decode.KD_STUDENT_STAGE, args, tokens)
+        sampled.update(zip(part, write_responses(replica, examples[part], *settings)))
+    return {i: ids for part in world.gather(sampled) for i, ids in part.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

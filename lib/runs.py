@@ -43,10 +43,7 @@ FREE_ARGS |= {"activation_checkpointing", "accept_changes", "traceback", "shard_
 
 
 class UserError(Exception):
-    """Bad input: what is wrong, where, what to do. Printed as one line, without a traceback."""
-
-    def __init__(self, what, where, what_to_do):
-        super().__init__(what, where, what_to_do)
+    """Bad input: UserError(what is wrong, where, what to do). Printed as one line, without a traceback."""
 
     def __str__(self):
         return printable(", ".join(map(str, self.args)))
@@ -58,10 +55,7 @@ def printable(text):
 
 
 class Stopped(Exception):
-    """A training loop was told to stop by a signal; `step` is the step whose checkpoint it has written."""
-
-    def __init__(self, step):
-        super().__init__(f"stopped after step {step}, whose checkpoint is written: the same command continues")
+    """A training loop was told to stop by a signal, and has written a checkpoint. Printed as one line."""
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -174,6 +168,11 @@ class World:
     def barrier(self):
         dist.barrier()
 
+    def print(self, text):
+        """On rank 0."""
+        if self.rank == 0:
+            print(text)
+
     def any(self, flag):
         """True on every rank if `flag` is true on at least one."""
         return self.sum({"flag": bool(flag)})["flag"] > 0
@@ -183,6 +182,12 @@ class World:
         tensor = torch.tensor([float(value) for value in values.values()], dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
         return {name: total for name, total in zip(values, tensor.tolist())}
+
+    def gather(self, value):
+        """The `value` of each rank, in a list."""
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def first(self, function):
         """Calls `function` on rank 0 alone. Its result, or its UserError, reaches every rank."""
@@ -220,16 +225,14 @@ def start_processes(device, threads):
     if not dist.is_initialized():
         store, rank, size = dist.HashStore(), 0, 1
         if "RANK" in os.environ:
-            where = "in the environment's RANK and MASTER_ADDR"
-            with reading("the other processes do not come", where, "use torchrun"):
+            with reading("the other processes do not come", "by RANK and MASTER_ADDR", "use torchrun"):
                 # Is torchrun itself still there? The rendezvous would wait for it
                 if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
                     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
                     socket.create_connection(place, timeout=60).close()
                 store, rank, size = next(dist.rendezvous("env://", timeout=MEETING_TIME))
         # Ranks wait while rank 0 reads the data or merges files: an hour is for a lost peer only
-        options = {"store": store, "rank": rank, "world_size": size, "timeout": timedelta(hours=1)}
-        dist.init_process_group(backend, **options)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(hours=1))
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     return World(dist.get_rank(), dist.get_world_size(), torch.device(device))
@@ -279,16 +282,14 @@ TEMPERATURE = ranged(float, lambda x: 1e-6 <= x <= 1e6, "from 1e-6 to 1e6")  # l
 
 def add_arguments(parser):
     """Flags of every script."""
-    group = parser.add_argument_group("run")
-    group.add_argument("--seed", type=SEED, default=0, help="decides every random number of the run")
-    group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda if there is one")
-    dtype_help = "of the arithmetic, auto: bfloat16 on cuda, float32 on cpu; trained weights are float32 in any case"
-    group.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help=dtype_help)
-    group.add_argument("--threads", type=THREADS, default=0, help="CPU threads of each process; 0: torch's choice")
-    group.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with a model")
-    group.add_argument("--traceback", action="store_true", help="show where an error in a file or argument was found")
-    accept_help = "continue in an OUT of other arguments, inputs or code; what is there is kept as it is"
-    group.add_argument("--accept-changes", action="store_true", help=accept_help)
+    add = parser.add_argument_group("run").add_argument
+    add("--seed", type=SEED, default=0, help="decides every random number of the run")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda if there is one")
+    add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bfloat16 on cuda; trained: always float32")
+    add("--threads", type=THREADS, default=0, help="CPU threads of each process; 0: torch's choice")
+    add("--trust-remote-code", action="store_true", help="run Python code that comes with a model")
+    add("--traceback", action="store_true", help="show where an error in a file or argument was found")
+    add("--accept-changes", action="store_true", help="go on in an OUT of other arguments, inputs or code, as it is")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -303,9 +304,7 @@ def start_run(out, args, world, inputs=()):
     content must be the same. Returns OUT as a Path. Raises UserError where OUT is no folder of such a run, holds a run
     of other arguments, inputs or code (unless --accept-changes, which args.json records), or another run is at work.
     """
-    out = Path(out)
-    world.first(lambda: claim(out, vars(args), inputs))
-    return out
+    return world.first(lambda: claim(Path(out), vars(args), inputs))
 
 
 def run_key(out):
@@ -324,12 +323,11 @@ def claim(out, args, inputs):
     record["key"] = seal(settings, record["inputs"])
     file = out / "args.json"
     # A run that has made nothing yet, since its model was not found, say, claims nothing
-    begun = {"args.json", "eval", "compare.json", "cache.json"}
+    begun = {"args.json", "eval", "cache.json"}
     made = [path for path in sorted(out.glob("[!.]*")) if path.suffix != ".arrow" and path.name not in begun]
     made = [path for path in made if not path.is_dir() or {file.name for file in path.glob("[!.]*")} - begun]
-    if (out.exists() and not out.is_dir()) or (made and not file.exists()):
-        what = f"OUT holds {made[0].name}, which no run made" if made else "OUT is not a folder"
-        raise UserError(what, f"at {out}", "give another --out")
+    if made and not file.exists():
+        raise UserError(f"OUT holds {made[0].name}, which no run made", f"at {out}", "give another --out")
     with reading("OUT cannot be used", f"at {out}", "give another --out"):
         out.mkdir(parents=True, exist_ok=True)
         str(out).encode()  # Arrow files can have no other names
@@ -337,15 +335,15 @@ def claim(out, args, inputs):
         for partial in out.glob(".*.*[0-9].partial"):  # of a killed run's `atomic_path`
             partial.unlink()
     with reading("args.json is not of a run of this project", f"in {out}", "give another --out"):
-        there = read_json(file) if file.exists() else record
-        if made:
-            record |= {"accepted": list(there["accepted"]), "key": there["key"]}
+        there = read_json(file) if made else record
+        record |= {"accepted": list(there["accepted"]), "key": there["key"]}
         for key in ("settings", "inputs", "code"):
-            if made and record[key] != there[key]:
+            if record[key] != there[key]:
                 accept = args.get("accept_changes", False)
                 record["accepted"].append(refuse_differences(out, record[key], dict(there[key]), accept))
     if not made or record["accepted"] != there["accepted"]:
         write_json(file, record, indent=1)
+    return out
 
 
 def refuse_differences(folder, ours, theirs, accept):
@@ -414,10 +412,8 @@ def code_fingerprints():
 def git_commit():
     """The commit of this checkout, with "-dirty" where a file of it has been changed since; None without git."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    with contextlib.suppress(OSError):  # there is no git
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
 
 
 def shards_to_do(folder, count, suffix, world):
@@ -474,7 +470,7 @@ def write_json(path, value, indent=None):
 def write_jsonl(path, rows, key=None):
     """Writes one JSON object a line, atomically; with a key, each has the seal that `read_jsonl` asks for."""
     if key is not None:
-        rows = (row | {"seal": seal(row, key)} for row in rows)
+        rows = (row | {"seal": seal(row, f"{key} {number}")} for number, row in enumerate(rows, 1))
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
@@ -516,18 +512,20 @@ def iterate_jsonl(path, blank_lines=False):
             yield number, value
 
 
-def read_jsonl(path, key=None):
+def read_jsonl(path, key=None, count=None):
     """A list of the JSON values in `path`, one a line. Raises UserError that names the first bad line.
 
-    With a key, a line that was changed or made under another key is a bad one.
+    With a key, a line that was changed, moved or made under another key is a bad one; with a count, so is a missing one.
     """
-    values = []
-    for number, value in iterate_jsonl(path):
-        if key is not None and (not isinstance(value, dict) or value.pop("seal", None) != seal(value, key)):
-            what = "the line was changed, or is of another run or model"
-            raise UserError(what, f"in {path} line {number}", "delete the file: it is then made again")
-        values.append(value)
-    return values
+    rows, todo = [], "delete the file: it is then made again"
+    for number, row in iterate_jsonl(path):
+        if key is not None and not (isinstance(row, dict) and row.pop("seal", "") == seal(row, f"{key} {number}")):
+            what = "the line was changed, or is of another run, model or data"
+            raise UserError(what, f"in {path} line {number}", todo)
+        rows.append(row)
+    if count not in (None, len(rows)):
+        raise UserError(f"{len(rows)} lines instead of {count}", f"in {path}", todo)
+    return rows
 
 
 def append_jsonl(path, row):

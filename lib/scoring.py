@@ -4,6 +4,7 @@ rouge_score and math_verify are imported where they are used: training takes `is
 """
 
 import functools
+import itertools
 import logging
 import math
 import multiprocessing
@@ -89,11 +90,6 @@ def same_answer(response, gold):
     return bool(answer) and verify(read(wanted), read(answer), timeout_seconds=None)
 
 
-def limit_memory(size):
-    """For the checker's process: an answer like 2^10000000000 then is a MemoryError, and not the machine's end."""
-    resource.setrlimit(resource.RLIMIT_DATA, (size, size))
-
-
 def verdict(compare, response, gold):
     """compare(response, gold) as True or False, or None if it raises."""
     try:
@@ -124,7 +120,9 @@ class AnswerChecker:
         try:
             if self.process is None:
                 context = multiprocessing.get_context("spawn")  # a fork would inherit locks and GPU handles
-                self.process = context.Pool(1, limit_memory, [self.memory])
+                # An answer like 2^10000000000 is then a MemoryError, and not the machine's end
+                limit = [resource.RLIMIT_DATA, (self.memory, self.memory)]
+                self.process = context.Pool(1, resource.setrlimit, limit)
                 self.process.apply_async(verdict, [self.compare, "", ""]).get(60)  # its imports do not count
             return self.process.apply_async(verdict, [self.compare, response, gold]).get(self.seconds)
         except multiprocessing.TimeoutError:
@@ -169,34 +167,29 @@ def interval(difference, means):
 
 
 def example_scores(results):
-    """{seed: rows} of one set -> {prompt_id: (number of rows, metric and references, the mean score over the seeds)}."""
-    by_prompt = {}
-    for rows in results.values():
-        for row in rows:
-            by_prompt.setdefault(row["prompt_id"], []).append(row)
-    question = lambda rows: (len(rows), rows[0]["metric"], rows[0]["references"])
-    return {i: (question(rows), statistics.fmean(r["score"] for r in rows)) for i, rows in by_prompt.items()}
+    """{seed: rows} of one set -> {prompt_id: its mean score over the seeds}."""
+    scores = {}
+    for row in itertools.chain(*results.values()):
+        scores.setdefault(row["prompt_id"], []).append(row["score"])
+    return {prompt_id: statistics.fmean(values) for prompt_id, values in scores.items()}
 
 
 def compare(a, b, resamples, seed):
-    """Paired comparison of two models' results, each {set: {seed: rows}}: B minus A, per set and over all sets.
+    """Paired comparison of two models' results, each {set: {seed: rows}} of one run: B minus A, per set and over all sets.
 
     An example's score is its mean over seeds. "all" is the mean over sets of the sets' means; it is resampled within
     each set (stratified), so that no resample has more of one set than another.
     """
-    results, strata, todo = {}, [], "evaluate both on one set, with the same seeds"
-    for k, name in enumerate(sorted(a.keys() & b.keys())):
+    results, strata = {}, []
+    for k, name in enumerate(sorted(a)):
         scores_a, scores_b = example_scores(a[name]), example_scores(b[name])
         both = sorted(scores_a.keys() & scores_b.keys())  # a prompt too long for one model's tokenizer is in neither
-        same = a[name].keys() == b[name].keys() and all(scores_a[i][0] == scores_b[i][0] for i in both)
-        if not both or not same:
-            raise UserError(f"the two results of {name} are of different data, metrics or seeds", "in --compare", todo)
-        differences = torch.tensor([scores_b[i][1] - scores_a[i][1] for i in both], dtype=torch.float64)
+        if not both:
+            raise UserError(f"no prompt of {name} fits both models", "in --compare", "raise --max-prompt-tokens")
+        differences = torch.tensor([scores_b[i] - scores_a[i] for i in both], dtype=torch.float64)
         means = paired_bootstrap(differences, resamples, seed + k)  # another seed: strata are independent
         results[name] = {"examples": len(both), **interval(differences.mean().item(), means)}
         strata.append(means)
-    if not results:
-        raise UserError("the two results have no set in common", "in --compare", todo)
     observed = statistics.fmean(result["difference"] for result in results.values())
     examples = sum(result["examples"] for result in results.values())
     return results | {"all": {"examples": examples, **interval(observed, torch.stack(strata).mean(0))}}

@@ -107,14 +107,16 @@ def batch_of_step(step, count, batch_size, seed):
 
 
 def micro_batches(indices, lengths, micro_batch_size, world):
-    """This rank's share of a global batch, in micro-batches; every rank gets equally many, some perhaps empty.
+    """This rank's share of a global batch: a list of (indices of a micro-batch, weight 1.0), equally long on every rank.
 
-    Indices are dealt out in order of length, so that rows of similar length meet and ranks finish together.
+    Indices are dealt out in order of length, so that rows of similar length meet and ranks finish together. A rank that
+    has none left takes part in FSDP's collectives with an example of weight 0.0.
     """
     indices = sorted(indices, key=lambda i: (lengths[i], i))
     count = math.ceil(math.ceil(len(indices) / world.size) / micro_batch_size)
     mine = indices[world.rank :: world.size]
-    return [mine[k * micro_batch_size : (k + 1) * micro_batch_size] for k in range(count)]
+    parts = [mine[k * micro_batch_size : (k + 1) * micro_batch_size] for k in range(count)]
+    return [(part, 1.0) if part else (indices[:1], 0.0) for part in parts]
 
 
 def learning_rate(step, total_steps, args):
@@ -193,29 +195,26 @@ def stop_signals():
 
 def add_arguments(parser, lr):
     """Flags of every training loop."""
-    group = parser.add_argument_group("training")
-    group.add_argument("--lr", type=runs.ABOVE_0, default=lr, help="peak learning rate of AdamW")
-    group.add_argument("--lr-warmup-ratio", type=runs.SHARE, default=0.03, help="share of the steps with a rising rate")
-    group.add_argument("--lr-final-ratio", type=runs.SHARE, default=0.1, help="the cosine ends at this share of --lr")
+    add = parser.add_argument_group("training").add_argument
+    add("--lr", type=runs.ABOVE_0, default=lr, help="peak learning rate of AdamW")
+    add("--lr-warmup-ratio", type=runs.SHARE, default=0.03, help="share of the steps with a rising rate")
+    add("--lr-final-ratio", type=runs.SHARE, default=0.1, help="the cosine ends at this share of --lr")
     beta = runs.ranged(float, lambda x: 0 <= x < 1, "from 0 to below 1")
-    group.add_argument("--adam-betas", type=beta, nargs=2, default=[0.9, 0.95], help="decay of AdamW's averages")
-    group.add_argument("--weight-decay", type=runs.NOT_NEGATIVE, default=0.0, help="AdamW's decoupled weight decay")
-    group.add_argument("--max-grad-norm", type=runs.ABOVE_0, default=1.0, help="gradients are clipped to this norm")
-    group.add_argument("--epochs", type=runs.COUNT, default=1, help="passes over the data")
-    group.add_argument("--max-steps", type=runs.LIMIT, default=0, help="optimizer steps; 0: as --epochs says")
-    group.add_argument("--batch-size", type=runs.COUNT, default=64, help="examples a step, over all ranks")
-    group.add_argument("--micro-batch-size", type=runs.COUNT, default=4, help="examples in one forward")
+    add("--adam-betas", type=beta, nargs=2, default=[0.9, 0.95], help="decay of AdamW's averages")
+    add("--weight-decay", type=runs.NOT_NEGATIVE, default=0.0, help="AdamW's decoupled weight decay")
+    add("--max-grad-norm", type=runs.ABOVE_0, default=1.0, help="gradients are clipped to this norm")
+    add("--epochs", type=runs.COUNT, default=1, help="passes over the data")
+    add("--max-steps", type=runs.LIMIT, default=0, help="optimizer steps; 0: as --epochs says")
+    add("--batch-size", type=runs.COUNT, default=64, help="examples a step, over all ranks")
+    add("--micro-batch-size", type=runs.COUNT, default=4, help="examples in one forward")
     processes = max(1, runs.from_environment("WORLD_SIZE", 1))
     divides = lambda x: x >= 0 and not (x and processes % x)
     divisor = runs.ranged(int, divides, f"0 or a divisor of {processes} processes")
-    shard_help = "processes that share a copy of the trained weights, such as the GPUs of a node; 0: all"
-    group.add_argument("--shard-size", type=divisor, default=0, help=shard_help)
-    group.add_argument("--activation-checkpointing", action="store_true", help="less memory, a third more time")
-    group.add_argument("--save-every", type=runs.COUNT, default=100, help="steps from one checkpoint to the next")
-    students_help = "copies on the way, equally spaced, in OUT/students; 4 bytes a parameter each (--save-dtype)"
-    group.add_argument("--save-students", type=runs.LIMIT, default=0, help=students_help)
-    dtype_help = "of OUT/student; bfloat16 halves it and rounds most of a small learning rate's updates away"
-    group.add_argument("--save-dtype", choices=list(DTYPES), default="float32", help=dtype_help)
+    add("--shard-size", type=divisor, default=0, help="processes that share a copy of the trained weights; 0: all")
+    add("--activation-checkpointing", action="store_true", help="less memory, a third more time")
+    add("--save-every", type=runs.COUNT, default=100, help="steps from one checkpoint to the next")
+    add("--save-students", type=runs.LIMIT, default=0, help="equally spaced copies on the way: OUT/students")
+    add("--save-dtype", choices=list(DTYPES), default="float32", help="of OUT/student; bfloat16 is rounded")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -280,10 +279,9 @@ def load_checkpoint(folder, model, optimizer, world):
 
     Raises UserError if it is of another run, or a file of it is missing or changed.
     """
-    newest = world.first(lambda: checkpoints(folder)[-1:])
-    if not newest:
+    newest = world.first(lambda: checkpoints(folder)[-1] if checkpoints(folder) else None)
+    if newest is None:
         return 0
-    [newest] = newest
     step, todo = int(newest.name[5:]), "delete it, and training starts again from the initial student"
     with runs.reading("the checkpoint is damaged", f"in {newest}", todo):
         made = runs.read_json(newest / "files.json")
@@ -293,18 +291,16 @@ def load_checkpoint(folder, model, optimizer, world):
             if runs.fingerprint(newest / name) != content:
                 raise ValueError(f"{name} is missing, cut or changed")
         dcp.load(training_state(model, optimizer), storage_reader=HuggingFaceStorageReader(str(newest)))  # in place
-    if world.rank == 0:
-        print(f"checkpoint: continues after step {step}")
+    world.print(f"checkpoint: continues after step {step}")
     return step
 
 
-def save_model(folder, root, lm, tokenizer, dtype, world):
-    """Gathers the sharded `root` and writes `lm` and tokenizer as a Hugging Face folder in `dtype`, whole or not at all."""
+def save_model(folder, lm, tokenizer, dtype, world):
+    """Gathers the sharded `lm` and writes it and its tokenizer as a Hugging Face folder in `dtype`, whole or not at all."""
     options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = dcp_state.get_model_state_dict(root, options=options)
+    state = dcp_state.get_model_state_dict(lm, options=options)
     if world.rank == 0:
-        prefix = next(name for name, module in root.named_modules() if module is lm) + "."
-        state = {key.removeprefix(prefix): value.to(dtype) for key, value in state.items()}
+        state = {key: value.to(dtype) for key, value in state.items()}
         if not all(value.isfinite().all() for value in state.values()):
             raise UserError("the trained weights are NaN or infinite", f"for {folder}", "lower --lr or --weight-decay")
         for tied in lm.all_tied_weights_keys:  # gathered twice; from_pretrained ties them again
@@ -320,15 +316,33 @@ def save_model(folder, root, lm, tokenizer, dtype, world):
     world.barrier()
 
 
-def save_on_the_way(args, step, total_steps, out, root, lm, tokenizer, world):
-    """Writes OUT/students/step-000123 if `step`, from 1, is one of --save-students N at k/(N+1) of all steps, rounded up.
+def begin(stage, count, unit, model, args, out, world):
+    """AdamW, the number of steps over `count` examples, and a progress bar over those that the newest checkpoint leaves."""
+    optimizer = make_optimizer(model, args)
+    first_step = load_checkpoint(out / "checkpoint", model, optimizer, world)
+    world.first(lambda: cut_metrics(out / "metrics.jsonl", first_step))
+    total_steps = (args.max_steps or args.epochs * math.ceil(count / args.batch_size)) if count else 0
+    world.print(f"{stage}: {count} {unit}, {total_steps} steps of {args.batch_size}")
+    options = {"total": total_steps, "initial": first_step, "unit": "step"}
+    bar = runs.progress(range(first_step, total_steps), desc=stage, world=world, **options)
+    return optimizer, total_steps, bar
 
-    Called before the step's checkpoint is written: then a killed run takes a step whose student is missing again.
+
+def end_step(args, step, total_steps, out, root, optimizer, tokenizer, stop, world):
+    """Writes what is due after `step`, from 1: a student on the way, a checkpoint. stop: the signals received so far.
+
+    The students of --save-students N are those at k/(N+1) of all steps, rounded up; each is written before the step's
+    checkpoint: then a killed run takes a step whose student is missing again. Raises `runs.Stopped` after a signal.
     """
     passed, before = (n * (args.save_students + 1) // total_steps for n in (step, step - 1))
     folder = out / "students" / f"step-{step:06d}"
     if before < passed <= args.save_students and not world.first(folder.exists):
-        save_model(folder, root, lm, tokenizer, runs.DTYPES[args.save_dtype], world)
+        save_model(folder, root.lm, tokenizer, DTYPES[args.save_dtype], world)
+    stopped = world.any(stop)
+    if stopped or step % args.save_every == 0 or step == total_steps:
+        save_checkpoint(out / "checkpoint", root, optimizer, step, world)
+    if stopped:
+        raise runs.Stopped(f"stopped after step {step}, whose checkpoint is written: the same command continues")
 
 
 def cut_metrics(path, step):

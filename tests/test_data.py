@@ -179,8 +179,8 @@ def test_a_file_is_read_again_although_its_time_and_size_are_the_same(tmp_path):
 
 
 REFUSED = {
-    "a.csv": ("prompt,response\n1,2\n3,4,5\n", r"line 3 has 3 fields, the header has 2"),
-    "b.csv": ("prompt,response\n1\n", r"line 2 has 1 fields, the header has 2"),
+    "a.csv": ("prompt,response\n1,2\n3,4,5\n", r"line 3 has not the 2 fields of the header"),
+    "b.csv": ("prompt,response\n1\n", r"line 2 has not the 2 fields of the header"),
     "c.csv": ('prompt\n"1\n', "unexpected end of data"),
     "d.csv": ("prompt,prompt\n1,2\n", "a column is there twice"),
     "folder": (None, "it is no file, in .*, name the file itself"),

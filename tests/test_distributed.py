@@ -34,7 +34,7 @@ KD = "--mode teacher --loss reverse_kl --max-new-tokens 12 --prompts-per-batch 3
 KD_SHORT = "--limit 13 --max-steps 3 --max-new-tokens 40 --prompts-per-batch 3"
 KD_MODES = {
     "kd-teacher": "--mode teacher --teacher-decoding sample",
-    "kd-student": "--mode student --on-policy 0.6 --refresh-every 2",
+    "kd-student": "--mode student --on-policy 0.6",
     "kd-cache": "--teacher-top-k 5",
 }
 # name -> policy, reference, number of pairs, flags. Steps are of 6 + 1 or 6 + 4 pairs: ranks without a pair, or with

@@ -254,7 +254,7 @@ def test_sharded_models_are_freed(pair_of_models, tmp_path, monkeypatch, referen
 
     def load(*arguments):
         policy = load_policy(*arguments)
-        loaded.append(weakref.ref(policy[0]))
+        loaded.append(weakref.ref(policy))
         return policy
 
     there = lambda: [model() is not None for model in loaded]
@@ -447,8 +447,8 @@ REFUSED = [
     ({"chosen": [GOOD], "rejected": [BAD]}, "there is no prompt, and the conversations share none"),
     ({**IDS, "tokenizer": "0123456789abcdef"}, "the ids were made with another tokenizer"),
     # A response of no token has no mean log-prob; even an empty answer has its eos
-    *[({**IDS, key: []}, f"{key} is empty") for key in IDS],
-    *[({**IDS, key: value}, f"{key} is not a list of ids below 258") for key in IDS for value in NO_IDS],
+    *[({**IDS, key: []}, f"{key} is empty or not a list of ids below 258") for key in IDS],
+    *[({**IDS, key: value}, f"{key} is empty or not a list of ids below 258") for key in IDS for value in NO_IDS],
 ]
 # Qwen3 style: the generation prompt opens an empty thought that a finished turn does not have. Where the response begins
 # is then unknown, and taking the whole conversation for it would train on the prompt
@@ -456,7 +456,7 @@ THINKING = TEMPLATE.replace("[assistant]{% endif %}", "[assistant]<think>{% endi
 CONVERSATION = {"prompt": [ASK], "chosen": [GOOD], "rejected": [BAD]}
 REFUSED = [(row, expected, TEMPLATE) for row, expected in REFUSED] + [
     (CONVERSATION, "the pair is a conversation, the tokenizer has no chat template", None),
-    (CONVERSATION, "chat template writes a prompt otherwise than as the beginning of its conversation", THINKING),
+    (CONVERSATION, "chat template changes the prompt in its conversation", THINKING),
 ]
 
 

@@ -226,56 +226,39 @@ def test_a_nan_names_the_prompt(english, tmp_path, name):
     assert not list(tmp_path.glob("out/eval/*/*.jsonl"))
 
 
-def test_presets():
-    parse = lambda flags: evaluation.parse_args(f"--model m --data dolly {flags}".split())
-    args = parse("--preset minillm")
-    assert (args.no_repeat_ngram_size, args.template, args.temperature, args.top_p) == (6, "alpaca", 1, 1)
-    assert args.seeds == [10, 20, 30, 40, 50]
-    assert parse("--preset minillm --no-repeat-ngram-size 0").no_repeat_ngram_size == 0  # a flag that is given wins
-    assert parse("").no_repeat_ngram_size == 0 and parse("").template == "auto"
-
-
 def test_results_of_something_else_are_refused(one_process, english):
     """Other settings, other prompts, or a model trained since: never scored as if they were this run's."""
     weights = english / "a" / "model.safetensors"
-    for flags, message in (("--temperature 0.5", "temperature: 1.0 there, 0.5 now"), ("--limit 2", "other prompts")):
+    for flags, message in (
+        ("--temperature 0.5", "temperature: 1.0 there, 0.5 now"),
+        ("--limit 2", "of another run, model or data"),
+    ):
         with pytest.raises(UserError, match=message):
             evaluation.main(command(english, one_process, flags))
     before = weights.read_bytes()
     weights.write_bytes(before[:-4] + bytes(4))  # trained further, at the same time
-    with pytest.raises(UserError, match="the line was changed, or is of another run or model, in .* line 1, delete"):
+    with pytest.raises(
+        UserError, match="the line was changed, or is of another run, model or data, in .* line 1, delete"
+    ):
         evaluation.main(command(english, one_process))
     weights.write_bytes(before)
 
 
-def test_compare_earlier_results_alone(one_process, english, tmp_path, capsys):
-    folders = [one_process / "eval" / evaluation.model_name(english / m) for m in "ab"]
-    before = runs.read_json(one_process / "eval/table.json")
-    evaluation.main(["--compare", *map(str, folders), "--resamples", "200", "--out", str(tmp_path)])
-    table = runs.read_json(tmp_path / "eval/compare.json")
-    assert table["compare"]["sets"] == before["compare"]["sets"] and len(before["compare"]["sets"]) == 3
-    assert f"{folders[1]} minus {folders[0]}, 200 resamples" in capsys.readouterr().out
-
-
 def test_damaged_results_are_refused(one_process, english, tmp_path):
-    """A distance that was edited; a folder whose rows are none of ours."""
+    """A distance that was edited."""
     out = shutil.copytree(one_process, tmp_path / "out")
     file = next((out / "eval").glob("*/*-distance-*.json"))
     file.write_text(file.read_text().replace('"kl_teacher_student": ', '"kl_teacher_student": 1'))
     with pytest.raises(UserError, match="the line was changed, .*-distance-.* line 1, delete"):
         evaluation.main(whole_command(english, out))
-    for rows in ([{"prompt_id": 0}], [{"prompt_id": 0, "score": "x", "metric": "rouge", "references": []}], [1]):
-        runs.write_jsonl(tmp_path / "sni-seed1.jsonl", rows)
-        with pytest.raises(UserError, match="not a response file of eval.py"):
-            evaluation.main(["--compare", str(tmp_path), str(tmp_path), "--out", str(tmp_path)])
 
 
 @pytest.mark.parametrize(
     "argv, message",
     [
-        ("--model m", "--model and --data go together"),
-        ("--compare a b --distance t", "--distance needs"),
-        ("--compare /nowhere b", "no folder of response files"),
+        ("--model m", "required: --data"),
+        ("--data dolly --compare a b", "required: --model"),
+        ("--model m --data dolly --compare m n", "--compare is m n: name two of --model, on the command line"),
         ("--model m --data dolly dolly", "--data is dolly dolly"),
         ("--model m m --data dolly", "--model is m m"),
         ("--model m --data dolly --seeds 1 1", "--seeds is 1 1"),

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -349,12 +350,9 @@ def test_long_responses_are_left_out(distil, gold, capsys):
 
 
 @pytest.mark.parametrize("told", [False, True])
-@pytest.mark.parametrize("flags, last", [("--save-every 2", 5), ("--save-every 4 --mode student --refresh-every 2", 6)])
-def test_resume_bit_for_bit(distil, tmp_path, monkeypatch, flags, last, told):
-    """Killed in step 6, or told to stop in step 5, then taken up again: the same metrics and weights as without.
-
-    A run that is told to stop finishes the step; on-policy ones go on to where new samples are drawn, here to step 6.
-    """
+@pytest.mark.parametrize("flags", ["--save-every 2", "--save-every 4 --mode student"])
+def test_resume_bit_for_bit(distil, tmp_path, monkeypatch, flags, told):
+    """Killed in step 6, or told to stop in step 5, then taken up again: the same metrics and weights as without."""
     flags += " --max-steps 7"
     whole, original, calls = distil("whole", flags)[0], training.optimizer_step, []
 
@@ -367,10 +365,10 @@ def test_resume_bit_for_bit(distil, tmp_path, monkeypatch, flags, last, told):
         return original(*args)
 
     monkeypatch.setattr(training, "optimizer_step", end)
-    with pytest.raises(runs.Stopped if told else InterruptedError, match=f"after step {last}," if told else None):
+    with pytest.raises(runs.Stopped if told else InterruptedError, match="after step 5," if told else None):
         distil("parts", flags)
     monkeypatch.undo()
-    assert (tmp_path / f"parts/checkpoint/step-{last if told else 4:06d}").is_dir()
+    assert (tmp_path / f"parts/checkpoint/step-{5 if told else 4:06d}").is_dir()
     assert_identical(distil("parts", flags)[0], whole)
 
 
@@ -428,9 +426,11 @@ def test_steps_of_the_students(tmp_path, monkeypatch, total, count, expected):
     saved, args = [], kd.parse_args(["--save-students", str(count)])
     monkeypatch.setattr(training, "save_model", lambda folder, *_: saved.append(int(folder.name[5:])))
     world = runs.World(0, 1, torch.device("cpu"))
+    monkeypatch.setattr(training, "save_checkpoint", lambda *_: None)
     monkeypatch.setattr(runs.World, "first", lambda _, function: function())
+    monkeypatch.setattr(runs.World, "any", lambda _, flag: bool(flag))
     for step in range(1, total + 1):
-        training.save_on_the_way(args, step, total, tmp_path, None, None, None, world)
+        training.end_step(args, step, total, tmp_path, SimpleNamespace(lm=None), None, None, [], world)
     assert saved == sorted(expected)
 
 
@@ -528,32 +528,29 @@ def test_student_mode(distil, plain_models, gold, monkeypatch):
 
     Those tokens count in KD, not in CE. Every loss of the run is computed again from the weights and samples of its step.
     """
-    seen = []  # of each refresh: the steps, the weights, the samples
-    original = responses.sample_ahead
+    seen = []  # of each step: the weights, the samples
+    original = responses.sample_from_student
 
-    def spy(args, world, tokens, replica, lm, examples, steps):
-        sampled = original(args, world, tokens, replica, lm, examples, steps)
+    def spy(args, world, tokens, replica, lm, *rest):
+        sampled = original(args, world, tokens, replica, lm, *rest)
         for ours, theirs in zip(replica.parameters(), lm.parameters()):
             assert torch.equal(ours, theirs.full_tensor())
-        seen.append((list(steps), {k: v.clone() for k, v in replica.state_dict().items()}, sampled))
+        seen.append(({k: v.clone() for k, v in replica.state_dict().items()}, sampled))
         return sampled
 
-    monkeypatch.setattr(responses, "sample_ahead", spy)
-    _, steps = distil("run", "--mode student --on-policy 0.5 --refresh-every 2 --max-steps 5 --save-every 2")
-    assert [s for s, _, _ in seen] == [[0, 1], [2, 3], [4]]
+    monkeypatch.setattr(responses, "sample_from_student", spy)
+    _, steps = distil("run", "--mode student --on-policy 0.5 --max-steps 3")
+    assert len(seen) == 3
     lm, teacher = plain_models
-    for window, state, sampled in seen:
+    for step, (state, sampled) in enumerate(seen):
         lm.load_state_dict(state)
-        for step in window:
-            mine = [i for s, i in sampled if s == step]
-            assert sorted(mine) == sorted(training.batch_of_step(step, 40, 8, 0)[:4])
-            for i in mine[:2]:  # each sample drawn alone, without cache
-                place = (0, decode.KD_STUDENT_STAGE, i, step)
-                pick = lambda logits, t, place=place: slow_draw(logits.tolist(), slow_noise(*place, t))
-                assert slow_decode(lm, gold[i][0], pick, 40, [EOS])[0] == sampled[step, i]
-        step = window[0]  # the replica is the student of this step
         batch = training.batch_of_step(step, 40, 8, 0)
-        rows = [(gold[i][0], sampled.get((step, i), gold[i][1]), (step, i) not in sampled) for i in batch]
+        assert sorted(sampled) == sorted(batch[:4])
+        for i in batch[:2]:  # each sample drawn alone, without cache
+            place = (0, decode.KD_STUDENT_STAGE, i, step)
+            pick = lambda logits, t, place=place: slow_draw(logits.tolist(), slow_noise(*place, t))
+            assert slow_decode(lm, gold[i][0], pick, 40, [EOS])[0] == sampled[i]
+        rows = [(gold[i][0], sampled.get(i, gold[i][1]), i not in sampled) for i in batch]
         expected = dense_losses(lm, teacher, rows, kd.forward_kl, 0.5, 1.0) / steps[step]["response_tokens"]
         assert [steps[step][k] for k in ("loss", "ce", "kd")] == pytest.approx(expected.tolist(), rel=1e-4)
     monkeypatch.undo()
@@ -642,7 +639,7 @@ def test_closing_table(distil, prompts_file, capsys, monkeypatch):
     assert runs.read_json(out / "summary.json")["student after"].keys() == {"accuracy"}
 
     tables = []
-    monkeypatch.setattr(measure, "closing_table", lambda *arguments: tables.append(arguments[8:]))
+    monkeypatch.setattr(measure, "closing_table", lambda *arguments: tables.append(arguments[7:]))
     distil("run", flags)
     assert tables == [(16, 4.0, kd.first_mismatch)]
 

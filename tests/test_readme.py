@@ -225,7 +225,10 @@ COPIES = [
     ([dpo.dpo_loss], lambda loss: loss(*-Q, *-P, 0.5)),
     ([dpo.collate_pairs, dpo.shared_length], lambda collate, _: collate([PAIR], 0, True, "cpu")),
     ([dpo.response_logps], lambda logps: logps(-Q[:, :3], None, False)),
-    *[([kd.total_loss, loss], lambda total, loss: total(Q, P, TARGETS, loss, 0.5, 2.0)) for loss in kd.LOSSES.values()],
+    *[
+        ([kd.probs, kd.log_probs, kd.log, kd.total_loss, loss], lambda *f: f[3](Q, P, TARGETS, f[4], 0.5, 2.0))
+        for loss in kd.LOSSES.values()
+    ],
     (
         [decode.token_logprobs, decode.ChunkedLogprobs],
         lambda logprobs, _: logprobs(Q, P, None, torch.tensor([0, 1]), 1),

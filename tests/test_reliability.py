@@ -262,7 +262,8 @@ def test_damaged_checkpoint(run, trained, unfinished, pattern, damage, what):
 
 
 OTHERS = "the responses are to other prompts, in {}, delete it: it is then made again"
-CHANGED = "the line was changed, or is of another run or model, in {} line 1, delete the file: it is then made again"
+AGAIN = "delete the file: it is then made again"
+CHANGED = f"the line was changed, or is of another run, model or data, in {{}} line %d, {AGAIN}"
 
 
 def of_another_seed(path):
@@ -276,10 +277,10 @@ def of_another_seed(path):
     [
         (half, "not JSON (…), in {} line …, repair or delete the line"),
         (lambda path: path.write_text(path.read_text().splitlines()[0] + "\n"), OTHERS),
-        (lambda path: path.write_text(path.read_text() * 2), OTHERS),
-        (replaced(b'"prompt_id": ', b'"prompt_id": 1'), CHANGED),
-        (replaced(b'"response_ids": [', b'"response_ids": [3, '), CHANGED),
-        (of_another_seed, CHANGED),
+        (lambda path: path.write_text(path.read_text() * 2), CHANGED % 3),
+        (replaced(b'"prompt_id": ', b'"prompt_id": 1'), CHANGED % 1),
+        (replaced(b'"response_ids": [', b'"response_ids": [3, '), CHANGED % 1),
+        (of_another_seed, CHANGED % 1),
     ],
 )
 def test_damaged_responses(run, damage, expected):

@@ -11,7 +11,7 @@ from datasets import Dataset
 from test_kd import random_logits
 
 import kd
-from lib import decode, responses, runs
+from lib import responses
 
 VOCAB = 12
 
@@ -87,14 +87,3 @@ def test_copied_functions():
     stored = namespace["top_k_logprobs"](logits, 3)
     assert all(torch.equal(a, b) for a, b in zip(stored, responses.top_k_logprobs(logits, 3)))
     assert torch.equal(namespace["expand_top_k"](*stored, 8), responses.expand_top_k(*stored, 8))
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_warning_when_responses_run_on(capsys, rank):
-    """More than half without an end; every rank knows it, one says it."""
-    tokens, world = decode.Tokens(0, [2], 22), runs.World(rank, 2, torch.device("cpu"))
-    assert not responses.warn_if_responses_run_on({(0, 1): [5, 5], (0, 2): [5, 2]}, tokens, world)
-    assert capsys.readouterr().out == ""
-    assert responses.warn_if_responses_run_on({(0, 1): [5, 5], (0, 2): [5, 2], (1, 0): [7]}, tokens, world)
-    warning = "warning: 2 of 3 responses of the student have no end within --max-new-tokens"
-    assert (warning in capsys.readouterr().out) == (rank == 0)

@@ -144,7 +144,7 @@ def test_foreign_folders(start, tmp_path, content):
     out.mkdir()
     (out / "config.json").write_text("mine")
     assert error_of(start) == f"OUT holds config.json, which no run made, at {out}, give another --out"
-    assert error_of(start, out=out / "config.json").startswith("OUT is not a folder, at ")
+    assert error_of(start, out=out / "config.json").startswith("OUT cannot be used (")
     assert [file.name for file in out.iterdir()] == ["config.json"] and (out / "config.json").read_text() == "mine"
     (out / "args.json").write_bytes(content.encode(errors="surrogatepass"))
     text = error_of(start)

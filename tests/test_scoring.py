@@ -139,10 +139,9 @@ def test_interval_of_equal_differences():
         assert found == {"difference": value, "low": value, "high": value, "share": share}
 
 
-def results(values, references="r", name="set", metric="rouge"):
+def results(values, name="set"):
     """{set: {seed: rows}} from a list of scores for each seed."""
-    shared = {"references": [references], "metric": metric}
-    rows = lambda scores: [{"prompt_id": k, "score": score, **shared} for k, score in enumerate(scores)]
+    rows = lambda scores: [{"prompt_id": k, "score": score} for k, score in enumerate(scores)]
     return {name: {seed: rows(scores) for seed, scores in values.items()}}
 
 
@@ -166,11 +165,11 @@ def test_compare_over_all_sets():
     assert found["high"] - found["low"] > 0.5
 
 
-@pytest.mark.parametrize("other", [{"references": "x"}, {"metric": "math"}, {"seed": 2}, {"name": "x"}])
-def test_compare_refuses_other_data_metrics_and_seeds(other):
-    other = results({other.pop("seed", 1): [0, 0]}, **other)
-    with pytest.raises(UserError, match="different data, metrics or seeds" if "set" in other else "no set in common"):
-        scoring.compare(results({1: [0, 0]}), other, 10, 0)
+def test_compare_without_a_common_example():
+    """Each model's tokenizer has left out the other's prompts."""
+    a, b = ({"set": {1: [{"prompt_id": k, "score": 0}]}} for k in range(2))
+    with pytest.raises(UserError, match="no prompt of set fits both models, in --compare, raise"):
+        scoring.compare(a, b, 10, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,8 +216,6 @@ def test_each_set_in_its_format(name, ending, tmp_path):
         assert example["response"] == (gold if isinstance(gold, list) else [gold])
         assert example["instruction"] == (row.get("instruction") or row.get("question") or row.get("problem"))
         assert example["input"] == row.get("input", "")
-        prompt = (data.ALPACA_INPUT if example["input"] else data.ALPACA).format(**example)
-        assert example["templated"] == (prompt if "prompt" in row else None)
 
 
 def test_only_a_part_of_a_set_counts(tmp_path):
@@ -229,12 +226,11 @@ def test_only_a_part_of_a_set_counts(tmp_path):
 GOOD = minillm_row("Say hi", "hi")
 BAD = [
     ([{"text": "Say hi", "output": "hi"}], "no prompt column"),
-    ([{"instruction": "Say hi"}], "neither text nor a list .* give a column references or output"),
-    ([GOOD, {**GOOD, "output": None}], "neither text nor a list of texts, in .* row 1"),
+    ([{"instruction": "Say hi"}], "no text and no list of texts, .* give a column references or output"),
+    ([GOOD, {**GOOD, "output": None}], "no text and no list of texts, in .* row 1"),
     ([GOOD, {**GOOD, "output": []}], "references missing.* row 1"),
     ([GOOD, {**GOOD, "instruction": " "}], "column instruction is empty.* row 1"),
     ([{**GOOD, "instruction": 7}], "column instruction is int"),
-    ([{**GOOD, "prompt": GOOD["prompt"][:-15]}], "no response marker"),
 ]
 
 
@@ -266,15 +262,15 @@ def test_no_network_is_one_line(name, pair_of_models, tmp_path):
 
 
 def test_which_template_a_model_sees(tmp_path):
-    """MiniLLM's prompt as it is; through the chat template instead where there is one and the file has the instruction."""
+    """As in training; a prompt that is in Alpaca's template already, and without its instruction, as it is."""
     plain = byte_tokenizer(False)
     chat = byte_tokenizer(False, "{% for m in messages %}<{{ m['content'] }}>{% endfor %}")
     alpaca = data.ALPACA_INPUT.format(instruction="Add", input="1 and 2")
     examples = load(tmp_path / "dolly.jsonl", [minillm_row("Add", "3", "1 and 2")])
     text = lambda *args: benchmarks.encode(*args, 1024)[0][0]["text"]
-    assert text(examples, plain, "auto") == text(examples, chat, "alpaca") == text(examples, plain, "none") == alpaca
+    assert text(examples, plain, "auto") == text(examples, chat, "alpaca") == alpaca
     assert text(examples, chat, "auto") == text(examples, chat, "chat") == "<Add\n\n1 and 2>"
-    bare = load(tmp_path / "bare.jsonl", [{"prompt": alpaca, "output": "3"}])
+    bare = load(tmp_path / "bare.jsonl", [{"prompt": alpaca.replace("\n", "<n>"), "output": "3"}])
     assert text(bare, chat, "auto") == text(bare, plain, "alpaca") == alpaca
     question = load(tmp_path / "gsm8k.jsonl", GSM8K_ROWS, "gsm8k")
     assert text(question, plain, "auto") == data.ALPACA.format(instruction=GSM8K_ROWS[0]["question"])

@@ -41,7 +41,7 @@ def test_batch_of_step(count, batch_size, monkeypatch):
 @pytest.mark.parametrize("count", [1, 8, 19])
 @pytest.mark.parametrize("micro_batch_size", [1, 3])
 def test_micro_batches_are_a_partition(size, count, micro_batch_size):
-    """Over all ranks each example once; equally many micro-batches a rank, none too large; an idle rank's is empty.
+    """Over all ranks each example once; equally many micro-batches a rank, none too large; an idle rank's has weight 0.
 
     Dealt out in order of length, whatever the order before.
     """
@@ -49,10 +49,11 @@ def test_micro_batches_are_a_partition(size, count, micro_batch_size):
     indices, lengths = torch.randperm(30, generator=draw).tolist()[:count], torch.randint(5, 50, (30,), generator=draw)
     worlds = [world_of(rank, size) for rank in range(size)]
     deal = lambda order: [training.micro_batches(order, lengths.tolist(), micro_batch_size, world) for world in worlds]
-    ranks = deal(indices)
+    ranks, shortest = deal(indices), min(indices, key=lambda i: (lengths[i], i))
+    assert all(weight == 1 or (batch, weight) == ([shortest], 0) for batches in ranks for batch, weight in batches)
     assert {len(batches) for batches in ranks} == {math.ceil(math.ceil(count / size) / micro_batch_size)}
-    assert all(len(batch) <= micro_batch_size for batches in ranks for batch in batches)
-    shares = [[i for batch in batches for i in batch] for batches in ranks]
+    assert all(len(batch) <= micro_batch_size for batches in ranks for batch, _ in batches)
+    shares = [[i for batch, weight in batches if weight for i in batch] for batches in ranks]
     assert sorted(i for share in shares for i in share) == sorted(indices)
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
     assert all((lengths[share].diff() >= 0).all() for share in shares) and ranks == deal(indices[::-1])
@@ -61,8 +62,8 @@ def test_micro_batches_are_a_partition(size, count, micro_batch_size):
 def test_micro_batches_by_hand():
     """Lengths 9 2 5 2 7: in order 1 3 2 4 0, dealt to two ranks: 1 2 0 and 3 4, then nothing."""
     lengths = [9, 2, 5, 2, 7]
-    assert training.micro_batches([0, 1, 2, 3, 4], lengths, 2, world_of(0, 2)) == [[1, 2], [0]]
-    assert training.micro_batches([0, 1, 2, 3, 4], lengths, 2, world_of(1, 2)) == [[3, 4], []]
+    assert training.micro_batches([0, 1, 2, 3, 4], lengths, 2, world_of(0, 2)) == [([1, 2], 1.0), ([0], 1.0)]
+    assert training.micro_batches([0, 1, 2, 3, 4], lengths, 2, world_of(1, 2)) == [([3, 4], 1.0), ([1], 0.0)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -549,7 +549,7 @@ def test_closing_table_has_work_for_eight_ranks(argv, prompts_file, monkeypatch,
     """
     tables = []
     monkeypatch.setattr(dpo, "train", lambda *arguments: None)
-    monkeypatch.setattr(measure, "closing_table", lambda *arguments: tables.append(arguments[8:]))
+    monkeypatch.setattr(measure, "closing_table", lambda *arguments: tables.append(arguments[7:]))
     flags = ["--eval-data", prompts_file, "--eval-split", "train", "--eval-limit", str(limit)]
     warmup_distill.main([*argv, *flags, "--samples", "1", "--prompts-per-batch", "5"])
     assert tables == [(size, 1.0, warmup_distill.first_mismatch)]

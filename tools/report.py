@@ -311,7 +311,7 @@ def shape_summary(value):
 
 
 def shape_eval(value):
-    """table.json or compare.json -> one row a model and set, and one a comparison."""
+    """table.json -> one row a model and set, and one a comparison."""
     rows, compared = [], value.get("compare")
     for model, results in value["models"].items():
         for name, s in results["sets"].items():
@@ -334,9 +334,9 @@ def gather(out, max_samples, tokenizer=None):
     out = Path(out)
     if not out.is_dir():
         raise UserError("OUT is not a folder", f"at {out}", "give the folder of a run")
-    evaluations = [read_part(out / "eval" / name, shape_eval) for name in ("table.json", "compare.json")]
+    evaluation = read_part(out / "eval/table.json", shape_eval)
     run = {"mismatch": read_part(out / "mismatch.json", shape_mismatch), "metrics": read_metrics(out / "metrics.jsonl")}
-    run |= {"summary": read_part(out / "summary.json", shape_summary), "eval": [e for e in evaluations if e]}
+    run |= {"summary": read_part(out / "summary.json", shape_summary), "eval": [evaluation] if evaluation else []}
     run["samples"] = read_samples(out, max_samples, tokenizer)
     if not any(run.values()):
         what = "nothing to report (no pairs, metrics.jsonl, mismatch.json, summary.json or eval)"

@@ -51,8 +51,10 @@ def training_stage(args, world, stages, name):
 
     def take_step():
         total = 0
-        for indices in training.micro_batches(range(args.pairs), [1] * args.pairs, args.micro_batch_size, world):
-            total += step(model, part=[pairs[i] for i in indices], share=world.size * len(indices) / args.pairs)
+        batches = training.micro_batches(range(args.pairs), [1] * args.pairs, args.micro_batch_size, world)
+        for indices, weight in batches:
+            share = weight * world.size * len(indices) / args.pairs
+            total += step(model, part=[pairs[i] for i in indices], share=share)
         training.optimizer_step(model, optimizer, 0, 1, SCHEDULE)
         return world.sum({"total": total})["total"] / world.size
 
