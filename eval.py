@@ -121,9 +121,8 @@ def print_table(table):
                 f"limit; {s['check_failed']} answers scored 0 because their check hung or crashed"
             )
             if "distance" in s:
-                numbers = [
-                    f"{measure.COLUMNS[c]} {s['distance'][c]:.4f}" for c in measure.COLUMNS if c in s["distance"]
-                ]
+                columns = [(title, s["distance"].get(c)) for c, title in measure.COLUMNS.items()]
+                numbers = [f"{title} {value:.4f}" for title, value in columns if value is not None]
                 question = "from {teacher}, eta {eta:g}".format(**s["distance"])
                 details.append(f"{model}, {name}, {question}: {', '.join(numbers)}")
         print("| " + " | ".join([*cells, f"{row['average']:.2f}"]) + " |")

@@ -264,9 +264,7 @@ def merge_pairs(args, tokenizer, prompts, out):
             batch = prompts[start : start + args.prompts_per_batch]
             expected = [prompt for prompt in zip(batch["prompt_id"], batch["ids"]) for _ in range(args.samples)]
             if [(record["prompt_id"], record["prompt_ids"]) for record in records] != expected:
-                raise UserError(
-                    "the file is cut, or of other prompts", f"in {shard}", "delete it: it is then made again"
-                )
+                raise UserError("the file is cut, or of other prompts", f"in {shard}", "delete it and run again")
             counts["prompts_with_pairs"] += len({r["prompt_id"] for r in records if r["status"] == "kept"})
             for record in records:
                 counts[record["status"]] += 1
@@ -359,9 +357,8 @@ def main(argv=None):
     if args.keep == "correct" and prompts.data["gold"].null_count:
         raise UserError("--keep correct needs gold responses", f"in {args.data}", "name them with --response-column")
     if args.nll_weight > 0:
-        world.print(
-            f"not in the paper: --nll-weight {args.nll_weight:g} adds the chosen responses' NLL to the DPO loss"
-        )
+        added = f"--nll-weight {args.nll_weight:g} adds the chosen responses' NLL to the DPO loss"
+        world.print(f"not in the paper: {added}")
 
     # Steps 1 to 3
     build_pairs(args, world, tokenizer, tokens, prompts, out)
