@@ -1,6 +1,8 @@
 """How much the settings that the paper does not give matter, on the toy: experiments/dpo_sensitivity.json.
 
-    OMP_NUM_THREADS=1 python experiments/dpo_sensitivity.py          half an hour on one core; resumes
+    OMP_NUM_THREADS=1 python experiments/dpo_sensitivity.py [SEED...]     40 minutes on one core; resumes
+
+With seeds, only these are run and nothing is written: two processes can share them, a last call gathers.
 
 Seeds 1 to 5, each with a toy of its own, dev sets; the test sets are not touched. DPO's variants learn from the same
 stored pairs of their seed, through dpo.py; the last rows make their own pairs. Greedy accuracy after the warm-up alone,
@@ -11,6 +13,7 @@ after KD, are what toy_ablation.py uses.
 import functools
 import itertools
 import statistics
+import sys
 
 import lab
 from lab import DEV_SEEDS, ROOT
@@ -86,8 +89,11 @@ def best(result, with_nll):
     return max(rows, key=rows.get)
 
 
-def main():
-    measured = {seed: measure(seed) for seed in DEV_SEEDS}
+def main(argv):
+    lab.commit()
+    measured = {seed: measure(seed) for seed in map(int, argv or DEV_SEEDS)}
+    if argv:
+        return
     columns = ("accuracy", "after_kd", "pairs", "margin")
     rows = {}
     for name, result in measured[DEV_SEEDS[0]].items():
@@ -98,4 +104,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

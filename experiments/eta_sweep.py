@@ -89,6 +89,7 @@ def trained(task, eta):
 
 
 def main(argv):
+    lab.commit()
     samples, measured = [], {}
     for seed in DEV_SEEDS:
         task = lab.Toy(ROOT / "out/toy_dev", seed, "dev")

@@ -1,8 +1,9 @@
 """What the experiments share: commands of the project in one process, resumption, costs, statistics, result files.
 
 A run is a call of a script's own `main(argv)` in a folder `NAME/`, ended by `NAME/result.json`; a run whose result is
-there is not run again. What a script prints goes to `NAME.log`. torch is imported once instead of once a run: that is
-the only reason for one process.
+there, of the same settings and code, is not run again. Nothing runs from files that no commit has, so the commit in a
+result file is what made it. What a script prints goes to `NAME.log`. torch is imported once instead of once a run: that
+is the only reason for one process.
 
 Costs are counted in token positions that a model computes: prompts and responses in sampling and checking, padded rows
 in the training loops (their `tokens` in metrics.jsonl). Seconds are CPU seconds of the one thread that works; on a
@@ -12,6 +13,7 @@ shared machine they vary, since memory is shared.
 import contextlib
 import datetime
 import functools
+import hashlib
 import io
 import json
 import math
@@ -92,6 +94,20 @@ def world():
     return runs.start_processes("cpu", 1)
 
 
+def commit():
+    """This checkout's commit; ends the script where a file differs from it. Scripts call it first."""
+    found = runs.git_commit() or "-dirty"
+    if found.endswith("-dirty"):
+        sys.exit(f"error: files differ from their commit, in {ROOT}, commit them first: results name what made them")
+    return found
+
+
+@functools.cache
+def code():
+    """One fingerprint of all that runs: the scripts, lib/ and toy/make.py."""
+    return hashlib.sha256(json.dumps([runs.code_fingerprints(), runs.fingerprint(make.__file__)]).encode()).hexdigest()
+
+
 def call(script, settings, folder):
     """`python SCRIPT.py FLAGS --out FOLDER` in this process. Returns CPU seconds; what it prints goes to FOLDER.log."""
     started = time.process_time()
@@ -103,18 +119,19 @@ def call(script, settings, folder):
 
 
 def resumable(folder, work, settings, keep=()):
-    """work() -> dict, kept as FOLDER/result.json with its settings. A run that is there, of these, is not run again.
+    """work() -> dict, kept as FOLDER/result.json with settings and code. A run that is there, of these, is not run again.
 
     All else in the folder except `keep` is deleted afterwards; a folder without a result is what a killed run left.
     """
     folder = Path(folder)
     file = folder / "result.json"
     settings = [flag.replace(f"{ROOT}/", "") for flag in flags(settings)]
-    if file.exists() and (result := runs.read_json(file))["settings"] == settings:
+    made_of = {"settings": settings, "code": code()}
+    if file.exists() and made_of.items() <= (result := runs.read_json(file)).items():
         return result
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    result = work() | {"settings": settings}
+    result = work() | made_of
     for path in folder.iterdir():
         if path.name not in keep:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -276,11 +293,11 @@ def moved_mismatch(position, seed):
 
 
 def record(command, seconds):
-    """What a result file says of how it came to be; "-dirty" after the commit: there were changes that no commit has."""
+    """What a result file says of how it came to be."""
     cpu = Path("/proc/cpuinfo").read_text()
     names = [line.partition(":")[2].strip() for line in cpu.splitlines() if line.startswith("model name")]
     cpu = (names[0] if names else "unknown") + (" with AMX" if "amx_bf16" in cpu else "")
-    made = {"command": command, "date": datetime.date.today().isoformat(), "commit": runs.git_commit()}
+    made = {"command": command, "date": datetime.date.today().isoformat(), "commit": commit()}
     made |= {"cpu": cpu, "cores": os.cpu_count(), "torch": torch.__version__}
     return made | {"transformers": transformers.__version__, "cpu_seconds": round(seconds)}
 

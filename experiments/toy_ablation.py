@@ -180,6 +180,7 @@ def collect():
 
 
 def main(argv):
+    lab.commit()
     match argv:
         case ["select"]:
             select()
