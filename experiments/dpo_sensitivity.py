@@ -20,7 +20,7 @@ from lab import DEV_SEEDS, ROOT
 
 # At its best rate of those in toy_ablation.py; after 100 steps every start is at 95% or more, and nothing differs
 KD = {"loss": "forward_kl", "max_steps": 25, "lr": 1e-3}
-PAIR_FLAGS = ("keep", "replace", "teacher_decoding", "samples", "temperature", "top_p")  # those of steps 1 to 3
+PAIR_FLAGS = ("eta", "keep", "replace", "teacher_decoding", "samples", "temperature", "top_p")  # those of steps 1 to 3
 
 
 def variants():
@@ -45,6 +45,7 @@ def variants():
     found |= {f"samples-{samples}": {"samples": samples} for samples in (2, 16)}
     found |= {f"temperature-{temperature:g}": {"temperature": temperature} for temperature in (0.7, 1.3)}
     found["top-p-0.9"] = {"top_p": 0.9}
+    found |= {f"eta-{eta}": {"eta": eta} for eta in (1, 2, 3, 6, 8)}
     return found
 
 

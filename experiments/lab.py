@@ -11,6 +11,7 @@ shared machine they vary, since memory is shared.
 """
 
 import contextlib
+import dataclasses
 import datetime
 import functools
 import hashlib
@@ -18,11 +19,13 @@ import io
 import json
 import math
 import os
+import random
 import shutil
 import statistics
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -166,19 +169,38 @@ def run_all(jobs, title):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def other_student(toy, folder, seed, misconceived=0.0, operands=make.OPERANDS, **recipe):
+    """The toy in `folder` with another student: same teacher, same problems. settings.json is written last, as ever.
+
+    misconceived: its share of wrong facts. operands: of the problems that it is trained on. recipe: what differs of
+    toy/make.py's `Recipe` for the student, its steps say.
+    """
+    shutil.copytree(toy, folder, ignore=shutil.ignore_patterns("student", "settings.json"))
+    settings = dataclasses.replace(make.Settings(), misconceived=misconceived)
+    settings = dataclasses.replace(settings, student=dataclasses.replace(settings.student, **recipe))
+    facts = make.misconceived_facts(random.Random(f"{seed}/misconceptions"), misconceived)
+    splits = make.draw_splits(seed, settings)
+    with mock.patch.object(make, "OPERANDS", operands):
+        make.build_model(folder / "student", settings.student, facts, {*splits["dev"], *splits["test"]}, seed)
+    runs.write_json(folder / "settings.json", {"seed": seed, **dataclasses.asdict(settings), "operands": [*operands]})
+
+
 class Toy:
     """The toy of one seed in ROOT/SEED/toy, and runs on it in ROOT/SEED/NAME. split: the file that is evaluated on.
 
-    settings: those of toy/make.py's `Settings` that differ.
+    settings: those of toy/make.py's `Settings` that differ; or, of a toy that has `base`'s teacher, of `other_student`.
     """
 
-    def __init__(self, root, seed, split, **settings):
+    def __init__(self, root, seed, split, base=None, **settings):
         self.seed, self.folder = seed, Path(root) / str(seed)
         world()  # one thread, and no progress bars of transformers
         self.toy = self.folder / "toy"
         if not (self.toy / "settings.json").exists():
             shutil.rmtree(self.toy, ignore_errors=True)
-            make.build(self.toy, seed, make.Settings(**settings))
+            if base:
+                other_student(base.toy, self.toy, seed, **settings)
+            else:
+                make.build(self.toy, seed, make.Settings(**settings))
         self.paths = make.paths_in(self.toy)
         self.split = self.paths[split]
         self.common = {"toy": self.toy, "seed": seed, "eval_limit": 0}
@@ -198,12 +220,13 @@ class Toy:
         def work():
             with moved_mismatch(position, self.seed):
                 seconds = call("warmup_distill", settings, folder)
-            records = [r for file in (folder / "pairs").glob("*.jsonl") for r in runs.read_jsonl(file)]
+            records = read_samples(folder)
             pairs = runs.read_jsonl(folder / "pairs.jsonl")
+            replaced = statistics.fmean(r["t_star"] >= 0 for r in records)
             prompts = sum({r["prompt_id"]: len(r["prompt_ids"]) for r in records}.values())
             sampled = prompts + sum(len(r["response_ids"]) for r in records)
             spliced = sum(len(r["chosen_ids"]) - r["prefix_len"] for r in records)
-            result = {"pairs": len(pairs), "seconds": seconds, "dpo_tokens": 0}
+            result = {"pairs": len(pairs), "replaced": replaced, "seconds": seconds, "dpo_tokens": 0}
             if (folder / "student").exists():  # not with --pairs-only
                 result["dpo_tokens"] = dpo_tokens(folder, pairs)
                 result["accuracy"] = accuracy(folder / "student", self.split)
@@ -249,6 +272,11 @@ class Toy:
             return result
 
         return resumable(folder, work, settings | origin(Path(student).parent))
+
+
+def read_samples(out):
+    """All samples that a run of warmup_distill.py has stored, in order."""
+    return [record for file in sorted((Path(out) / "pairs").glob("*.jsonl")) for record in runs.read_jsonl(file)]
 
 
 def dpo_tokens(folder, pairs):

@@ -17,15 +17,20 @@ from lab import FOLDER, mean_sd, paired
 
 from lib import runs
 
-BUDGETS = ("25", "100", "400")
-LOSSES = ("forward_kl", "reverse_kl", "skew_reverse_kl")
+BUDGETS = ("25", "100")
+LOSSES = ("forward_kl", "reverse_kl")
 PEER_LOSSES = ("forward_kl", "reverse_kl", "jsd")  # of bench/kd_loss.py
 SPLIT = {"sampling": ("equal", "unequal"), "splice": ("check", "splice")}  # stages of bench/ that the README has
 CONDITIONS = {
-    "gold": "gold responses",
-    "mismatch": "gold, half of the facts wrong",
-    "teacher": "the teacher's responses",
-    "student": "the student's (on-policy)",
+    "gold": "a quarter of the facts wrong",
+    "mismatch": "half of the facts wrong",
+    "teacher": "a quarter wrong; KD on the teacher's responses",
+    "student": "a quarter wrong; on-policy KD",
+    "trained-30": "trained too little (30%)",
+    "trained-60": "trained too little (60%)",
+    "trained-90": "trained too little (90%)",
+    "small": "too small",
+    "two-digit": "trained on two-digit problems",
 }
 STARTS = {
     "none": "student: KD alone",
@@ -35,7 +40,6 @@ STARTS = {
     "no-splice": "y+ all the teacher's, every sample",
     "no-splice-same": "y+ all the teacher's, samples with a mismatch",
     "random": "spliced at a random position",
-    "none + time": "KD alone, with the warm-up's CPU time",
     "none + tokens": "KD alone, with the warm-up's tokens",
     "none + teacher tokens": "KD alone, with the warm-up's teacher tokens",
 }
@@ -66,18 +70,18 @@ def markdown(header, rows):
 
 def table(header, rows, result, text):
     """Markdown, with a line that says how the table came to be."""
-    record = result["record"]
-    machine = f"{record['cores']} cores of {record['cpu']}, torch {record['torch']}"
-    commit = record["commit"][:7] + (
-        " with scripts not yet committed" if record["commit"].endswith(("+", "-dirty")) else ""
-    )
-    made = f"`{record['command']}`, {text}; {machine}, transformers {record['transformers']}; commit {commit}"
-    return f"{markdown(header, rows)}\n{made}, {record['date']}."
+    count, made = sum(isinstance(cell, str) and "[" in cell for row in rows for cell in row), []
+    text += f"; {count} intervals of 95%, not corrected for their number" if count else ""
+    for r in result["records"].values() if "records" in result else [result["record"]]:
+        versions = f"torch {r['torch']}, transformers {r['transformers']}"
+        made.append(f"{r['cores']} cores of {r['cpu']}, {versions}; commit {r['commit'][:7]}, {r['date']}")
+    return f"{markdown(header, rows)}\n`{r['command']}`: {text}; {' and '.join(dict.fromkeys(made))}."
 
 
 def test_seeds(result):
-    seeds = ", ".join(f"{len(seeds)} ({condition})" for condition, seeds in result["seeds"].items())
-    return f"test sets of 500 problems, seeds: {seeds}"
+    counts = {condition: len(seeds) for condition, seeds in result["seeds"].items()}
+    few = "".join(f", but {n} ({condition})" for condition, n in counts.items() if n < max(counts.values()))
+    return f"{max(counts.values())} test seeds in each condition{few}, test sets of 500 problems"
 
 
 def dev_seeds(result, text=""):
@@ -92,85 +96,94 @@ def dev_seeds(result, text=""):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def ablation_students(result):
+    """Before KD: what each condition's student is, what the check finds, and what the warm-up makes of it."""
+    rows = []
+    for condition in (c for c in CONDITIONS if c in result["seeds"] and c not in ("teacher", "student")):  # gold's
+        before, warm = (result["runs"][f"{condition}/{start}"] for start in ("none", "warm-up"))
+        row = [CONDITIONS[condition], percent(before["accuracy"]), percent(warm["replaced"]), round(warm["pairs"])]
+        rows.append([*row, percent(warm["accuracy"]), difference(warm["accuracy"], before["accuracy"])])
+    header = ["student", "right, %", "samples with a mismatch, %", "pairs", "right after the warm-up, %", "difference"]
+    return table(header, rows, result, test_seeds(result))
+
+
 def ablation_gain(result):
     """KD alone and with the warm-up, for each condition, loss and budget."""
     results, rows = result["runs"], []
     cells = ((condition, loss, budget) for condition in CONDITIONS for loss in LOSSES for budget in BUDGETS)
     for condition, loss, budget in cells:
-        names = {s: f"{condition}/{s}/{loss}/{budget}" for s in ("none", "warm-up", "sft", "none + tokens")}
-        if names["none"] in results:
-            of = {start: results[name]["accuracy"] for start, name in names.items()}
-            minus = [difference(of["warm-up"], of[other]) for other in ("none", "none + tokens", "sft")]
-            rows.append([CONDITIONS[condition], loss, budget, percent(of["none"]), percent(of["warm-up"]), *minus])
-    header = ["KD on", "loss", "KD steps", "KD alone, %", "warm-up + KD, %", "warm-up minus none"]
-    header += ["minus KD with the warm-up's tokens", "minus SFT on y+, then KD"]
+        names = {start: f"{condition}/{start}/{loss}/{budget}" for start in STARTS}
+        of = {start: results[name] for start, name in names.items() if name in results}
+        if of:
+            row = [CONDITIONS[condition], loss, budget, *(percent(of[s]["accuracy"]) for s in ("none", "warm-up"))]
+            for start in ("none", "none + tokens", "none + teacher tokens"):
+                steps = f"; {of[start]['steps']:.0f} steps" if start != "none" and start in of else ""
+                ours = of["warm-up"]["accuracy"]
+                row.append(difference(ours, of[start]["accuracy"]) + steps if start in of else "")
+            rows.append(row)
+    header = ["student", "loss", "KD steps", "KD alone, %", "warm-up + KD, %", "warm-up minus none"]
+    header += ["minus KD with the warm-up's tokens", "minus KD with its teacher tokens"]
     return table(header, rows, result, test_seeds(result))
 
 
 def ablation_controls(result):
-    """What of the warm-up it is that helps: each start before KD, and the warm-up minus it after KD."""
+    """What of the warm-up it is that helps: each start's cost and accuracy, and the warm-up minus it after KD."""
     results, rows = result["runs"], []
     columns = [f"{loss}/{budget}" for loss in LOSSES[:2] for budget in BUDGETS[:2]]
-    starts = {start: title for start, title in STARTS.items() if f"gold/{start}/{columns[0]}" in results}
-    for start, title in starts.items():
-        row = [title, percent(results[f"gold/{start}"]["accuracy"]) if f"gold/{start}" in results else ""]
+    for start in (start for start in STARTS if not start.startswith("none +")):
+        before = results[f"gold/{start}"]
+        tokens = [before.get(key, 0) / 1000 for key in ("teacher_tokens", "student_tokens")]
+        row = [STARTS[start], " + ".join(f"{count:.0f} k" for count in tokens), percent(before["accuracy"])]
         for column in columns:
-            ours, theirs = (results[f"gold/{s}/{column}"] for s in ("warm-up", start))
-            steps = f", {theirs['steps']:.0f} steps" if start.startswith("none +") else ""
-            minus = difference(ours["accuracy"], theirs["accuracy"]) + steps
-            row.append(f"{percent(ours['accuracy'])} %" if start == "warm-up" else minus)
+            ours, theirs = (results[f"gold/{s}/{column}"]["accuracy"] for s in ("warm-up", start))
+            row.append(f"{percent(ours)} %" if start == "warm-up" else difference(ours, theirs))
         rows.append(row)
-    header = ["start", "before KD, %"]
+    header = ["start", "tokens, teacher's + student's", "before KD, %"]
     header += [f"{column.replace('/', ', ')} steps: warm-up minus this" for column in columns]
     return table(header, rows, result, test_seeds(result))
 
 
-def ablation_cost(result):
-    """Accuracy beside what it cost, in thousands of token positions: KD's, and those of what came before it."""
-    results, rows = result["runs"], []
-    starts = ("none", "warm-up", "sft", "none + tokens", "none + teacher tokens")
-    cells = ((c, budget, s) for c in ("gold", "teacher", "student") for budget in BUDGETS for s in starts)
-    for condition, budget, start in cells:
-        found, before = results.get(f"{condition}/{start}/reverse_kl/{budget}"), results.get(f"{condition}/{start}", {})
-        if found:
-            costs = [found[key] + before.get(key, 0) for key in ("teacher_tokens", "student_tokens")]
-            row = [CONDITIONS[condition], STARTS[start], round(found["steps"])]
-            rows.append([*row, *(f"{cost / 1000:.0f} k" for cost in costs), percent(found["accuracy"])])
-    header = ["KD on", "start", "KD steps", "teacher tokens", "student tokens", "accuracy, %"]
-    return table(header, rows, result, f"reverse_kl, {test_seeds(result)}")
+def samples_of(result):
+    """What a table of mismatch.py is of."""
+    sizes, group = result["sizes"], "seed" if result["outs"] > 1 else "prompt"
+    text = f"{sizes['samples']:,} samples of {sizes['prompts']:,} prompts, {sizes['tokens']:,} tokens"
+    return f"{text}, {100 * sizes['cut']:.0f}% of the samples cut at the limit; ± half of the 95% interval, by {group}"
 
 
-def eta_rates(result):
+def share(found):
+    """A mean of mismatch.py in percent, with half of its interval."""
+    return f"{100 * found['mean']:.1f} ± {100 * found['half']:.1f}"
+
+
+def by_eta(result):
     """Replacement rates and the place of t*."""
-    header, rows, sizes = ["eta, nats"], [], []
-    names = {"toy": "toy", "real": "Qwen2.5-Coder 1.5B, 0.5B"}
-    for kind, size in result["sizes"].items():
-        header += [f"{names[kind]}: samples replaced, %", "tokens above, %", "tokens from t* on, %"]
-        header += ["t*: median (quartiles)"]
-        text = f"{kind}: {size['samples']:,} samples of {size['prompts']} prompts, {size['tokens_a_sample']} tokens a"
-        sizes.append(f"{text} sample, {100 * size['at_length_limit']:.0f}% cut at the limit")
-    for eta in (0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0):
-        row = [f"{eta:g}"]
-        for kind in result["sizes"]:
-            found = result["runs"][f"{kind}/{eta}"]
-            low, middle, high = found["t_star"] or ("-", "-", "-")
-            row += [f"{100 * found['samples']:.1f} ± {100 * found['half_width']:.1f}", f"{100 * found['tokens']:.2f}"]
-            row += [f"{100 * found['behind']:.1f}", f"{middle} ({low} to {high})"]
-        rows.append(row)
-    text = f"± half of the 95% interval, toy: over seeds, real: over prompts; {'; '.join(sizes)}"
-    return table(header, rows, result, text)
+    header, rows = ["eta, nats", "samples replaced, %", "tokens above, %", "tokens from t* on, %"], []
+    for eta in ("0.5", "1", "2", "3", "4", "5", "6", "8", "10"):
+        found = result["runs"]["eta"][eta]
+        low, middle, high = found["t_star"] or ("-", "-", "-")
+        row = [eta, share(found["samples"]), f"{100 * found['tokens']:.2f}", f"{100 * found['behind']:.1f}"]
+        rows.append([*row, f"{middle} ({low} to {high})"])
+    return table([*header, "t*: median (quartiles)"], rows, result, samples_of(result))
 
 
-def eta_accuracy(result):
-    """What the threshold does to the toy's student."""
-    found = {name.split("/")[1]: row for name, row in result["runs"].items() if name.startswith("accuracy/")}
-    base, rows = found["4.0"]["after_kd"], []
-    found["no warm-up"] = read("dpo_sensitivity")["runs"]["no warm-up"] | {"pairs": [0]}  # same dev sets, same KD
-    for eta, row in found.items():
-        cells = [round(statistics.fmean(row["pairs"])), percent(row["accuracy"]), percent(row["after_kd"])]
-        rows.append([eta.removesuffix(".0"), *cells, difference(row["after_kd"], base) if eta != "4.0" else ""])
-    header = ["eta, nats", "pairs", "after the warm-up, %", "after KD, %", "after KD, to eta 4"]
-    return table(header, rows, result, dev_seeds(result))
+def by_token(result):
+    """Where, and on which kinds of tokens, the margin is above eta."""
+    found, rows = result["runs"], []
+    places = sorted(found["place"], key=lambda name: int(name.split()[0]))
+    for title, names in (("position", places), ("kind", found["token"])):
+        for name in names:
+            of = found["place" if title == "position" else "token"][name]
+            rows.append([title, name, f"{of['count']:,}", f"{100 * of['mean']:.2f} ± {100 * of['half']:.2f}"])
+    return table(["tokens by", "", "tokens", f"above eta {result['eta']:g}, %"], rows, result, samples_of(result))
+
+
+def by_answer(result):
+    """Is what the teacher writes better?"""
+    rows = []
+    for name, found in result["runs"]["right"].items():
+        rows.append([name, f"{found['y']['count']:,}", *(share(of) for of in found.values())])
+    header = ["samples", "", "y right, %", "y+ right, %", "y+ minus y, points", "only y right, %", "only y+ right, %"]
+    return table(header, rows, result, samples_of(result))
 
 
 def sensitivity(result):
@@ -254,8 +267,9 @@ def speed_in_short(lines):
 # ---------------------------------------------------------------------------------------------------------------------
 
 TABLES = {
-    "toy_ablation": {"gain": ablation_gain, "controls": ablation_controls, "cost": ablation_cost},
-    "eta_sweep": {"rates": eta_rates, "accuracy": eta_accuracy},
+    "toy_ablation": {"students": ablation_students, "gain": ablation_gain, "controls": ablation_controls},
+    "mismatch_toy": {"eta": by_eta, "token": by_token, "answer": by_answer},
+    "mismatch_real": {"eta": by_eta, "token": by_token, "answer": by_answer},
     "dpo_sensitivity": {"settings": sensitivity},
     "bench": {"all": speed, "short": speed_in_short, "growth": growth},
 }

@@ -1,17 +1,24 @@
 """When does the warm-up pay? The toy, 10 seeds that nothing was chosen on, the test set once: toy_ablation.json.
 
     export OMP_NUM_THREADS=1
-    python experiments/toy_ablation.py select                    learning rates of KD, on the dev sets of seeds 1 to 3
+    python experiments/toy_ablation.py select [SEED...]          learning rates of KD, on the dev sets of seeds 1 to 3
     python experiments/toy_ablation.py report CONDITION SEED...  the report seeds: two processes can share them
     python experiments/toy_ablation.py collect                   what is finished -> experiments/toy_ablation.json
 
-About 2 hours of CPU time in all; resumes. Every arm ends in B steps of KD, B = 25, 100 and in "gold" 400. What differs
-is what they train on and where they start:
+About 4 hours of CPU time in all; resumes. `select` with seeds runs these alone and writes nothing. Every arm ends in B
+steps of KD, B = 25 and 100: after 100, nearly all is learnt. What differs is the student, what it is distilled on, and
+where it starts:
 
-    condition  gold       KD on the data's responses (CE and KD in equal parts), as in the paper
-               mismatch   the same with a student that has half of the facts wrong instead of a quarter
+    condition  gold       a quarter of the student's facts is wrong; KD on the data's responses (CE and KD in equal
+                          parts), as in the paper
+               mismatch   the same with half of the facts wrong
                teacher    no gold responses: KD on the teacher's greedy responses to the same prompts
                student    no gold responses: on-policy KD, without CE
+               no student is taught wrong facts in the others, all on gold responses:
+               trained-30, -60, -90   trained too little: steps at which it has about 30, 60, 90% of its task right,
+                          chosen on seeds 1 to 3
+               small      three quarters of the width
+               two-digit  trained on problems of two digits
     start      none       the student as it is: KD alone
                warm-up    Warmup-Distill: DPO with the NLL term
                plain      the same with the paper's plain DPO loss, at its own best settings
@@ -23,9 +30,8 @@ is what they train on and where they start:
                student and teacher compute (lab.py), in those of the teacher alone
 
 Learning rates of KD are chosen for each loss and budget, for "none" and for "warm-up" apart, in the condition "gold";
-the other starts use those of "warm-up", KD with more steps that of the nearest budget, the other conditions the same.
-DPO's settings come from dpo_sensitivity.json. The other conditions and the controls other than "sft" and
-"none + tokens" stop at 100 steps: at 400 there is little left to tell apart.
+the other starts use those of "warm-up", KD with more steps that of the nearest budget (200 is one, for this alone), the
+other conditions the same. DPO's settings come from dpo_sensitivity.json.
 """
 
 import functools
@@ -39,29 +45,35 @@ from lab import FOLDER, REPORT_SEEDS, ROOT
 
 from lib import runs
 
-BUDGETS = (25, 100, 400)
+BUDGETS = (25, 100)
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+RATE_BUDGETS = {"none": (25, 100, 200), "warm-up": BUDGETS}  # what a rate is chosen for
 SELECT_SEEDS = (1, 2, 3)
-LOSSES = ("forward_kl", "reverse_kl", "skew_reverse_kl")
-STARTS = ("none", "warm-up", "sft", "none + tokens", "none + teacher tokens")
-CONTROLS = ("plain", "no-splice", "no-splice-same", "random")  # in "gold" alone
-SMALL_BUDGETS = (*CONTROLS, "none + teacher tokens")  # not at the largest
-# condition -> losses, largest budget, flags of kd.py
+LOSSES = ("forward_kl", "reverse_kl")
+FEW = ("none", "warm-up", "none + tokens")  # "none" first: it says what a step of KD costs
+ALL = (*FEW, "none + teacher tokens", "sft", "plain", "no-splice", "no-splice-same", "random")
+SHARES = ("accuracy", "replaced")  # kept for each seed
+# condition -> starts, flags of kd.py, what differs in the student (lab.other_student)
 CONDITIONS = {
-    "gold": (LOSSES, 400, {}),
-    "mismatch": (LOSSES[:2], 100, {}),
-    "teacher": (LOSSES[:2], 100, {"mode": "teacher"}),
-    "student": (LOSSES[1:2], 100, {"mode": "student"}),
+    "gold": (ALL, {}, None),
+    "mismatch": (FEW, {}, {"misconceived": 0.5}),
+    "teacher": (FEW, {"mode": "teacher"}, None),
+    "student": (FEW, {"mode": "student"}, None),
+    "trained-30": (FEW, {}, {"steps": 500}),
+    "trained-60": (FEW, {}, {"steps": 540}),
+    "trained-90": (FEW, {}, {"steps": 650}),
+    "small": (FEW, {}, {"hidden_size": 24, "intermediate_size": 72}),
+    "two-digit": (FEW, {}, {"operands": range(10, 100)}),
 }
 
 
-def search(start, dpo):
+def search(start, dpo, seeds):
     """{"loss/budget/rate": accuracies on the dev sets} of KD from `start`, one value a seed."""
-    found = {}
-    for seed in SELECT_SEEDS:
+    found, budgets = {}, RATE_BUDGETS[start]
+    for seed in seeds:
         task = lab.Toy(ROOT / "out/toy_dev", seed, "dev")
         model, jobs = make_start(task, start, dpo)[0], []
-        for name in (f"{loss}/{budget}/{rate}" for loss in LOSSES for budget in BUDGETS for rate in RATES):
+        for name in (f"{loss}/{budget}/{rate}" for loss in LOSSES for budget in budgets for rate in RATES):
             loss, budget, rate = name.split("/")
             settings = {"loss": loss, "max_steps": budget, "lr": rate}
             jobs.append((name, functools.partial(task.kd, f"{start}/{name}", model, **settings)))
@@ -72,16 +84,21 @@ def search(start, dpo):
 
 def best_rates(found):
     """{"loss/budget": the rate with the highest mean accuracy}; of equals the smallest. found: as `search` returns."""
-    cells = [f"{loss}/{budget}" for loss in LOSSES for budget in BUDGETS]
+    cells = dict.fromkeys(name.rpartition("/")[0] for name in found)
     return {cell: max(RATES, key=lambda rate: (statistics.fmean(found[f"{cell}/{rate}"]), -rate)) for cell in cells}
 
 
-def select():
-    """toy_selected.json: DPO's settings from dpo_sensitivity.json, KD's rates from a search on the dev sets."""
+def select(seeds):
+    """toy_selected.json: DPO's settings from dpo_sensitivity.json, KD's rates from a search on the dev sets.
+
+    With seeds, only their runs are made.
+    """
     sensitivity = runs.read_json(FOLDER / "dpo_sensitivity.json")
     plain, aided = (dpo_sensitivity.best(sensitivity, with_nll) for with_nll in (False, True))
     chosen = {"warm-up": dpo_sensitivity.settings_of(aided), "plain": dpo_sensitivity.settings_of(plain)}
-    found = {start: search(start, chosen) for start in ("none", "warm-up")}
+    found = {start: search(start, chosen, seeds or SELECT_SEEDS) for start in RATE_BUDGETS}
+    if seeds:
+        return
     rates = {start: best_rates(found[start]) for start in found}
     means = {f"{s}/{k}": [round(v, 4) for v in values] for s in found for k, values in found[s].items()}
     head = {"record": lab.record("python experiments/toy_ablation.py select", 0), "seeds": SELECT_SEEDS}
@@ -105,7 +122,8 @@ def make_start(task, start, dpo):
 
 def rate_of(rates, loss, steps):
     """The rate chosen for the budget nearest to `steps` (ratio)."""
-    return rates[f"{loss}/{min(BUDGETS, key=lambda budget: abs(math.log(steps / budget)))}"]
+    rates = {int(cell.split("/")[1]): rate for cell, rate in rates.items() if cell.startswith(f"{loss}/")}
+    return rates[min(rates, key=lambda budget: abs(math.log(steps / budget)))]
 
 
 def extra_steps(extra, warmup, alone, loss):
@@ -117,7 +135,7 @@ def extra_steps(extra, warmup, alone, loss):
 
 def distil(task, condition, start, loss, budget, selected, alone):
     """One KD run. alone: {loss: {budget: result}} of "none", filled as it goes, for the number of extra steps."""
-    flags, steps, rates = CONDITIONS[condition][2], budget, selected["rates"]["none"]
+    flags, steps, rates = CONDITIONS[condition][1], budget, selected["rates"]["none"]
     model = task.paths["student"]
     if start.startswith("none +"):
         warmup = make_start(task, "warm-up", selected["dpo"])[1]
@@ -136,54 +154,60 @@ def distil(task, condition, start, loss, budget, selected, alone):
 
 def folder_of(condition):
     """Where the toys of a condition are."""
-    return ROOT / "out" / ("toy_mismatch" if condition == "mismatch" else "toy_test")
+    return ROOT / "out" / (f"toy_{condition}" if CONDITIONS[condition][2] else "toy_test")
 
 
 def report(condition, seed):
     """All arms of one condition on the test set of one seed -> SEED/CONDITION.json."""
-    selected, changed = runs.read_json(FOLDER / "toy_selected.json"), {"misconceived": 0.5}
-    task = lab.Toy(folder_of(condition), seed, "test", **(changed if condition == "mismatch" else {}))
-    losses, largest, _ = CONDITIONS[condition]
+    selected = runs.read_json(FOLDER / "toy_selected.json")
+    starts, kd_flags, student = CONDITIONS[condition]
+    task = lab.Toy(ROOT / "out/toy_test", seed, "test")
+    if student:
+        task = lab.Toy(folder_of(condition), seed, "test", base=task, **student)
     jobs, alone = [], {}
-    for start in STARTS + (CONTROLS if condition == "gold" else ()):  # "none" first: it fills `alone`
+    for start in starts:
         if not start.startswith("none +"):
             job = functools.partial(make_start, task, start, selected["dpo"])
             jobs.append((f"{condition}/{start}", lambda job=job: job()[1]))
-        budgets = BUDGETS[:2] if start in SMALL_BUDGETS else BUDGETS
-        for loss in losses:
-            for budget in (b for b in budgets if b <= largest):
+        for loss in LOSSES[1:] if kd_flags.get("mode") == "student" else LOSSES:
+            for budget in BUDGETS:
                 job = functools.partial(distil, task, condition, start, loss, budget, selected, alone)
                 jobs.append((f"{condition}/{start}/{loss}/{budget}", job))
     runs.write_json(task.folder / f"{condition}.json", lab.run_all(jobs, f"{condition}, seed {seed}"))
 
 
 def collect():
-    """toy_ablation.json: {arm: {"accuracy": one value a seed, and mean costs}} of the seeds that are finished."""
-    seeds, rows, seconds = {}, {}, 0
+    """toy_ablation.json: {arm: {"accuracy": one value a seed, and mean costs}} of the seeds that are finished.
+
+    A condition that has none here stays as it is in the file, with its own record.
+    """
+    old = runs.read_json(FOLDER / "toy_ablation.json")
+    records, seeds, rows, selected = old["records"], old["seeds"], {}, runs.read_json(FOLDER / "toy_selected.json")
     for condition in CONDITIONS:
         files = {seed: folder_of(condition) / str(seed) / f"{condition}.json" for seed in REPORT_SEEDS}
         found = {seed: runs.read_json(file) for seed, file in files.items() if file.exists()}
+        found = {seed: of for seed, of in found.items() if all(r["code"] == lab.code() for r in of.values())}
         print(f"{condition}: {len(found)} of {len(REPORT_SEEDS)} seeds")
         if not found:
+            rows |= {name: row for name, row in old["runs"].items() if name.startswith(f"{condition}/")}
             continue
+        cpu_seconds = sum(r.get("seconds", 0) for results in found.values() for r in results.values())
+        records[condition] = lab.record("python experiments/toy_ablation.py", cpu_seconds)
         seeds[condition] = list(found)
         for name in next(iter(found.values())):
             results = [found[seed][name] for seed in found]
-            rows[name] = {"accuracy": [round(r["accuracy"], 4) for r in results]}
+            rows[name] = {key: [round(r[key], 4) for r in results] for key in SHARES if key in results[0]}
             for key in ("steps", "pairs", "student_tokens", "teacher_tokens", "seconds"):
                 if key in results[0]:
                     rows[name][key] = round(statistics.fmean(r[key] for r in results), 1)
-            seconds += sum(r.get("seconds", 0) for r in results)
-    selected = runs.read_json(FOLDER / "toy_selected.json")
-    head = {"record": lab.record("python experiments/toy_ablation.py", seconds), "seeds": seeds}
-    lab.write_result("toy_ablation", head | {"dpo": selected["dpo"], "rates": selected["rates"]}, rows)
+    lab.write_result("toy_ablation", {"records": records, "seeds": seeds, "dpo": selected["dpo"]}, rows)
 
 
 def main(argv):
     lab.commit()
     match argv:
-        case ["select"]:
-            select()
+        case ["select", *seeds]:
+            select([int(seed) for seed in seeds])
         case ["report", condition, *seeds] if condition in CONDITIONS:
             for seed in map(int, seeds or REPORT_SEEDS):
                 report(condition, seed)

@@ -17,7 +17,6 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
 import lab
-from eta_sweep import read_samples
 from tables import difference, percent
 
 from lib import runs, scoring
@@ -55,7 +54,7 @@ def is_right(pair):
 def figures(outs, papers):
     """What is reported of one rule's runs, {name: one value a seed}. papers: the OUTs of the paper's rule."""
     found, tables = ([runs.read_json(out / name) for out in outs] for name in ("mismatch.json", "summary.json"))
-    t_stars, theirs = ([[r["t_star"] for r in read_samples(out)] for out in some] for some in (outs, papers))
+    t_stars, theirs = ([[r["t_star"] for r in lab.read_samples(out)] for out in some] for some in (outs, papers))
     pairs = [runs.read_jsonl(out / "pairs.jsonl") for out in outs]
     values = {"mismatched": [f["replaced"] for f in found], "pairs": [len(of) for of in pairs]}
     values["t_star"] = [round(statistics.fmean(t for t in of if t >= 0), 2) for of in t_stars]
@@ -89,7 +88,7 @@ def moved_on_the_shipped_toy(out):
     """{exercise: [samples in which its rule finds another t*, of how many, some of them as "prompt sample"]}."""
     first = lambda values: next((t for t, value in enumerate(values) if value > ETA), -1)
     found = {"teacher-alone": [], "sum": []}
-    for r in (records := read_samples(out)):
+    for r in (records := lab.read_samples(out)):
         margins = [q - p for q, p in zip(r["student_logprobs"], r["teacher_logprobs"])]
         t_stars = {
             "teacher-alone": first(-p for p in r["teacher_logprobs"]),

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import QUIET, ROOT
+from transformers import AutoTokenizer
 
 import warmup_distill
 from lib import runs, training
@@ -23,10 +24,10 @@ sys.path[:0] = [str(FOLDER), str(FOLDER / "bench")]
 
 import dpo_sensitivity
 import dpo_step
-import eta_sweep
 import harness
 import kd_loss
 import lab
+import mismatch
 import pipeline
 import sampling
 import splice
@@ -58,17 +59,52 @@ def test_intervals_by_hand():
     assert tables.difference([0.5, 0.6], [0.6, 0.5]) == "+0.0 [-127.1, 127.1]"  # t(1) s / sqrt(2) = 12.706 x 10
 
 
-def test_eta_sweep_by_hand():
+def test_mismatch_by_hand():
     """Two groups, three samples, margins (0, 5), (1, 1), (9, 0, 6): rates by token, by sample, and the places of t*."""
-    rows = [(0, [0.0, 5.0]), (0, [1.0, 1.0]), (1, [9.0, 0.0, 6.0])]
-    samples = [{"group": g, "student_logprobs": v, "teacher_logprobs": [0.0] * len(v)} for g, v in rows]
-    swept = eta_sweep.sweep(samples)
+    rows = [(0, [0.0, 5.0], False, True), (0, [1.0, 1.0], True, True), (1, [9.0, 0.0, 6.0], True, False)]
+    samples = [dict(zip(("group", "margins", "right", "chosen_right"), row)) for row in rows]
+    found = mismatch.at_eta(samples, 4)
     # behind: (5), and all of (9, 0, 6). The groups' rates are 1/2 and 1: s = 0.353553, half width 12.706 s / sqrt(2)
-    expected = {"samples": 2 / 3, "tokens": 3 / 7, "behind": 4 / 7, "half_width": 3.1765}
-    assert {key: swept[4.0][key] for key in expected} == pytest.approx(expected, abs=1e-4)
-    assert swept[4.0]["t_star"] == [0, 0, 1]
-    assert swept[0.5]["samples"] == 1 and swept[10.0]["t_star"] is None
-    assert [eta_sweep.quantile([7, 0, 3, 0], share) for share in (0.25, 0.5, 0.75, 1.0)] == [0, 0, 3, 7]
+    assert found["samples"] == {"mean": 0.66667, "half": pytest.approx(3.1765, abs=1e-4), "count": 3}
+    assert (found["tokens"], found["behind"], found["t_star"]) == (0.428571, 0.57143, [0, 0, 1])
+    assert mismatch.at_eta(samples, 0.5)["samples"]["mean"] == 1 and mismatch.at_eta(samples, 10)["t_star"] is None
+    assert [mismatch.quantile([7, 0, 3, 0], share) for share in (0.25, 0.5, 0.75, 1.0)] == [0, 0, 3, 7]
+    means = {name: of["mean"] for name, of in mismatch.right(samples).items()}
+    assert means == {"y": 0.66667, "y+": 0.66667, "y+ minus y": 0, "y alone": 0.33333, "y+ alone": 0.33333}
+    by_place = mismatch.shares(samples, 4, lambda sample, t: t)
+    assert {t: (of["mean"], of["count"]) for t, of in by_place.items()} == {0: (0.33333, 3), 1: (0.33333, 3), 2: (1, 1)}
+    assert [mismatch.place(t) for t in (0, 9, 10, 319, 320, 999)] == ["0 to 9"] * 2 + ["10 to 19", "160 to 319"] + [
+        "320 on"
+    ] * 2
+    assert [mismatch.kind(text) for text in (" the", "A1", " 12", "=", "\n")] == ["words"] * 2 + ["digits"] + [
+        "other"
+    ] * 2
+
+
+def test_mismatch_of_a_run(tmp_path, monkeypatch):
+    """Two OUTs of the toy: each answer checked anew, and two folders' samples in two groups."""
+    outs = [tmp_path / "a", tmp_path / "b"]
+    for seed, out in enumerate(outs):
+        flags = {"pairs_only": True, "limit": 6, "seed": seed, "samples": 4, "prompts_per_batch": 6, "threads": 1}
+        lab.call("warmup_distill", flags, out)
+    monkeypatch.setattr(lab, "FOLDER", tmp_path)
+    monkeypatch.setattr(lab, "commit", lambda: "0" * 40)
+    mismatch.main(["toy", *map(str, outs)])
+    result = runs.read_json(tmp_path / "mismatch_toy.json")
+    samples = [row for out in outs for file in (out / "pairs").glob("*.jsonl") for row in runs.read_jsonl(file)]
+    assert result["sizes"]["prompts"] == 12 and result["sizes"]["samples"] == len(samples) == 48
+    replaced = sum(row["t_star"] >= 0 for row in samples)
+    assert result["runs"]["eta"]["4"]["samples"]["mean"] == pytest.approx(replaced / 48, abs=1e-5) != 0
+    gold = {row["prompt"]: row["response"] for row in runs.read_jsonl(ROOT / "toy/train.jsonl")}
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "toy/student")
+    answer = lambda row, key: tokenizer.decode(row[key], skip_special_tokens=True).rpartition("=")[2]
+    for name, key in (("y", "response_ids"), ("y+", "chosen_ids")):
+        same = [answer(r, key) == gold[r["prompt"][5:]].rpartition("=")[2] for r in samples if r["t_star"] >= 0]
+        found = result["runs"]["right"]["with a mismatch"][name]
+        assert (found["mean"], found["count"]) == (pytest.approx(sum(same) / replaced, abs=1e-5), replaced)
+    ends = result["runs"]["token"]["the end"]["count"]
+    assert ends == sum(row["ended"] for row in samples) and result["outs"] == 2
+    assert sum(of["count"] for of in result["runs"]["place"].values()) == result["sizes"]["tokens"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -82,7 +118,7 @@ def test_rates_of_kd():
     cells = [f"{loss}/{budget}" for loss in toy_ablation.LOSSES for budget in toy_ablation.BUDGETS]
     found = {f"{cell}/{rate}": values for cell in cells for rate, values in value.items()}
     assert toy_ablation.best_rates(found) == dict.fromkeys(cells, 1e-3)
-    rates = {f"a/{budget}": budget for budget in toy_ablation.BUDGETS}
+    rates = {"a/25": 25, "a/100": 100, "a/400": 400, "b/30": 30}
     nearest = {30: 25, 49: 25, 51: 100, 199: 100, 201: 400, 900: 400}
     assert {steps: toy_ablation.rate_of(rates, "a", steps) for steps in nearest} == nearest
     # Extra steps: a warm-up of 1,000 and 500 tokens; a KD step has 20 and 10. The longest run of KD alone is what counts
@@ -269,14 +305,35 @@ def test_variants_parse(monkeypatch, task):
         task.warmup(f"pairs/{name}", pairs_only=True, **of_pairs)
         task.dpo(f"dpo/{name}", "pairs", **changes)
     task.warmup("no-splice", eta=-1e9)
-    for condition, (losses, budget, flags) in toy_ablation.CONDITIONS.items():
-        for loss in losses:
-            task.kd(f"{condition}/{loss}", task.paths["student"], loss=loss, max_steps=budget, **flags)
+    for condition, (_, flags, _) in toy_ablation.CONDITIONS.items():
+        for loss in toy_ablation.LOSSES:
+            task.kd(f"{condition}/{loss}", task.paths["student"], loss=loss, max_steps=100, **flags)
     assert {args.seed for args in parsed.values()} == {3} and len(parsed) > 80
     assert parsed[task.folder / "dpo/sft"].beta == 1e-9 and parsed[task.folder / "no-splice"].eta == -1e9
     # The sensitivity's first row is the toy's default
     default, toy = dpo_sensitivity.settings_of("default"), warmup_distill.TOY
     assert default == {key: toy[key] for key in lab.DPO} and lab.DPO_SIZE.items() <= toy.items()
+
+
+def test_a_toy_with_another_student(tmp_path, task, monkeypatch):
+    """The base's teacher and problems; a student that is trained on other problems, or on other facts."""
+    drawn = []
+    monkeypatch.setattr(make, "train", lambda model, recipe, draw, name: drawn.append((recipe, draw(3)[0])) or 1.0)
+    changes = {"hidden_size": 16, "intermediate_size": 32, "steps": 2}
+    other = lab.Toy(tmp_path / "other", 3, "dev", base=task, operands=range(10, 100), **changes)
+    for name in ("teacher", "train.jsonl", "dev.jsonl", "test.jsonl"):
+        assert runs.fingerprint(other.toy / name) == runs.fingerprint(task.toy / name), name
+    [(recipe, ids)] = drawn
+    assert (recipe.hidden_size, recipe.intermediate_size, recipe.steps) == (16, 32, 2)
+    tokenizer = AutoTokenizer.from_pretrained(other.toy / "student")
+    for text in tokenizer.batch_decode(ids, skip_special_tokens=True):
+        problem, _, response = text.partition(":")
+        a, b = map(int, problem.split("+"))
+        assert 10 <= min(a, b) and max(a, b) < 100 and response.endswith(f"={a + b}")
+    assert len(make.OPERANDS) == 900  # as before
+    settings = runs.read_json(other.toy / "settings.json")
+    assert settings["misconceived"] == 0 and settings["student"]["steps"] == 2
+    assert lab.Toy(tmp_path / "other", 3, "dev", base=task).paths == other.paths and len(drawn) == 1  # not made again
 
 
 def test_a_run_of_each_kind(task):
@@ -310,8 +367,8 @@ def test_a_run_of_each_kind(task):
     assert all(result["steps"] == 2 and 0 <= result["accuracy"] <= 1 for result in (gold, teacher, student))
 
 
-def test_a_finished_run_is_not_run_again(tmp_path):
-    """Unless its settings differ; and what goes on from there has its settings among its own."""
+def test_a_finished_run_is_not_run_again(tmp_path, monkeypatch):
+    """Unless its settings or the code differ; and what goes on from there has its settings among its own."""
     folder, calls = tmp_path / "run", []
     folder.mkdir()
     (folder / "left by a kill").write_text("x")
@@ -324,8 +381,10 @@ def test_a_finished_run_is_not_run_again(tmp_path):
 
     for lr in (0.1, 0.1, 0.2):
         result = lab.resumable(folder, work, {"lr": lr}, keep=("model",))
-        assert result == {"accuracy": 0.5, "settings": [f"--lr={lr}"]}
-    assert calls == [[], []]
+        assert result == {"accuracy": 0.5, "settings": [f"--lr={lr}"], "code": lab.code()}
+    monkeypatch.setattr(lab, "code", lambda: "other")
+    assert lab.resumable(folder, work, {"lr": 0.2}, keep=("model",))["code"] == "other"
+    assert calls == [[], [], []]
     assert {path.name for path in folder.iterdir()} == {"model", "result.json"}
     assert lab.origin(folder) == {"origin": ["--lr=0.2"]} and lab.origin(tmp_path) == {"origin": None}
 

@@ -1,0 +1,143 @@
+"""What the check finds in stored samples, and what the teacher makes of them: experiments/mismatch_NAME.json.
+
+    python experiments/mismatch.py NAME OUT...      OUT: folders of warmup_distill.py, of one or of several seeds
+
+Its parts, all but the first at the runs' own eta:
+
+    eta        for eta from 0.5 to 10: share of samples and of tokens above it, and where t* is
+    place      share of the tokens above eta, by position in the response
+    token      the same by kind of token: digits, words (with a letter), the end, other
+    right      how often y and y+ answer right, and y+ minus y: in samples with a mismatch, and in those of them that
+               `--keep teacher` keeps; y alone in samples without one. A response that did not end is not right
+
+`half`s are halves of 95% intervals, from the spread of the groups' own means. A group is what is drawn independently: a
+prompt, or where each OUT has models of its own, an OUT. README.md has the commands that made the folders.
+"""
+
+import statistics
+import sys
+from math import ceil
+from pathlib import Path
+
+import lab
+from transformers import AutoTokenizer
+
+from lib import data, runs, scoring
+
+ETAS = [0.5 * k for k in range(1, 21)]
+PLACES = (0, 10, 20, 40, 80, 160, 320)
+
+
+def quantile(values, share):
+    """The smallest of `values` at or below which at least `share` of them are."""
+    return sorted(values)[ceil(share * len(values)) - 1]
+
+
+def mean(found):
+    """{"mean", "half", "count"} of a list of (group, number); shares are means of True and False."""
+    groups = {}
+    for group, value in found:
+        groups.setdefault(group, []).append(value)
+    values = [value for of_group in groups.values() for value in of_group]
+    half = lab.t_interval([statistics.fmean(of_group) for of_group in groups.values()])[1]
+    return {"mean": round(statistics.fmean(values), 5), "half": round(half, 5), "count": len(values)}
+
+
+def at_eta(samples, eta):
+    """Shares above eta; behind: share of the tokens from t* on, which the teacher writes anew; quartiles of t*."""
+    first, behind = [], 0
+    for sample in samples:
+        first.append(next((t for t, margin in enumerate(sample["margins"]) if margin > eta), -1))
+        behind += len(sample["margins"]) - first[-1] if first[-1] >= 0 else 0
+    tokens, places = [margin for sample in samples for margin in sample["margins"]], [t for t in first if t >= 0]
+    return {
+        "samples": mean([(sample["group"], t >= 0) for sample, t in zip(samples, first)]),
+        "tokens": round(statistics.fmean(margin > eta for margin in tokens), 6),
+        "behind": round(behind / len(tokens), 5),
+        "t_star": [quantile(places, share) for share in (0.25, 0.5, 0.75)] if places else None,
+    }
+
+
+def kind(text):
+    """Of a token's text."""
+    return "words" if any(c.isalpha() for c in text) else "digits" if any(c.isdigit() for c in text) else "other"
+
+
+def place(position):
+    """Its band: "10 to 19", the last one "320 on"."""
+    start = max(start for start in PLACES if start <= position)
+    after = [f"{start} to {end - 1}" for end in PLACES if end > start]
+    return after[0] if after else f"{start} on"
+
+
+def shares(samples, eta, label):
+    """{label: share of the tokens above eta}, most frequent first. label: of (sample, position)."""
+    found = {}
+    for sample in samples:
+        for t, margin in enumerate(sample["margins"]):
+            found.setdefault(label(sample, t), []).append((sample["group"], margin > eta))
+    return {name: mean(of) for name, of in sorted(found.items(), key=lambda item: -len(item[1]))}
+
+
+def right(samples):
+    """How often y and y+ are right, y+ minus y, and how often only one of them is."""
+    values = {
+        "y": lambda s: s["right"],
+        "y+": lambda s: s["chosen_right"],
+        "y+ minus y": lambda s: s["chosen_right"] - s["right"],
+        "y alone": lambda s: s["right"] and not s["chosen_right"],
+        "y+ alone": lambda s: s["chosen_right"] and not s["right"],
+    }
+    return {name: mean([(s["group"], value(s)) for s in samples]) for name, value in values.items()}
+
+
+def read(out, group):
+    """The samples of a folder: what warmup_distill.py stored, the text of each token, and whether the answers are right."""
+    golds = {row["prompt_id"]: row["gold"] for row in data.open_arrow(out / "prompts.arrow")}
+    tokenizer = AutoTokenizer.from_pretrained(runs.read_json(out / "args.json")["args"]["student"])
+    text = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+    samples = lab.read_samples(out)
+    for s in samples:
+        gold = golds[s["prompt_id"]]
+        s["margins"] = [q - p for q, p in zip(s["student_logprobs"], s["teacher_logprobs"], strict=True)]
+        s["group"] = s["prompt_id"] if group is None else group
+        s["kinds"] = [kind(text([i])) for i in s["response_ids"]]
+        s["kinds"][-1] = "the end" if s["ended"] else s["kinds"][-1]
+        s["right"] = s["ended"] and scoring.is_correct(text(s["response_ids"]), gold)
+        s["chosen_right"] = s["chosen_ended"] and scoring.is_correct(text(s["chosen_ids"]), gold)
+    return samples
+
+
+def main(argv):
+    if len(argv) < 2:
+        sys.exit(__doc__)
+    made = lab.record(f"python experiments/mismatch.py {argv[0]} OUT...", 0)
+    outs = [Path(out) for out in argv[1:]]
+    [eta] = {runs.read_json(out / "args.json")["args"]["eta"] for out in outs}
+    of_outs = [read(out, k if len(outs) > 1 else None) for k, out in enumerate(outs)]
+    samples = [sample for of_out in of_outs for sample in of_out]
+    sizes = {
+        "prompts": sum(len({s["prompt_id"] for s in of_out}) for of_out in of_outs),
+        "samples": len(samples),
+        "tokens": sum(len(s["margins"]) for s in samples),
+        "cut": round(statistics.fmean(not s["ended"] for s in samples), 4),
+    }
+    stopped, mean_of = [s for s in samples if s["t_star"] >= 0], lambda s, key: statistics.fmean(s[key])
+    subsets = {
+        "with a mismatch": stopped,
+        "of these, kept by --keep teacher": [
+            s for s in stopped if mean_of(s, "chosen_teacher_logprobs") > mean_of(s, "teacher_logprobs")
+        ],
+        "without a mismatch": [s for s in samples if s["t_star"] < 0],
+    }
+    parts = {
+        "eta": {f"{eta:g}": at_eta(samples, eta) for eta in ETAS},
+        "place": shares(samples, eta, lambda sample, t: place(t)),
+        "token": shares(samples, eta, lambda sample, t: sample["kinds"][t]),
+        "right": {name: right(found) for name, found in subsets.items() if found},
+    }
+    lab.write_result(f"mismatch_{argv[0]}", {"record": made, "eta": eta, "outs": len(outs), "sizes": sizes}, parts)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
