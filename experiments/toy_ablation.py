@@ -31,7 +31,8 @@ where it starts:
 
 Learning rates of KD are chosen for each loss and budget, for "none" and for "warm-up" apart, in the condition "gold";
 the other starts use those of "warm-up", KD with more steps that of the nearest budget (200 is one, for this alone), the
-other conditions the same. DPO's settings come from dpo_sensitivity.json.
+other conditions the same. DPO's settings come from dpo_sensitivity.json. "gold" has two losses and all starts; the others have
+reverse KL, by which the warm-up gained most in the first edition, and the starts none, warm-up and none + tokens.
 """
 
 import functools
@@ -169,7 +170,7 @@ def report(condition, seed):
         if not start.startswith("none +"):
             job = functools.partial(make_start, task, start, selected["dpo"])
             jobs.append((f"{condition}/{start}", lambda job=job: job()[1]))
-        for loss in LOSSES[1:] if kd_flags.get("mode") == "student" else LOSSES:
+        for loss in LOSSES if starts is ALL else LOSSES[1:]:
             for budget in BUDGETS:
                 job = functools.partial(distil, task, condition, start, loss, budget, selected, alone)
                 jobs.append((f"{condition}/{start}/{loss}/{budget}", job))
