@@ -5,42 +5,47 @@
 Its parts, all but the first at the runs' own eta:
 
     eta        for eta from 0.5 to 10: share of samples and of tokens above it, and where t* is
-    place      share of the tokens above eta, by position in the response
-    token      the same by kind of token: digits, words (with a letter), the end, other
+    token      share of the tokens above eta, by position in the response, and by kind: digits, words (with a letter),
+               the end, other
     right      how often y and y+ answer right, and y+ minus y: in samples with a mismatch, and in those of them that
-               `--keep teacher` keeps; y alone in samples without one. A response that did not end is not right
+               `--keep teacher` keeps; and in samples without one, where y+ is y. A response that did not end is not right
 
-`half`s are halves of 95% intervals, from the spread of the groups' own means. A group is what is drawn independently: a
+`half`s are halves of 95% intervals, by groups. A group is what is drawn independently: a
 prompt, or where each OUT has models of its own, an OUT. README.md has the commands that made the folders.
 """
 
+import math
 import statistics
 import sys
-from math import ceil
 from pathlib import Path
 
 import lab
 from transformers import AutoTokenizer
 
 from lib import data, runs, scoring
+from warmup_distill import ETA_GRID
 
-ETAS = [0.5 * k for k in range(1, 21)]
-PLACES = (0, 10, 20, 40, 80, 160, 320)
+PLACES = (0, 10, 20, 40, 80, 160, 320, 10**6)  # bands of positions
 
 
 def quantile(values, share):
     """The smallest of `values` at or below which at least `share` of them are."""
-    return sorted(values)[ceil(share * len(values)) - 1]
+    return sorted(values)[math.ceil(share * len(values)) - 1]
 
 
 def mean(found):
-    """{"mean", "half", "count"} of a list of (group, number); shares are means of True and False."""
-    groups = {}
+    """{"mean", "half", "count"} of a list of (group, number); shares are means of True and False.
+
+    half: of the 95% interval of a ratio estimate, t sqrt(n / (n - 1) sum_g r_g^2) / N, with n groups, N values and r_g
+    the sum of a group's deviations from the mean.
+    """
+    average, residuals = statistics.fmean(value for _, value in found), {}
     for group, value in found:
-        groups.setdefault(group, []).append(value)
-    values = [value for of_group in groups.values() for value in of_group]
-    half = lab.t_interval([statistics.fmean(of_group) for of_group in groups.values()])[1]
-    return {"mean": round(statistics.fmean(values), 5), "half": round(half, 5), "count": len(values)}
+        residuals[group] = residuals.get(group, 0) + value - average
+    n, half = len(residuals), math.inf
+    if n > 1:
+        half = lab.t_quantile(n - 1) * math.sqrt(n / (n - 1) * sum(r * r for r in residuals.values())) / len(found)
+    return {"mean": round(average, 5), "half": round(half, 5), "count": len(found)}
 
 
 def at_eta(samples, eta):
@@ -63,20 +68,15 @@ def kind(text):
     return "words" if any(c.isalpha() for c in text) else "digits" if any(c.isdigit() for c in text) else "other"
 
 
-def place(position):
-    """Its band: "10 to 19", the last one "320 on"."""
-    start = max(start for start in PLACES if start <= position)
-    after = [f"{start} to {end - 1}" for end in PLACES if end > start]
-    return after[0] if after else f"{start} on"
-
-
-def shares(samples, eta, label):
-    """{label: share of the tokens above eta}, most frequent first. label: of (sample, position)."""
+def by_token(samples, eta):
+    """{"tokens 10 to 19", ..., "digits", ...: share of these tokens above eta}."""
     found = {}
     for sample in samples:
-        for t, margin in enumerate(sample["margins"]):
-            found.setdefault(label(sample, t), []).append((sample["group"], margin > eta))
-    return {name: mean(of) for name, of in sorted(found.items(), key=lambda item: -len(item[1]))}
+        for t, (margin, kind) in enumerate(zip(sample["margins"], sample["kinds"])):
+            place = next(k for k in range(len(PLACES) - 1) if t < PLACES[k + 1])
+            for name in (f"tokens {PLACES[place]} to {PLACES[place + 1] - 1}", kind):
+                found.setdefault(name, []).append((sample["group"], margin > eta))
+    return {name: mean(of) for name, of in found.items()}
 
 
 def right(samples):
@@ -111,9 +111,12 @@ def read(out, group):
 def main(argv):
     if len(argv) < 2:
         sys.exit(__doc__)
-    made = lab.record(f"python experiments/mismatch.py {argv[0]} OUT...", 0)
+    made = lab.record(f"python experiments/mismatch.py {argv[0]} OUT...")
     outs = [Path(out) for out in argv[1:]]
-    [eta] = {runs.read_json(out / "args.json")["args"]["eta"] for out in outs}
+    args = [runs.read_json(out / "args.json") for out in outs]
+    if any(of["code"] != runs.code_fingerprints() for of in args):
+        sys.exit("error: other code made it, in a folder that was given, make it again")
+    [eta] = {of["args"]["eta"] for of in args}
     of_outs = [read(out, k if len(outs) > 1 else None) for k, out in enumerate(outs)]
     samples = [sample for of_out in of_outs for sample in of_out]
     sizes = {
@@ -131,9 +134,8 @@ def main(argv):
         "without a mismatch": [s for s in samples if s["t_star"] < 0],
     }
     parts = {
-        "eta": {f"{eta:g}": at_eta(samples, eta) for eta in ETAS},
-        "place": shares(samples, eta, lambda sample, t: place(t)),
-        "token": shares(samples, eta, lambda sample, t: sample["kinds"][t]),
+        "eta": {f"{eta:g}": at_eta(samples, eta) for eta in ETA_GRID},
+        "token": by_token(samples, eta),
         "right": {name: right(found) for name, found in subsets.items() if found},
     }
     lab.write_result(f"mismatch_{argv[0]}", {"record": made, "eta": eta, "outs": len(outs), "sizes": sizes}, parts)

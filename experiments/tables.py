@@ -1,22 +1,28 @@
-"""Result files -> the tables of experiments/README.md.
+"""Result files -> the tables of README.md and experiments/README.md, and toy_ablation.svg.
 
-    python experiments/tables.py experiments/README.md            puts the files' numbers into the text's blocks
-    python experiments/tables.py --check experiments/README.md    exit status 1 if a block is not what the files say
+    python experiments/tables.py            puts the files' numbers into the texts' blocks, and draws the figure
+    python experiments/tables.py --check    writes nothing; exit status 1 if a block or the figure is not what the files
+                                            say, or if a text has a number that none of its tables has. Says where
+                                            scripts and lib/ have changed since a result
 
 A block begins with `<!-- NAME.json: TABLE -->` and ends with `<!-- end -->`. Differences are paired by seed; in
 brackets their 95% interval, Student's t over seeds. Differences whose interval leaves out 0 are in bold.
+
+Numbers of a text: those of experiments/README.md, and of the results in README.md, outside of `code` and links.
 """
 
 import json
 import re
 import statistics
+import subprocess
 import sys
-from pathlib import Path
 
+import lab
 from lab import FOLDER, mean_sd, paired
 
 from lib import runs
 
+PAGES = (lab.ROOT / "README.md", FOLDER / "README.md")
 BUDGETS = ("25", "100")
 LOSSES = ("forward_kl", "reverse_kl")
 PEER_LOSSES = ("forward_kl", "reverse_kl", "jsd")  # of bench/kd_loss.py
@@ -143,6 +149,27 @@ def ablation_controls(result):
     return table(header, rows, result, test_seeds(result))
 
 
+def effect(result):
+    """toy_ablation.svg: after 25 steps of KD, what the warm-up gains at equal steps and at equal tokens."""
+    x, parts = lambda points: 470 + 5 * points, []
+    for k, condition in enumerate(c for c in CONDITIONS if f"{c}/none" in result["runs"]):
+        parts.append(f'<text x="310" y="{44 * k + 64}" text-anchor="end">{CONDITIONS[condition]}</text>')
+        for j, (start, colour) in enumerate((("none", "#0072b2"), ("none + tokens", "#d55e00"))):
+            arms = (result["runs"][f"{condition}/{s}/reverse_kl/25"]["accuracy"] for s in ("warm-up", start))
+            mean, half = paired(*([100 * value for value in arm] for arm in arms))
+            y, ends = 44 * k + 54 + 14 * j, f'x1="{x(mean - half):.1f}" x2="{x(mean + half):.1f}"'
+            parts.append(f'<line {ends} y1="{y}" y2="{y}" stroke="{colour}" stroke-width="3"/>')
+            parts.append(f'<circle cx="{x(mean):.1f}" cy="{y}" r="5" fill="{colour}"/>')
+    height = 44 * (k + 1) + 70
+    for points in range(-30, 41, 10):
+        parts.append(f'<path d="M{x(points)} 40V{height - 34}" stroke="#ccc"/>')
+        parts.append(f'<text x="{x(points)}" y="{height - 16}" text-anchor="middle">{points:+d}</text>')
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="700" height="{height}" font-family="sans-serif" font-size="13">'
+    title = '<text x="20" y="24">Warm-up + KD minus KD alone, points:'
+    key = ' <tspan fill="#0072b2">same KD steps (25)</tspan>, <tspan fill="#d55e00">same tokens</tspan>; 95% intervals</text>'
+    return "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', title + key, *parts, "</svg>\n"])
+
+
 def samples_of(result):
     """What a table of mismatch.py is of."""
     sizes, group = result["sizes"], "seed" if result["outs"] > 1 else "prompt"
@@ -168,13 +195,10 @@ def by_eta(result):
 
 def by_token(result):
     """Where, and on which kinds of tokens, the margin is above eta."""
-    found, rows = result["runs"], []
-    places = sorted(found["place"], key=lambda name: int(name.split()[0]))
-    for title, names in (("position", places), ("kind", found["token"])):
-        for name in names:
-            of = found["place" if title == "position" else "token"][name]
-            rows.append([title, name, f"{of['count']:,}", f"{100 * of['mean']:.2f} ± {100 * of['half']:.2f}"])
-    return table(["tokens by", "", "tokens", f"above eta {result['eta']:g}, %"], rows, result, samples_of(result))
+    rows = []
+    for name, of in sorted(result["runs"]["token"].items(), key=lambda item: (len(item[0]), item[0])):
+        rows.append([name, f"{of['count']:,}", f"{100 * of['mean']:.2f} ± {100 * of['half']:.2f}"])
+    return table(["tokens", "how many", f"above eta {result['eta']:g}, %"], rows, result, samples_of(result))
 
 
 def by_answer(result):
@@ -273,6 +297,8 @@ TABLES = {
     "dpo_sensitivity": {"settings": sensitivity},
     "bench": {"all": speed, "short": speed_in_short, "growth": growth},
 }
+NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+NOT_TEXT = re.compile(r"```.*?```|`[^`]*`|\]\([^)]*\)|<!--.*?-->", re.DOTALL)  # code, links, comments
 BLOCK = re.compile(r"(<!-- (?:experiments/)?(\w+)\.jsonl?: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -289,13 +315,38 @@ def fill(text):
     return BLOCK.sub(block, text)
 
 
+def loose_numbers(text):
+    """The numbers of a text that are in none of its tables, signs aside."""
+    in_tables = set(NUMBER.findall(" ".join(found[4] for found in BLOCK.finditer(text))))
+    return [number for number in NUMBER.findall(NOT_TEXT.sub("", BLOCK.sub("", text))) if number not in in_tables]
+
+
+def changed_since(commit):
+    """The scripts and files of lib/ and toy/ that are not those of a commit, in words."""
+    command = ["git", "-C", str(lab.ROOT), "diff", "--name-only", commit, "--", "*.py", ":!experiments"]
+    command += [":!tests", ":!tools"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return "unknown, it is not in this checkout" if done.returncode else ", ".join(done.stdout.split()) or "nothing"
+
+
 def main(argv):
-    text = Path(argv[-1]).read_text(encoding="utf-8")
-    if "--check" not in argv:
-        Path(argv[-1]).write_text(fill(text), encoding="utf-8")
-    elif fill(text) != text:
-        sys.exit(f"error: {argv[-1]} is not what the result files say, run tables.py without --check")
-    print(f"{argv[-1]}: {len(BLOCK.findall(text))} tables are what the result files say")
+    figure, drawn = FOLDER / "toy_ablation.svg", effect(read("toy_ablation"))
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        results = text if page.parent == FOLDER else text.partition("\n## Results\n")[2].partition("\n## ")[0]
+        if "--check" not in argv:
+            page.write_text(fill(text), encoding="utf-8")
+            figure.write_text(drawn, encoding="utf-8")
+        elif fill(text) != text or figure.read_text(encoding="utf-8") != drawn:
+            sys.exit(f"error: {page} is not what the result files say, run tables.py without --check")
+        elif loose := loose_numbers(results):
+            sys.exit(f"error: numbers that no table has, in {page}, take them from a table: {', '.join(loose)}")
+        print(f"{page}: {len(BLOCK.findall(text))} tables")
+    for name in TABLES:
+        result = read(name)
+        records = result if name == "bench" else result.get("records", {"": result.get("record")}).values()
+        for commit in dict.fromkeys(record["commit"] for record in records):
+            print(f"{name}.json: {commit[:7]}, changed since: {changed_since(commit)}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     export OMP_NUM_THREADS=1
     python experiments/toy_ablation.py select [SEED...]          learning rates of KD, on the dev sets of seeds 1 to 3
-    python experiments/toy_ablation.py report CONDITION SEED...  the report seeds: two processes can share them
+    python experiments/toy_ablation.py report CONDITION SEED...  the report seeds, which processes can share; not the
+                                                                 conditions of one seed
     python experiments/toy_ablation.py collect                   what is finished -> experiments/toy_ablation.json
 
 About 4 hours of CPU time in all; resumes. `select` with seeds runs these alone and writes nothing. Every arm ends in B
@@ -15,8 +16,8 @@ where it starts:
                teacher    no gold responses: KD on the teacher's greedy responses to the same prompts
                student    no gold responses: on-policy KD, without CE
                no student is taught wrong facts in the others, all on gold responses:
-               trained-30, -60, -90   trained too little: steps at which it has about 30, 60, 90% of its task right,
-                          chosen on seeds 1 to 3
+               steps-500, steps-540, steps-650   trained too little, 800 steps are usual: by a trial with seeds 1 to 3
+                          these give about 30, 60 and 90% of right answers; how many they gave is in the table
                small      three quarters of the width
                two-digit  trained on problems of two digits
     start      none       the student as it is: KD alone
@@ -51,7 +52,7 @@ RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 RATE_BUDGETS = {"none": (25, 100, 200), "warm-up": BUDGETS}  # what a rate is chosen for
 SELECT_SEEDS = (1, 2, 3)
 LOSSES = ("forward_kl", "reverse_kl")
-FEW = ("none", "warm-up", "none + tokens")  # "none" first: it says what a step of KD costs
+FEW = ("none", "warm-up", "none + tokens")
 ALL = (*FEW, "none + teacher tokens", "sft", "plain", "no-splice", "no-splice-same", "random")
 SHARES = ("accuracy", "replaced")  # kept for each seed
 # condition -> starts, flags of kd.py, what differs in the student (lab.other_student)
@@ -60,9 +61,9 @@ CONDITIONS = {
     "mismatch": (FEW, {}, {"misconceived": 0.5}),
     "teacher": (FEW, {"mode": "teacher"}, None),
     "student": (FEW, {"mode": "student"}, None),
-    "trained-30": (FEW, {}, {"steps": 500}),
-    "trained-60": (FEW, {}, {"steps": 540}),
-    "trained-90": (FEW, {}, {"steps": 650}),
+    "steps-500": (FEW, {}, {"steps": 500}),
+    "steps-540": (FEW, {}, {"steps": 540}),
+    "steps-650": (FEW, {}, {"steps": 650}),
     "small": (FEW, {}, {"hidden_size": 24, "intermediate_size": 72}),
     "two-digit": (FEW, {}, {"operands": range(10, 100)}),
 }
@@ -94,7 +95,7 @@ def select(seeds):
 
     With seeds, only their runs are made.
     """
-    sensitivity = runs.read_json(FOLDER / "dpo_sensitivity.json")
+    sensitivity = lab.read_result("dpo_sensitivity")
     plain, aided = (dpo_sensitivity.best(sensitivity, with_nll) for with_nll in (False, True))
     chosen = {"warm-up": dpo_sensitivity.settings_of(aided), "plain": dpo_sensitivity.settings_of(plain)}
     found = {start: search(start, chosen, seeds or SELECT_SEEDS) for start in RATE_BUDGETS}
@@ -102,7 +103,7 @@ def select(seeds):
         return
     rates = {start: best_rates(found[start]) for start in found}
     means = {f"{s}/{k}": [round(v, 4) for v in values] for s in found for k, values in found[s].items()}
-    head = {"record": lab.record("python experiments/toy_ablation.py select", 0), "seeds": SELECT_SEEDS}
+    head = {"record": lab.record("python experiments/toy_ablation.py select"), "seeds": SELECT_SEEDS}
     lab.write_result("toy_selected", head | {"dpo": chosen, "rates": rates}, means)
 
 
@@ -127,30 +128,26 @@ def rate_of(rates, loss, steps):
     return rates[min(rates, key=lambda budget: abs(math.log(steps / budget)))]
 
 
-def extra_steps(extra, warmup, alone, loss):
-    """How many KD steps cost what the warm-up cost. alone: {loss: {budget: result}} of KD alone."""
+def extra_steps(extra, warmup, short, long):
+    """How many KD steps cost what the warm-up cost. short, long: results of KD alone, which give the price of a step."""
     keys = ["teacher_tokens"] if extra == "none + teacher tokens" else ["student_tokens", "teacher_tokens"]
-    long = alone[loss][max(alone[loss])]
-    return math.ceil(sum(warmup[key] for key in keys) / sum(long[key] / long["steps"] for key in keys))
+    total = lambda result: sum(result[key] for key in keys)
+    return math.ceil(total(warmup) * (long["steps"] - short["steps"]) / (total(long) - total(short)))
 
 
-def distil(task, condition, start, loss, budget, selected, alone):
-    """One KD run. alone: {loss: {budget: result}} of "none", filled as it goes, for the number of extra steps."""
-    flags, steps, rates = CONDITIONS[condition][1], budget, selected["rates"]["none"]
+def distil(task, condition, start, loss, budget, selected):
+    """One KD run."""
+    steps, rates = budget, selected["rates"]["none"]
     model = task.paths["student"]
     if start.startswith("none +"):
         warmup = make_start(task, "warm-up", selected["dpo"])[1]
-        steps += extra_steps(start, warmup, alone, loss)
+        alone = (distil(task, condition, "none", loss, budget, selected) for budget in BUDGETS)  # they are there
+        steps += extra_steps(start, warmup, *alone)
     else:
         model = make_start(task, start, selected["dpo"])[0]
         rates = selected["rates"]["none" if start == "none" else "warm-up"]
-    settings = {**flags, "loss": loss, "max_steps": steps, "lr": rate_of(rates, loss, steps)}
-    if condition == "teacher":  # the teacher writes no more than is read: 1,000 examples, in steps of 32
-        settings["limit"] = min(1000, steps * 32)
-    result = task.kd(f"{condition}/{start}/{loss}/{budget}", model, **settings)
-    if start == "none":
-        alone.setdefault(loss, {})[budget] = result
-    return result
+    settings = {**CONDITIONS[condition][1], "loss": loss, "max_steps": steps, "lr": rate_of(rates, loss, steps)}
+    return task.kd(f"{condition}/{start}/{loss}/{budget}", model, **settings)
 
 
 def folder_of(condition):
@@ -160,19 +157,19 @@ def folder_of(condition):
 
 def report(condition, seed):
     """All arms of one condition on the test set of one seed -> SEED/CONDITION.json."""
-    selected = runs.read_json(FOLDER / "toy_selected.json")
-    starts, kd_flags, student = CONDITIONS[condition]
+    selected = lab.read_result("toy_selected")
+    starts, _, student = CONDITIONS[condition]
     task = lab.Toy(ROOT / "out/toy_test", seed, "test")
     if student:
         task = lab.Toy(folder_of(condition), seed, "test", base=task, **student)
-    jobs, alone = [], {}
+    jobs = []
     for start in starts:
         if not start.startswith("none +"):
             job = functools.partial(make_start, task, start, selected["dpo"])
             jobs.append((f"{condition}/{start}", lambda job=job: job()[1]))
         for loss in LOSSES if starts is ALL else LOSSES[1:]:
             for budget in BUDGETS:
-                job = functools.partial(distil, task, condition, start, loss, budget, selected, alone)
+                job = functools.partial(distil, task, condition, start, loss, budget, selected)
                 jobs.append((f"{condition}/{start}/{loss}/{budget}", job))
     runs.write_json(task.folder / f"{condition}.json", lab.run_all(jobs, f"{condition}, seed {seed}"))
 
@@ -183,7 +180,7 @@ def collect():
     A condition that has none here stays as it is in the file, with its own record.
     """
     old = runs.read_json(FOLDER / "toy_ablation.json")
-    records, seeds, rows, selected = old["records"], old["seeds"], {}, runs.read_json(FOLDER / "toy_selected.json")
+    records, seeds, rows, selected = old["records"], old["seeds"], {}, lab.read_result("toy_selected")
     for condition in CONDITIONS:
         files = {seed: folder_of(condition) / str(seed) / f"{condition}.json" for seed in REPORT_SEEDS}
         found = {seed: runs.read_json(file) for seed, file in files.items() if file.exists()}
@@ -192,13 +189,12 @@ def collect():
         if not found:
             rows |= {name: row for name, row in old["runs"].items() if name.startswith(f"{condition}/")}
             continue
-        cpu_seconds = sum(r.get("seconds", 0) for results in found.values() for r in results.values())
-        records[condition] = lab.record("python experiments/toy_ablation.py", cpu_seconds)
+        records[condition] = lab.record("python experiments/toy_ablation.py")
         seeds[condition] = list(found)
         for name in next(iter(found.values())):
             results = [found[seed][name] for seed in found]
             rows[name] = {key: [round(r[key], 4) for r in results] for key in SHARES if key in results[0]}
-            for key in ("steps", "pairs", "student_tokens", "teacher_tokens", "seconds"):
+            for key in ("steps", "pairs", "student_tokens", "teacher_tokens"):
                 if key in results[0]:
                     rows[name][key] = round(statistics.fmean(r[key] for r in results), 1)
     lab.write_result("toy_ablation", {"records": records, "seeds": seeds, "dpo": selected["dpo"]}, rows)

@@ -114,8 +114,7 @@ def main():
             assert {file for file in code.keys() | now if code.get(file) != now.get(file)} == changed, (
                 f"{name}: other code"
             )
-    head = {"record": lab.record("the commands of tools/TEACHING.md, then python tests/teaching.py", 0), "seeds": SEEDS}
-    del head["record"]["cpu_seconds"]
+    head = {"record": lab.record("the commands of tools/TEACHING.md, then python tests/teaching.py"), "seeds": SEEDS}
     head |= {"walk": walk(ROOT / "out/warmup"), "shipped": moved_on_the_shipped_toy(ROOT / "out/warmup")}
     found = {name: figures(outs[name], outs["paper"]) for name in RULES}
     del found["reseeded"]["moved"]  # its samples are others

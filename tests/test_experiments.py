@@ -16,7 +16,7 @@ from conftest import QUIET, ROOT
 from transformers import AutoTokenizer
 
 import warmup_distill
-from lib import runs, training
+from lib import runs
 from toy import make
 
 FOLDER = ROOT / "experiments"
@@ -71,11 +71,13 @@ def test_mismatch_by_hand():
     assert [mismatch.quantile([7, 0, 3, 0], share) for share in (0.25, 0.5, 0.75, 1.0)] == [0, 0, 3, 7]
     means = {name: of["mean"] for name, of in mismatch.right(samples).items()}
     assert means == {"y": 0.66667, "y+": 0.66667, "y+ minus y": 0, "y alone": 0.33333, "y+ alone": 0.33333}
-    by_place = mismatch.shares(samples, 4, lambda sample, t: t)
-    assert {t: (of["mean"], of["count"]) for t, of in by_place.items()} == {0: (0.33333, 3), 1: (0.33333, 3), 2: (1, 1)}
-    assert [mismatch.place(t) for t in (0, 9, 10, 319, 320, 999)] == ["0 to 9"] * 2 + ["10 to 19", "160 to 319"] + [
-        "320 on"
-    ] * 2
+    for sample in samples:
+        sample["kinds"] = ["digits", "words", "other"][: len(sample["margins"])]
+    shares = {name: (of["mean"], of["count"]) for name, of in mismatch.by_token(samples, 4).items()}
+    assert shares == {"tokens 0 to 9": (0.42857, 7), "digits": (0.33333, 3), "words": (0.33333, 3), "other": (1, 1)}
+    long = {"group": 0, "margins": [0.0] * 321, "kinds": ["words"] * 321}
+    counts = {name: of["count"] for name, of in mismatch.by_token([long], 4).items()}
+    assert (counts["tokens 10 to 19"], counts["tokens 160 to 319"], counts["tokens 320 to 639"]) == (10, 160, 1)
     assert [mismatch.kind(text) for text in (" the", "A1", " 12", "=", "\n")] == ["words"] * 2 + ["digits"] + [
         "other"
     ] * 2
@@ -104,7 +106,8 @@ def test_mismatch_of_a_run(tmp_path, monkeypatch):
         assert (found["mean"], found["count"]) == (pytest.approx(sum(same) / replaced, abs=1e-5), replaced)
     ends = result["runs"]["token"]["the end"]["count"]
     assert ends == sum(row["ended"] for row in samples) and result["outs"] == 2
-    assert sum(of["count"] for of in result["runs"]["place"].values()) == result["sizes"]["tokens"]
+    found = result["runs"]["token"].items()
+    assert sum(of["count"] for name, of in found if name.startswith("tokens")) == result["sizes"]["tokens"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -340,8 +343,8 @@ def test_a_run_of_each_kind(task):
     """Warm-up, DPO, KD in its three modes: accuracy and costs; only what is needed is kept."""
     few = {"max_steps": 2, "batch_size": 4, "micro_batch_size": 4, "max_new_tokens": 8}
     warm = task.warmup("warm", limit=4, samples=2, prompts_per_batch=2, eta=-1e9, **few)
-    folder, size = task.folder / "warm", {"max_steps": 2, "batch_size": 4, "micro_batch_size": 4}
-    again = task.dpo("again", "warm", **size)
+    folder = task.folder / "warm"
+    again = task.dpo("again", "warm", max_steps=2, batch_size=4, micro_batch_size=4)
     assert {path.name for path in folder.iterdir()} == {"student", "pairs", "pairs.jsonl", "result.json"}
     rows = [row for file in (folder / "pairs").glob("*.jsonl") for row in runs.read_jsonl(file)]
     pairs = runs.read_jsonl(folder / "pairs.jsonl")
@@ -352,11 +355,6 @@ def test_a_run_of_each_kind(task):
     # The same pairs at the same settings: the same student, and the same costs
     for key in ("accuracy", "student_tokens", "teacher_tokens"):
         assert again[key] == warm[key], key
-    # SFT on the same pairs: no reference, no rejected suffix; each step's pairs at their own lengths
-    sft = task.dpo("sft", "warm", beta=1e-9, nll_weight=1.0, **size)
-    batches = [training.batch_of_step(step, len(pairs), 4, task.seed) for step in range(2)]
-    tokens = sum(len(pairs[i]["prompt_ids"] + pairs[i]["chosen_ids"]) for batch in batches for i in batch)
-    assert again["student_tokens"] - sft["student_tokens"] == warm["dpo_tokens"] - tokens > 0
     few |= {"limit": 8, "max_new_tokens": 40}
     modes = ("gold", "teacher", "student")
     gold, teacher, student = (task.kd(mode, folder / "student", mode=mode, **few) for mode in modes)
@@ -394,10 +392,12 @@ def test_a_finished_run_is_not_run_again(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_tables_are_what_the_result_files_say():
+def test_tables_are_what_the_result_files_say(capsys):
+    """And each number of the text is in a table; what has changed since a result is said."""
+    tables.main(["--check"])
+    assert f"bench.jsonl: {tables.read('bench')[0]['commit'][:7]}, changed since: " in capsys.readouterr().out
     blocks = set()
-    for page in (FOLDER / "README.md", ROOT / "README.md"):
-        tables.main(["--check", page])
+    for page in tables.PAGES:
         blocks |= {match.groups()[1:3] for match in tables.BLOCK.finditer(page.read_text(encoding="utf-8"))}
     assert blocks == {(name, kind) for name, kinds in tables.TABLES.items() for kind in kinds}
 
@@ -419,21 +419,30 @@ def test_result_files_say_how_they_came_to_be():
 
 
 def test_a_number_that_was_changed_by_hand_is_found(tmp_path, monkeypatch):
-    result = {"record": dict.fromkeys(RECORD, "x"), "seeds": [1, 2]}
+    result = {"record": dict.fromkeys(RECORD, "x") | {"commit": "HEAD"}, "seeds": [1, 2]}
     result |= {"kd": {"loss": "forward_kl", "max_steps": 25, "lr": 1e-3}, "default": {"beta": 0.5}}
     row = {"accuracy": [0.5, 0.7], "after_kd": [0.6, 0.8]}
     monkeypatch.setattr(lab, "FOLDER", tmp_path)
     monkeypatch.setattr(tables, "FOLDER", tmp_path)
+    lab.write_result("toy_ablation", {"records": {}}, {})
     lab.write_result("dpo_sensitivity", result, {"no warm-up": row, "default": row})
     assert tables.read("dpo_sensitivity") == result | {"runs": {"no warm-up": row, "default": row}}
     readme = tmp_path / "README.md"
     readme.write_text("text\n<!-- dpo_sensitivity.json: settings -->\n<!-- end -->\n")
-    tables.main([str(readme)])
-    tables.main(["--check", str(readme)])
+    monkeypatch.setattr(tables, "PAGES", (readme,))
+    monkeypatch.setattr(tables, "effect", lambda result: "<svg/>")
+    monkeypatch.setattr(tables, "TABLES", {"dpo_sensitivity": tables.TABLES["dpo_sensitivity"]})
+    tables.main([])
+    tables.main(["--check"])
     assert "| default | 60.0 ± 14.1 | 70.0 ± 14.1 |" in readme.read_text()
     readme.write_text(readme.read_text().replace("60.0", "61.0", 1))
     with pytest.raises(SystemExit, match="is not what the result files say"):
-        tables.main(["--check", str(readme)])
+        tables.main(["--check"])
+    tables.main([])
+    # Of the text: 70.0 and 2 are in the table, code and links are no text
+    readme.write_text("70.0, 2 seeds, `7.5` [x](y8.html)\n" + readme.read_text() + "gains 71.5 or 1,234 points\n")
+    with pytest.raises(SystemExit, match="numbers that no table has, in .*: 71.5, 1,234"):
+        tables.main(["--check"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

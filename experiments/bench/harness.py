@@ -2,8 +2,8 @@
 
 A benchmark is a script with a function measure(args) that does the work of `args.kind` and returns `Stages.result`.
 `compare` runs it for each kind in turn, each time in a process of its own, and raises AssertionError unless all kinds
-computed the same. It prints minimum, median and maximum of seconds or GiB, and the ratio to the first kind, which is
-this project; then the machine's limits, and as the last line JSON, for experiments/bench.jsonl.
+computed the same. It prints the machine's limits; median, minimum and maximum of seconds or GiB, and the ratio to the
+first kind, which is this project; and as the last line JSON, for experiments/bench.jsonl.
 
 Memory: glibc gives large blocks back to the kernel as soon as they are free, and the next tensor begins with page
 faults. All kinds keep freed memory unless --page-faults is given (KEEP_MEMORY, on Linux).
@@ -15,7 +15,6 @@ import itertools
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -27,7 +26,9 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parent.parent.parent
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "1099511627776"}
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
+
+import tables
 
 from lib import decode, runs
 
@@ -171,29 +172,10 @@ def compare(file, argv, args, measure, kinds, launch=lambda kind: [sys.executabl
             for name, value in ours["check"].items():
                 assert_same(value, theirs["check"][name], name, **tolerance)
     print(f"check: {' and '.join(kinds)} agree in {', '.join(found[kinds[0]][0]['check'])}")
-    report(found)
     limits = ceiling(args)
     print(", ".join(f"{value:.1f} {unit}" for unit, value in limits.items()), "is what this machine gives")
     stages = {kind: [result["stages"] for result in results] for kind, results in found.items()}
-    line = {
-        "bench": Path(file).stem,
-        "commit": runs.git_commit(),
-        "args": vars(args),
-        "ceiling": limits,
-        "stages": stages,
-    }
-    print(json.dumps(line), flush=True)
+    line = {"bench": Path(file).stem, "commit": runs.git_commit(), "args": vars(args)}
+    line |= {"ceiling": limits, "stages": stages}
+    print(tables.speed([line]), json.dumps(line), sep="\n", flush=True)
     return found
-
-
-def report(found):
-    """Prints minimum, median and maximum of each stage and kind, and the ratio of the median to that of the first."""
-    first = next(iter(found))
-    print(f"{'stage':12} {'kind':14} {'min':>10} {'median':>10} {'max':>10}")
-    for stage, [unit] in found[first][0]["stages"].items():
-        values = {kind: [result["stages"][stage][unit] for result in results] for kind, results in found.items()}
-        base = statistics.median(values[first])
-        for kind, of_kind in values.items():
-            middle = statistics.median(of_kind)
-            row = f"{stage:12} {kind:14} {min(of_kind):10.3f} {middle:10.3f} {max(of_kind):10.3f} {unit}"
-            print(f"{row}  {middle / base:.2f} times {first}")
