@@ -2,16 +2,15 @@
 
     python experiments/tables.py            puts the files' numbers into the texts' blocks, and draws the figure
     python experiments/tables.py --check    writes nothing; exit status 1 if a block or the figure is not what the files
-                                            say, or if a text has a number that none of its tables has. Says where
-                                            scripts and lib/ have changed since a result
+                                            say, or if a text has a number that none of its tables has. Says what
+                                            of the code has changed since a result
 
 A block begins with `<!-- NAME.json: TABLE -->` and ends with `<!-- end -->`. Differences are paired by seed; in
 brackets their 95% interval, Student's t over seeds. Differences whose interval leaves out 0 are in bold.
 
-Numbers of a text: those of experiments/README.md, and of the results in README.md, outside of `code` and links.
+Numbers of a text: those of experiments/README.md, and of the results in README.md, outside of `code` and links; a table is one of its section.
 """
 
-import json
 import re
 import statistics
 import subprocess
@@ -19,25 +18,13 @@ import sys
 
 import lab
 from lab import FOLDER, mean_sd, paired
+from toy_ablation import BUDGETS, CONDITIONS, LOSSES
 
 from lib import runs
 
 PAGES = (lab.ROOT / "README.md", FOLDER / "README.md")
-BUDGETS = ("25", "100")
-LOSSES = ("forward_kl", "reverse_kl")
 PEER_LOSSES = ("forward_kl", "reverse_kl", "jsd")  # of bench/kd_loss.py
 SPLIT = {"sampling": ("equal", "unequal"), "splice": ("check", "splice")}  # stages of bench/ that the README has
-CONDITIONS = {
-    "gold": "a quarter of the facts wrong",
-    "mismatch": "half of the facts wrong",
-    "teacher": "a quarter wrong; KD on the teacher's responses",
-    "student": "a quarter wrong; on-policy KD",
-    "trained-30": "trained too little (30%)",
-    "trained-60": "trained too little (60%)",
-    "trained-90": "trained too little (90%)",
-    "small": "too small",
-    "two-digit": "trained on two-digit problems",
-}
 STARTS = {
     "none": "student: KD alone",
     "warm-up": "warm-up (DPO + NLL)",
@@ -90,13 +77,6 @@ def test_seeds(result):
     return f"{max(counts.values())} test seeds in each condition{few}, test sets of 500 problems"
 
 
-def dev_seeds(result, text=""):
-    """Of a table on dev sets; which KD its "after KD" is."""
-    kd = result["kd"]
-    kd = f"KD: {kd['max_steps']} steps, {kd['loss']}, lr {kd['lr']:g}"
-    return f"{len(result['seeds'])} seeds, dev sets{text}; {kd}"
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables
 # ---------------------------------------------------------------------------------------------------------------------
@@ -107,7 +87,7 @@ def ablation_students(result):
     rows = []
     for condition in (c for c in CONDITIONS if c in result["seeds"] and c not in ("teacher", "student")):  # gold's
         before, warm = (result["runs"][f"{condition}/{start}"] for start in ("none", "warm-up"))
-        row = [CONDITIONS[condition], percent(before["accuracy"]), percent(warm["replaced"]), round(warm["pairs"])]
+        row = [CONDITIONS[condition][0], percent(before["accuracy"]), percent(warm["replaced"]), round(warm["pairs"])]
         rows.append([*row, percent(warm["accuracy"]), difference(warm["accuracy"], before["accuracy"])])
     header = ["student", "right, %", "samples with a mismatch, %", "pairs", "right after the warm-up, %", "difference"]
     return table(header, rows, result, test_seeds(result))
@@ -121,7 +101,7 @@ def ablation_gain(result):
         names = {start: f"{condition}/{start}/{loss}/{budget}" for start in STARTS}
         of = {start: results[name] for start, name in names.items() if name in results}
         if of:
-            row = [CONDITIONS[condition], loss, budget, *(percent(of[s]["accuracy"]) for s in ("none", "warm-up"))]
+            row = [CONDITIONS[condition][0], loss, budget, *(percent(of[s]["accuracy"]) for s in ("none", "warm-up"))]
             for start in ("none", "none + tokens", "none + teacher tokens"):
                 steps = f"; {of[start]['steps']:.0f} steps" if start != "none" and start in of else ""
                 ours = of["warm-up"]["accuracy"]
@@ -133,35 +113,33 @@ def ablation_gain(result):
 
 
 def ablation_controls(result):
-    """What of the warm-up it is that helps: each start's cost and accuracy, and the warm-up minus it after KD."""
+    """What of the warm-up it is that helps: each start before KD, and the warm-up minus it after KD."""
     results, rows = result["runs"], []
-    columns = [f"{loss}/{budget}" for loss in LOSSES[:2] for budget in BUDGETS[:2]]
+    columns = [f"{loss}/{budget}" for loss in LOSSES for budget in BUDGETS]
     for start in (start for start in STARTS if not start.startswith("none +")):
-        before = results[f"gold/{start}"]
-        tokens = [before.get(key, 0) / 1000 for key in ("teacher_tokens", "student_tokens")]
-        row = [STARTS[start], " + ".join(f"{count:.0f} k" for count in tokens), percent(before["accuracy"])]
+        row = [STARTS[start], percent(results[f"gold/{start}"]["accuracy"])]
         for column in columns:
             ours, theirs = (results[f"gold/{s}/{column}"]["accuracy"] for s in ("warm-up", start))
             row.append(f"{percent(ours)} %" if start == "warm-up" else difference(ours, theirs))
         rows.append(row)
-    header = ["start", "tokens, teacher's + student's", "before KD, %"]
+    header = ["start", "before KD, %"]
     header += [f"{column.replace('/', ', ')} steps: warm-up minus this" for column in columns]
     return table(header, rows, result, test_seeds(result))
 
 
 def effect(result):
     """toy_ablation.svg: after 25 steps of KD, what the warm-up gains at equal steps and at equal tokens."""
-    x, parts = lambda points: 470 + 5 * points, []
-    for k, condition in enumerate(c for c in CONDITIONS if f"{c}/none" in result["runs"]):
-        parts.append(f'<text x="310" y="{44 * k + 64}" text-anchor="end">{CONDITIONS[condition]}</text>')
+    x, parts, conditions = lambda points: 510 + 3 * points, [], [c for c in CONDITIONS if c in result["seeds"]]
+    for k, condition in enumerate(conditions):
+        parts.append(f'<text x="310" y="{44 * k + 64}" text-anchor="end">{CONDITIONS[condition][0]}</text>')
         for j, (start, colour) in enumerate((("none", "#0072b2"), ("none + tokens", "#d55e00"))):
             arms = (result["runs"][f"{condition}/{s}/reverse_kl/25"]["accuracy"] for s in ("warm-up", start))
             mean, half = paired(*([100 * value for value in arm] for arm in arms))
             y, ends = 44 * k + 54 + 14 * j, f'x1="{x(mean - half):.1f}" x2="{x(mean + half):.1f}"'
             parts.append(f'<line {ends} y1="{y}" y2="{y}" stroke="{colour}" stroke-width="3"/>')
             parts.append(f'<circle cx="{x(mean):.1f}" cy="{y}" r="5" fill="{colour}"/>')
-    height = 44 * (k + 1) + 70
-    for points in range(-30, 41, 10):
+    height = 44 * len(conditions) + 70
+    for points in range(-60, 61, 20):
         parts.append(f'<path d="M{x(points)} 40V{height - 34}" stroke="#ccc"/>')
         parts.append(f'<text x="{x(points)}" y="{height - 16}" text-anchor="middle">{points:+d}</text>')
     head = f'<svg xmlns="http://www.w3.org/2000/svg" width="700" height="{height}" font-family="sans-serif" font-size="13">'
@@ -219,8 +197,9 @@ def sensitivity(result):
         cells.append("" if row is none else difference(row["after_kd"], none["after_kd"]))
         rows.append([*cells, "" if row in (none, base) else difference(row["after_kd"], base["after_kd"])])
     header = ["DPO", "after the warm-up, %", "after KD, %", "after KD, to no warm-up", "after KD, to default"]
-    default = " ".join(f"{key} {value:g}" for key, value in result["default"].items())
-    return table(header, rows, result, dev_seeds(result, f"; default: {default}"))
+    default, kd = " ".join(f"{key} {value:g}" for key, value in result["default"].items()), result["kd"]
+    text = f"{len(result['seeds'])} seeds, dev sets; default: {default}; KD: {kd['max_steps']} steps, {kd['loss']}"
+    return table(header, rows, result, f"{text}, lr {kd['lr']:g}")
 
 
 def medians(line, stage):
@@ -297,16 +276,14 @@ TABLES = {
     "dpo_sensitivity": {"settings": sensitivity},
     "bench": {"all": speed, "short": speed_in_short, "growth": growth},
 }
-NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+NUMBER = re.compile(r"(?:(?<!\w)[+-])?\d+(?:[.,]\d+)*")
 NOT_TEXT = re.compile(r"```.*?```|`[^`]*`|\]\([^)]*\)|<!--.*?-->", re.DOTALL)  # code, links, comments
 BLOCK = re.compile(r"(<!-- (?:experiments/)?(\w+)\.jsonl?: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def read(name):
     """A result file; bench.jsonl has a line for each run of a benchmark."""
-    if name == "bench":
-        return runs.read_jsonl(FOLDER / "bench.jsonl")
-    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    return runs.read_jsonl(FOLDER / "bench.jsonl") if name == "bench" else runs.read_json(FOLDER / f"{name}.json")
 
 
 def fill(text):
@@ -315,16 +292,17 @@ def fill(text):
     return BLOCK.sub(block, text)
 
 
-def loose_numbers(text):
-    """The numbers of a text that are in none of its tables, signs aside."""
-    in_tables = set(NUMBER.findall(" ".join(found[4] for found in BLOCK.finditer(text))))
-    return [number for number in NUMBER.findall(NOT_TEXT.sub("", BLOCK.sub("", text))) if number not in in_tables]
+def loose_numbers(section):
+    """The numbers of a section's text that are in none of its tables. One without a sign may have one there."""
+    cells = " ".join(line for found in BLOCK.finditer(section) for line in found[4].split("\n") if line.startswith("|"))
+    there = {number for found in NUMBER.findall(cells) for number in (found, found.lstrip("+-"))}
+    return [number for number in NUMBER.findall(NOT_TEXT.sub("", BLOCK.sub("", section))) if number not in there]
 
 
-def changed_since(commit):
-    """The scripts and files of lib/ and toy/ that are not those of a commit, in words."""
-    command = ["git", "-C", str(lab.ROOT), "diff", "--name-only", commit, "--", "*.py", ":!experiments"]
-    command += [":!tests", ":!tools"]
+def changed_since(commit, name):
+    """The files that are not those of a commit, of the code that made the result `name`."""
+    code = [":(glob)*.py", "lib", "toy", "experiments/bench" if name == "bench" else ":(glob)experiments/*.py"]
+    command = ["git", "-C", str(lab.ROOT), "diff", "--name-only", commit, "--", *code, ":!experiments/tables.py"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return "unknown, it is not in this checkout" if done.returncode else ", ".join(done.stdout.split()) or "nothing"
 
@@ -333,20 +311,24 @@ def main(argv):
     figure, drawn = FOLDER / "toy_ablation.svg", effect(read("toy_ablation"))
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        results = text if page.parent == FOLDER else text.partition("\n## Results\n")[2].partition("\n## ")[0]
+        sections = [
+            part for part in re.split("\n(?=## )", text) if page.parent == FOLDER or part.startswith("## Results")
+        ]
         if "--check" not in argv:
             page.write_text(fill(text), encoding="utf-8")
             figure.write_text(drawn, encoding="utf-8")
         elif fill(text) != text or figure.read_text(encoding="utf-8") != drawn:
             sys.exit(f"error: {page} is not what the result files say, run tables.py without --check")
-        elif loose := loose_numbers(results):
-            sys.exit(f"error: numbers that no table has, in {page}, take them from a table: {', '.join(loose)}")
+        elif loose := [number for section in sections for number in loose_numbers(section)]:
+            sys.exit(
+                f"error: numbers that no table has, in {page}, take them from the section's tables: {', '.join(loose)}"
+            )
         print(f"{page}: {len(BLOCK.findall(text))} tables")
     for name in TABLES:
         result = read(name)
         records = result if name == "bench" else result.get("records", {"": result.get("record")}).values()
         for commit in dict.fromkeys(record["commit"] for record in records):
-            print(f"{name}.json: {commit[:7]}, changed since: {changed_since(commit)}")
+            print(f"{name}.json: {commit[:7]}, changed since: {changed_since(commit, name)}")
 
 
 if __name__ == "__main__":

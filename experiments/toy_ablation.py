@@ -55,17 +55,17 @@ LOSSES = ("forward_kl", "reverse_kl")
 FEW = ("none", "warm-up", "none + tokens")
 ALL = (*FEW, "none + teacher tokens", "sft", "plain", "no-splice", "no-splice-same", "random")
 SHARES = ("accuracy", "replaced")  # kept for each seed
-# condition -> starts, flags of kd.py, what differs in the student (lab.other_student)
+# condition -> title, starts, flags of kd.py, what differs in the student (lab.other_student)
 CONDITIONS = {
-    "gold": (ALL, {}, None),
-    "mismatch": (FEW, {}, {"misconceived": 0.5}),
-    "teacher": (FEW, {"mode": "teacher"}, None),
-    "student": (FEW, {"mode": "student"}, None),
-    "steps-500": (FEW, {}, {"steps": 500}),
-    "steps-540": (FEW, {}, {"steps": 540}),
-    "steps-650": (FEW, {}, {"steps": 650}),
-    "small": (FEW, {}, {"hidden_size": 24, "intermediate_size": 72}),
-    "two-digit": (FEW, {}, {"operands": range(10, 100)}),
+    "gold": ("a quarter of the facts wrong", ALL, {}, None),
+    "mismatch": ("half of the facts wrong", FEW, {}, {"misconceived": 0.5}),
+    "teacher": ("a quarter; KD on the teacher's responses", FEW, {"mode": "teacher"}, None),
+    "student": ("a quarter; on-policy KD", FEW, {"mode": "student"}, None),
+    "steps-500": ("trained for 500 steps", FEW, {}, {"steps": 500}),
+    "steps-540": ("trained for 540 steps", FEW, {}, {"steps": 540}),
+    "steps-650": ("trained for 650 steps", FEW, {}, {"steps": 650}),
+    "small": ("three quarters of the width", FEW, {}, {"hidden_size": 24, "intermediate_size": 72}),
+    "two-digit": ("trained on two-digit problems", FEW, {}, {"operands": range(10, 100)}),
 }
 
 
@@ -146,19 +146,19 @@ def distil(task, condition, start, loss, budget, selected):
     else:
         model = make_start(task, start, selected["dpo"])[0]
         rates = selected["rates"]["none" if start == "none" else "warm-up"]
-    settings = {**CONDITIONS[condition][1], "loss": loss, "max_steps": steps, "lr": rate_of(rates, loss, steps)}
+    settings = {**CONDITIONS[condition][2], "loss": loss, "max_steps": steps, "lr": rate_of(rates, loss, steps)}
     return task.kd(f"{condition}/{start}/{loss}/{budget}", model, **settings)
 
 
 def folder_of(condition):
     """Where the toys of a condition are."""
-    return ROOT / "out" / (f"toy_{condition}" if CONDITIONS[condition][2] else "toy_test")
+    return ROOT / "out" / (f"toy_{condition}" if CONDITIONS[condition][3] else "toy_test")
 
 
 def report(condition, seed):
     """All arms of one condition on the test set of one seed -> SEED/CONDITION.json."""
     selected = lab.read_result("toy_selected")
-    starts, _, student = CONDITIONS[condition]
+    _, starts, _, student = CONDITIONS[condition]
     task = lab.Toy(ROOT / "out/toy_test", seed, "test")
     if student:
         task = lab.Toy(folder_of(condition), seed, "test", base=task, **student)

@@ -64,8 +64,12 @@ def test_mismatch_by_hand():
     rows = [(0, [0.0, 5.0], False, True), (0, [1.0, 1.0], True, True), (1, [9.0, 0.0, 6.0], True, False)]
     samples = [dict(zip(("group", "margins", "right", "chosen_right"), row)) for row in rows]
     found = mismatch.at_eta(samples, 4)
-    # behind: (5), and all of (9, 0, 6). The groups' rates are 1/2 and 1: s = 0.353553, half width 12.706 s / sqrt(2)
-    assert found["samples"] == {"mean": 0.66667, "half": pytest.approx(3.1765, abs=1e-4), "count": 3}
+    # behind: (5), and all of (9, 0, 6). The groups' deviations from 2/3 sum to -1/3 and 1/3: half of the interval is
+    # 12.706 sqrt(2 / 1 x 2/9) / 3 = 2.82356
+    assert found["samples"] == {"mean": 0.66667, "half": pytest.approx(2.82356, abs=1e-5), "count": 3}
+    # With groups of one size it is that of the groups' means: 0 and 1 of two values each
+    half = mismatch.mean([(0, 0), (0, 0), (1, 1), (1, 1)])["half"]
+    assert half == pytest.approx(lab.t_interval([0, 1])[1], abs=1e-4)
     assert (found["tokens"], found["behind"], found["t_star"]) == (0.428571, 0.57143, [0, 0, 1])
     assert mismatch.at_eta(samples, 0.5)["samples"]["mean"] == 1 and mismatch.at_eta(samples, 10)["t_star"] is None
     assert [mismatch.quantile([7, 0, 3, 0], share) for share in (0.25, 0.5, 0.75, 1.0)] == [0, 0, 3, 7]
@@ -77,7 +81,7 @@ def test_mismatch_by_hand():
     assert shares == {"tokens 0 to 9": (0.42857, 7), "digits": (0.33333, 3), "words": (0.33333, 3), "other": (1, 1)}
     long = {"group": 0, "margins": [0.0] * 321, "kinds": ["words"] * 321}
     counts = {name: of["count"] for name, of in mismatch.by_token([long], 4).items()}
-    assert (counts["tokens 10 to 19"], counts["tokens 160 to 319"], counts["tokens 320 to 639"]) == (10, 160, 1)
+    assert (counts["tokens 10 to 19"], counts["tokens 160 to 319"], counts["tokens 320 to 999999"]) == (10, 160, 1)
     assert [mismatch.kind(text) for text in (" the", "A1", " 12", "=", "\n")] == ["words"] * 2 + ["digits"] + [
         "other"
     ] * 2
@@ -124,13 +128,12 @@ def test_rates_of_kd():
     rates = {"a/25": 25, "a/100": 100, "a/400": 400, "b/30": 30}
     nearest = {30: 25, 49: 25, 51: 100, 199: 100, 201: 400, 900: 400}
     assert {steps: toy_ablation.rate_of(rates, "a", steps) for steps in nearest} == nearest
-    # Extra steps: a warm-up of 1,000 and 500 tokens; a KD step has 20 and 10. The longest run of KD alone is what counts
+    # Extra steps: a warm-up of 1,000 and 500 tokens; a KD step has 20 and 10, and a start of 7 that is paid once
     warmup = {"student_tokens": 1000, "teacher_tokens": 500}
-    run = lambda steps: {"steps": steps, "student_tokens": 20 * steps, "teacher_tokens": 10 * steps}
-    alone = {"forward_kl": {25: run(25), 100: run(100)}}
-    assert toy_ablation.extra_steps("none + tokens", warmup, alone, "forward_kl") == 50
-    alone["forward_kl"][100]["teacher_tokens"] = 900
-    assert toy_ablation.extra_steps("none + teacher tokens", warmup, alone, "forward_kl") == 56  # 500 / 9, rounded up
+    run = lambda steps: {"steps": steps, "student_tokens": 20 * steps + 7, "teacher_tokens": 10 * steps}
+    assert toy_ablation.extra_steps("none + tokens", warmup, run(25), run(100)) == 50
+    long = run(100) | {"teacher_tokens": 925}
+    assert toy_ablation.extra_steps("none + teacher tokens", warmup, run(25), long) == 56  # 500 / 9, rounded up
 
 
 def test_moved_mismatch_is_a_control_and_goes_away():
@@ -308,7 +311,7 @@ def test_variants_parse(monkeypatch, task):
         task.warmup(f"pairs/{name}", pairs_only=True, **of_pairs)
         task.dpo(f"dpo/{name}", "pairs", **changes)
     task.warmup("no-splice", eta=-1e9)
-    for condition, (_, flags, _) in toy_ablation.CONDITIONS.items():
+    for condition, (_, _, flags, _) in toy_ablation.CONDITIONS.items():
         for loss in toy_ablation.LOSSES:
             task.kd(f"{condition}/{loss}", task.paths["student"], loss=loss, max_steps=100, **flags)
     assert {args.seed for args in parsed.values()} == {3} and len(parsed) > 80
@@ -439,8 +442,8 @@ def test_a_number_that_was_changed_by_hand_is_found(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="is not what the result files say"):
         tables.main(["--check"])
     tables.main([])
-    # Of the text: 70.0 and 2 are in the table, code and links are no text
-    readme.write_text("70.0, 2 seeds, `7.5` [x](y8.html)\n" + readme.read_text() + "gains 71.5 or 1,234 points\n")
+    # Of the text: 70.0 is in the table, code and links are no text
+    readme.write_text("70.0, `7.5` [x](y8.html)\n" + readme.read_text() + "gains 71.5 or 1,234 points\n")
     with pytest.raises(SystemExit, match="numbers that no table has, in .*: 71.5, 1,234"):
         tables.main(["--check"])
 
@@ -464,7 +467,7 @@ def test_kinds_compute_the_same(module, kinds, stages, capsys):
         found.append(json.loads(capsys.readouterr().out))
         assert found[-1]["stages"].keys() == stages
     assert found[0]["check"].keys() == found[1]["check"].keys() != set()
-    harness.assert_same([*found[0]["check"].values()], [*found[1]["check"].values()], "x", rel_tol=1e-3, abs_tol=1e-3)
+    torch.testing.assert_close(*([*of["check"].values()] for of in found), rtol=1e-3, atol=1e-3)
 
 
 def test_compare_in_processes_prints_json_last(capsys):
@@ -475,11 +478,17 @@ def test_compare_in_processes_prints_json_last(capsys):
     assert json.loads(lines[-1])["stages"].keys() == found.keys() == {"ours", "dense"}
 
 
-def test_a_difference_is_found():
-    harness.assert_same([1, [2.0]], [1, [2.0001]], "x", abs_tol=1e-3)
-    for other in ([1, [2.1]], [2, [2.0]], [1, []]):
+def test_a_difference_is_found(monkeypatch, tmp_path):
+    """Of the kinds' numbers; nested lists, too: another number, another length."""
+    for ours, theirs in ((1, 2), ([1, [2.0]], [1, [2.1]]), ([1, [2.0]], [1, []])):
+        script = tmp_path / "bench.py"
+        kinds = f"{{'a': {ours}, 'b': {theirs}, 'c': {ours}}}[sys.argv[-1]]"
+        script.write_text(f"import json, sys\nprint(json.dumps({{'stages': {{}}, 'check': {{'x': {kinds}}}}}))")
+        args = harness.make_parser("x").parse_args(["--repeat", "1"])
+        monkeypatch.setattr(harness, "ceiling", lambda args: {})
+        harness.compare(str(script), [], args, None, ["a", "c"], atol=1e-3, rtol=0)
         with pytest.raises(AssertionError):
-            harness.assert_same([1, [2.0]], other, "x", abs_tol=1e-3)
+            harness.compare(str(script), [], args, None, ["a", "b"], atol=1e-3, rtol=0)
 
 
 def test_dpo_step_accumulates_to_the_whole():

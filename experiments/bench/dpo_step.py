@@ -124,9 +124,8 @@ def measure(args):
 
 def main(argv=None):
     args = parse_args(argv)
-    return compare(
-        __file__, argv, args, measure, ["ours", "trl-compact", "trl"], abs_tol=1e-4 if args.dtype == "float32" else 0.05
-    )
+    tolerance = {"rtol": 0, "atol": 1e-4 if args.dtype == "float32" else 0.05}
+    return compare(__file__, argv, args, measure, ["ours", "trl-compact", "trl"], **tolerance)
 
 
 if __name__ == "__main__":

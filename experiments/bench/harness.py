@@ -13,7 +13,6 @@ import argparse
 import importlib.util
 import itertools
 import json
-import math
 import os
 import subprocess
 import sys
@@ -133,17 +132,6 @@ class Stages:
         return {"stages": self.stages, "check": check}
 
 
-def assert_same(ours, theirs, name, **tolerance):
-    """Raises AssertionError where numbers or nested lists differ. Integers must be equal; tolerance: math.isclose's."""
-    if isinstance(ours, list):
-        assert len(ours) == len(theirs), name
-        for a, b in zip(ours, theirs):
-            assert_same(a, b, name, **tolerance)
-    else:
-        same = ours == theirs if isinstance(ours, int) else math.isclose(ours, theirs, **tolerance)
-        assert same, f"{name}: {ours}, {theirs}"
-
-
 def compare(file, argv, args, measure, kinds, launch=lambda kind: [sys.executable], **tolerance):
     """Runs `measure` for each of `kinds` in turn, checks and prints. Returns {kind: [what `Stages.result` returns]}.
 
@@ -170,7 +158,7 @@ def compare(file, argv, args, measure, kinds, launch=lambda kind: [sys.executabl
     for kind in kinds[1:]:
         for ours, theirs in zip(found[kinds[0]], found[kind]):
             for name, value in ours["check"].items():
-                assert_same(value, theirs["check"][name], name, **tolerance)
+                torch.testing.assert_close(theirs["check"][name], value, **tolerance)
     print(f"check: {' and '.join(kinds)} agree in {', '.join(found[kinds[0]][0]['check'])}")
     limits = ceiling(args)
     print(", ".join(f"{value:.1f} {unit}" for unit, value in limits.items()), "is what this machine gives")

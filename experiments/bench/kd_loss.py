@@ -95,7 +95,7 @@ def main(argv=None):
     args = parse_args(argv)
     peers = ["liger", *(["trl-dense", "trl-chunked"] if args.kd_rate == 1 else [])]
     kinds = ["ours", "dense", *(peers if args.loss in PEER_BETA else [])]
-    return compare(__file__, argv, args, measure, kinds, rel_tol=1e-3)
+    return compare(__file__, argv, args, measure, kinds, rtol=1e-3, atol=0)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def measure(args):
 
 
 def main(argv=None):
-    return compare(__file__, argv, parse_args(argv), measure, ["ours", "generate+trl"], abs_tol=1e-3)
+    return compare(__file__, argv, parse_args(argv), measure, ["ours", "generate+trl"], atol=1e-3, rtol=0)
 
 
 if __name__ == "__main__":

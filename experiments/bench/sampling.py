@@ -20,9 +20,7 @@ from lib import decode, runs
 def parse_args(argv=None):
     parser = make_parser(__doc__, "smollm2-135m")
     add_generation_arguments(parser, max_new_tokens=64)
-    parser.add_argument(
-        "--memory", action="store_true", help="the peak of memory, equal lengths, instead of unequal ones"
-    )
+    parser.add_argument("--memory", action="store_true", help="its peak, equal lengths, instead of unequal ones")
     return parser.parse_args(argv)
 
 

@@ -77,7 +77,7 @@ def measure(args):
 def main(argv=None):
     args = parse_args(argv)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-    return compare(__file__, argv, args, measure, ["1", "2"], launch=lambda n: [*torchrun, n], rel_tol=1e-3)
+    return compare(__file__, argv, args, measure, ["1", "2"], launch=lambda n: [*torchrun, n], rtol=1e-3, atol=0)
 
 
 if __name__ == "__main__":
