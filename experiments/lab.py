@@ -37,7 +37,7 @@ import dpo
 import kd
 import warmup_distill
 from lib import data, measure, models, runs
-from tools.report import T_QUANTILES
+from tools.report import t_quantile
 from toy import make
 
 FOLDER = ROOT / "experiments"
@@ -56,11 +56,6 @@ DPO_SIZE = {"batch_size": 32, "micro_batch_size": 32, "dtype": "float32", "threa
 def mean_sd(values):
     """Mean and standard deviation (n - 1; 0 of a single value)."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def t_quantile(df):
-    """The 97.5% quantile; beyond the table 1.96 + 2.42 / df, right to 0.002."""
-    return T_QUANTILES[df - 1] if df <= len(T_QUANTILES) else 1.96 + 2.42 / df
 
 
 def t_interval(values):

@@ -23,6 +23,7 @@ import lab
 from transformers import AutoTokenizer
 
 from lib import data, runs, scoring
+from tools.report import t_quantile
 from warmup_distill import ETA_GRID
 
 PLACES = (0, 10, 20, 40, 80, 160, 320, 10**6)  # bands of positions
@@ -44,7 +45,7 @@ def mean(found):
         residuals[group] = residuals.get(group, 0) + value - average
     n, half = len(residuals), math.inf
     if n > 1:
-        half = lab.t_quantile(n - 1) * math.sqrt(n / (n - 1) * sum(r * r for r in residuals.values())) / len(found)
+        half = t_quantile(n - 1) * math.sqrt(n / (n - 1) * sum(r * r for r in residuals.values())) / len(found)
     return {"mean": round(average, 5), "half": round(half, 5), "count": len(found)}
 
 

@@ -2,13 +2,14 @@
 
     python experiments/tables.py            puts the files' numbers into the texts' blocks, and draws the figure
     python experiments/tables.py --check    writes nothing; exit status 1 if a block or the figure is not what the files
-                                            say, or if a text has a number that none of its tables has. Says what
-                                            of the code has changed since a result
+                                            say, or if a text has a number that no table has. Says what of the code
+                                            has changed since a result
 
 A block begins with `<!-- NAME.json: TABLE -->` and ends with `<!-- end -->`. Differences are paired by seed; in
 brackets their 95% interval, Student's t over seeds. Differences whose interval leaves out 0 are in bold.
 
-Numbers of a text: those of experiments/README.md, and of the results in README.md, outside of `code` and links; a table is one of its section.
+Numbers of a text are those outside of `code` and links: of experiments/README.md, each in a table of its own section, and
+of the results in README.md, in any table of the two.
 """
 
 import re
@@ -24,7 +25,6 @@ from lib import runs
 
 PAGES = (lab.ROOT / "README.md", FOLDER / "README.md")
 PEER_LOSSES = ("forward_kl", "reverse_kl", "jsd")  # of bench/kd_loss.py
-SPLIT = {"sampling": ("equal", "unequal"), "splice": ("check", "splice")}  # stages of bench/ that the README has
 STARTS = {
     "none": "student: KD alone",
     "warm-up": "warm-up (DPO + NLL)",
@@ -248,20 +248,22 @@ def speed_in_short(lines):
         ours, *theirs = (value for kind, value in medians(line, stage).items() if kind in ("ours", *peers) or not peers)
         return f"{min(theirs) / ours:.2f}"
 
-    kd = lambda stage: ", ".join(over("kd_loss", stage, tokens=512, loss=x) for x in PEER_LOSSES)
-    chunked = over("kd_loss", "memory", "trl-chunked", tokens=512, loss="forward_kl")
+    kd = [over("kd_loss", "step", tokens=512, loss=loss) for loss in PEER_LOSSES]
+    chunked = [over("kd_loss", "memory", "trl-chunked", tokens=512, loss="forward_kl")]
     wide = [over("kd_loss", stage, tokens=2048) for stage in ("step", "memory")]
-    both = [over("dpo_step", stage, "trl-compact") for stage in ("step 2", "memory")]
-    sampling, splice = ([over(name, s) for s in stages] for name, stages in SPLIT.items())
+    dpo = [over("dpo_step", stage, "trl-compact") for stage in ("step 2", "memory")]
+    sampling = [over("sampling", stage) for stage in ("equal", "unequal")]
+    splice = [over("splice", stage) for stage in ("check", "splice")]
     rows = [
-        ["sampling, equal and unequal lengths", "`generate`", ", ".join(sampling), "1.5, 2.5"],
-        ["check, splice", "forward over whole rows, `generate`", ", ".join(splice), "1.6"],
-        ["DPO step; memory", "TRL, its head on labels alone", "; ".join(both), "1.4; 2"],
-        ["KD, 512 tokens: forward KL, reverse KL, JSD", "the fastest: Liger", kd("step"), "1"],
+        ["sampling, equal and unequal lengths", "`generate`", sampling, "1.5, 2.5"],
+        ["check, splice", "forward over whole rows, `generate`", splice, "1.6"],
+        ["DPO step, memory", "TRL, its head on labels alone", dpo, "1.4, 2"],
+        ["KD, 512 tokens: forward KL, reverse KL, JSD", "the fastest: Liger", kd, "1"],
         ["KD, 512 tokens, forward KL: memory", "TRL, chunked", chunked, "0.95"],
-        ["KD, 2,048 tokens, forward KL; memory", "TRL, chunked", "; ".join(wide), "4; 1.5"],
-        ["samples to warmed-up student", "`generate` and TRL", over("pipeline", "all"), "3"],
+        ["KD, 2,048 tokens, forward KL; memory", "TRL, chunked", wide, "4, 1.5"],
+        ["samples to warmed-up student", "`generate` and TRL", [over("pipeline", "all")], "3"],
     ]
+    rows = [[work, peer, ", ".join(ratios), aim] for work, peer, ratios, aim in rows]
     return markdown(["work", "peer", "theirs / ours", "aim"], rows)
 
 
@@ -292,11 +294,11 @@ def fill(text):
     return BLOCK.sub(block, text)
 
 
-def loose_numbers(section):
-    """The numbers of a section's text that are in none of its tables. One without a sign may have one there."""
-    cells = " ".join(line for found in BLOCK.finditer(section) for line in found[4].split("\n") if line.startswith("|"))
+def loose_numbers(text, tables):
+    """The numbers of `text` outside of tables that no table of `tables`, a text, has. Without a sign, any sign is right."""
+    cells = " ".join(line for found in BLOCK.finditer(tables) for line in found[4].split("\n") if line.startswith("|"))
     there = {number for found in NUMBER.findall(cells) for number in (found, found.lstrip("+-"))}
-    return [number for number in NUMBER.findall(NOT_TEXT.sub("", BLOCK.sub("", section))) if number not in there]
+    return [number for number in NUMBER.findall(NOT_TEXT.sub("", BLOCK.sub("", text))) if number not in there]
 
 
 def changed_since(commit, name):
@@ -308,22 +310,21 @@ def changed_since(commit, name):
 
 
 def main(argv):
-    figure, drawn = FOLDER / "toy_ablation.svg", effect(read("toy_ablation"))
+    figure, drawn, texts = FOLDER / "toy_ablation.svg", effect(read("toy_ablation")), []
     for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        sections = [
-            part for part in re.split("\n(?=## )", text) if page.parent == FOLDER or part.startswith("## Results")
-        ]
+        texts.append(page.read_text(encoding="utf-8"))
         if "--check" not in argv:
-            page.write_text(fill(text), encoding="utf-8")
+            page.write_text(fill(texts[-1]), encoding="utf-8")
             figure.write_text(drawn, encoding="utf-8")
-        elif fill(text) != text or figure.read_text(encoding="utf-8") != drawn:
+        elif fill(texts[-1]) != texts[-1] or figure.read_text(encoding="utf-8") != drawn:
             sys.exit(f"error: {page} is not what the result files say, run tables.py without --check")
-        elif loose := [number for section in sections for number in loose_numbers(section)]:
-            sys.exit(
-                f"error: numbers that no table has, in {page}, take them from the section's tables: {', '.join(loose)}"
-            )
-        print(f"{page}: {len(BLOCK.findall(text))} tables")
+    readme, page = texts
+    parts = [(section, section) for section in re.split("\n(?=## )", page)]
+    parts.append((readme.partition("\n## Results\n")[2].partition("\n## ")[0], readme + page))
+    loose = [number for text, tables in parts for number in loose_numbers(text, tables)]
+    if loose and "--check" in argv:
+        sys.exit(f"error: numbers that no table has, in the texts, take them from a table: {', '.join(loose)}")
+    print(f"{sum(len(BLOCK.findall(text)) for text in texts)} tables and their texts are what the result files say")
     for name in TABLES:
         result = read(name)
         records = result if name == "bench" else result.get("records", {"": result.get("record")}).values()

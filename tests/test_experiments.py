@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 import warmup_distill
 from lib import runs
+from tools import report
 from toy import make
 
 FOLDER = ROOT / "experiments"
@@ -49,8 +50,8 @@ def test_intervals_by_hand():
     assert lab.t_interval([3.0]) == (3.0, math.inf)
     # Entries of the usual table, by degrees of freedom
     table = {1: 12.706, 4: 2.776, 9: 2.262, 29: 2.045, 30: 2.0423, 63: 1.9983}
-    assert {df: lab.t_quantile(df) for df in table} == pytest.approx(table, abs=0.002)
-    assert len(lab.T_QUANTILES) == 29 and sorted(lab.T_QUANTILES, reverse=True) == lab.T_QUANTILES
+    assert {df: report.t_quantile(df) for df in table} == pytest.approx(table, abs=0.002)
+    assert len(report.T_QUANTILES) == 29 and sorted(report.T_QUANTILES, reverse=True) == report.T_QUANTILES
     # Paired: seeds that vary a lot and always gain 1 have the interval [1, 1]
     assert lab.paired([11, 51, 91], [10, 50, 90]) == (1, 0)
     with pytest.raises(ValueError, match="zip"):
@@ -430,9 +431,10 @@ def test_a_number_that_was_changed_by_hand_is_found(tmp_path, monkeypatch):
     lab.write_result("toy_ablation", {"records": {}}, {})
     lab.write_result("dpo_sensitivity", result, {"no warm-up": row, "default": row})
     assert tables.read("dpo_sensitivity") == result | {"runs": {"no warm-up": row, "default": row}}
-    readme = tmp_path / "README.md"
+    readme, page = tmp_path / "README.md", tmp_path / "page.md"
+    page.write_text("")
     readme.write_text("text\n<!-- dpo_sensitivity.json: settings -->\n<!-- end -->\n")
-    monkeypatch.setattr(tables, "PAGES", (readme,))
+    monkeypatch.setattr(tables, "PAGES", (page, readme))
     monkeypatch.setattr(tables, "effect", lambda result: "<svg/>")
     monkeypatch.setattr(tables, "TABLES", {"dpo_sensitivity": tables.TABLES["dpo_sensitivity"]})
     tables.main([])
@@ -444,7 +446,7 @@ def test_a_number_that_was_changed_by_hand_is_found(tmp_path, monkeypatch):
     tables.main([])
     # Of the text: 70.0 is in the table, code and links are no text
     readme.write_text("70.0, `7.5` [x](y8.html)\n" + readme.read_text() + "gains 71.5 or 1,234 points\n")
-    with pytest.raises(SystemExit, match="numbers that no table has, in .*: 71.5, 1,234"):
+    with pytest.raises(SystemExit, match="numbers that no table has, .*: 71.5, 1,234"):
         tables.main(["--check"])
 
 

@@ -55,6 +55,11 @@ T_QUANTILES = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2
 T_QUANTILES += [2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045]
 
 
+def t_quantile(df):
+    """The 97.5% quantile of Student's t; beyond the table 1.96 + 2.42 / df, right to 0.002."""
+    return T_QUANTILES[df - 1] if df <= len(T_QUANTILES) else 1.96 + 2.42 / df
+
+
 def reading(what, where):
     """Raises UserError if what the block reads is not in the form that this project writes."""
     return runs.reading(f"not {what} of this project", where, "restore or delete the file")
@@ -368,8 +373,8 @@ def describe(values):
         return None, None, None
     if n == 1:
         return number(values[0]), None, None
-    t, sd = T_QUANTILES[n - 2] if n - 2 < len(T_QUANTILES) else 1.96 + 2.42 / (n - 1), statistics.stdev(values)
-    return number(statistics.fmean(values)), number(sd), number(t * sd / math.sqrt(n))
+    sd = statistics.stdev(values)
+    return number(statistics.fmean(values)), number(sd), number(t_quantile(n - 1) * sd / math.sqrt(n))
 
 
 def arms_of(gathered):
