@@ -8,8 +8,8 @@
 A block begins with `<!-- NAME.json: TABLE -->` and ends with `<!-- end -->`. Differences are paired by seed; in
 brackets their 95% interval, Student's t over seeds. Differences whose interval leaves out 0 are in bold.
 
-Numbers of a text are those outside of `code` and links: of experiments/README.md, each in a table of its own section, and
-of the results in README.md, in any table of the two.
+Numbers of a text are those outside of `code` and links: of experiments/README.md's sections, each in a table of its own,
+and of the results in README.md, in any table of the two.
 """
 
 import re
@@ -319,7 +319,7 @@ def main(argv):
         elif fill(texts[-1]) != texts[-1] or figure.read_text(encoding="utf-8") != drawn:
             sys.exit(f"error: {page} is not what the result files say, run tables.py without --check")
     readme, page = texts
-    parts = [(section, section) for section in re.split("\n(?=## )", page)]
+    parts = [(section, section) for section in re.split("\n(?=## )", page)[1:]]
     parts.append((readme.partition("\n## Results\n")[2].partition("\n## ")[0], readme + page))
     loose = [number for text, tables in parts for number in loose_numbers(text, tables)]
     if loose and "--check" in argv:
