@@ -38,15 +38,15 @@ def mean(found):
     """{"mean", "half", "count"} of a list of (group, number); shares are means of True and False.
 
     half: of the 95% interval of a ratio estimate, t sqrt(n / (n - 1) sum_g r_g^2) / N, with n groups, N values and r_g
-    the sum of a group's deviations from the mean.
+    the sum of a group's deviations from the mean; None for one group.
     """
     average, residuals = statistics.fmean(value for _, value in found), {}
     for group, value in found:
         residuals[group] = residuals.get(group, 0) + value - average
-    n, half = len(residuals), math.inf
+    n, half = len(residuals), None
     if n > 1:
         half = t_quantile(n - 1) * math.sqrt(n / (n - 1) * sum(r * r for r in residuals.values())) / len(found)
-    return {"mean": round(average, 5), "half": round(half, 5), "count": len(found)}
+    return {"mean": round(average, 5), "half": half and round(half, 5), "count": len(found)}
 
 
 def at_eta(samples, eta):

@@ -155,9 +155,10 @@ def samples_of(result):
     return f"{text}, {100 * sizes['cut']:.0f}% of the samples cut at the limit; ± half of the 95% interval, by {group}"
 
 
-def share(found):
+def share(found, digits=1):
     """A mean of mismatch.py in percent, with half of its interval."""
-    return f"{100 * found['mean']:.1f} ± {100 * found['half']:.1f}"
+    mean, half = (f"{100 * found[key]:.{digits}f}" for key in ("mean", "half"))
+    return f"{mean} ± {half}"
 
 
 def by_eta(result):
@@ -175,7 +176,8 @@ def by_token(result):
     """Where, and on which kinds of tokens, the margin is above eta."""
     rows = []
     for name, of in sorted(result["runs"]["token"].items(), key=lambda item: (len(item[0]), item[0])):
-        rows.append([name, f"{of['count']:,}", f"{100 * of['mean']:.2f} ± {100 * of['half']:.2f}"])
+        if of["half"] is not None:  # more than one group has these
+            rows.append([name, f"{of['count']:,}", share(of, 2)])
     return table(["tokens", "how many", f"above eta {result['eta']:g}, %"], rows, result, samples_of(result))
 
 
