@@ -276,7 +276,6 @@ def speed_in_short(lines):
 TABLES = {
     "toy_ablation": {"students": ablation_students, "gain": ablation_gain, "controls": ablation_controls},
     "mismatch_toy": {"eta": by_eta, "token": by_token, "answer": by_answer},
-    "mismatch_real": {"eta": by_eta, "token": by_token, "answer": by_answer},
     "dpo_sensitivity": {"settings": sensitivity},
     "bench": {"all": speed, "short": speed_in_short, "growth": growth},
 }

@@ -410,9 +410,13 @@ def test_result_files_say_how_they_came_to_be():
     """What was chosen, was chosen on other seeds than those of the report."""
     assert not set(lab.DEV_SEEDS) & set(lab.REPORT_SEEDS) and len(set(lab.REPORT_SEEDS)) == 10
     assert set(toy_ablation.SELECT_SEEDS) <= set(lab.DEV_SEEDS)
-    assert all(tables.read(name)["record"].keys() >= RECORD for name in tables.TABLES if name != "bench")
-    assert all(re.fullmatch("[0-9a-f]{40}", line["commit"]) for line in tables.read("bench"))  # nothing uncommitted
-    result = tables.read("toy_ablation")
+    result, records = tables.read("toy_ablation"), [*tables.read("bench")]
+    for name in (*tables.TABLES.keys() - {"bench", "toy_ablation"}, "toy_selected", "teaching"):
+        records.append(tables.read(name)["record"])
+    records += result["records"].values()
+    assert all(record.keys() >= RECORD for record in records if "bench" not in record)
+    assert all(re.fullmatch("[0-9a-f]{40}", record["commit"]) for record in records)  # nothing uncommitted
+    assert result["records"].keys() == result["seeds"].keys()
     for condition, seeds in result["seeds"].items():
         assert set(seeds) <= set(lab.REPORT_SEEDS)
         arms = [row for arm, row in result["runs"].items() if arm.startswith(f"{condition}/")]
@@ -420,6 +424,22 @@ def test_result_files_say_how_they_came_to_be():
     for file in FOLDER.rglob("*"):  # nothing of the machine but its processor and versions
         if file.suffix in (".py", ".sh", ".json", ".svg", ".md"):
             assert not re.search(r"/root/|/work/|/home/|/tmp/", file.read_text(encoding="utf-8")), file.name
+
+
+def test_changed_files_and_other_code_are_refused(tmp_path, monkeypatch):
+    """Before anything runs; and a result that other code made is not gone on from."""
+    monkeypatch.setattr(runs, "git_commit", lambda: "0" * 40 + "-dirty")
+    commands = [(dpo_sensitivity, []), (dpo_sensitivity, ["1"]), (mismatch, ["toy", str(tmp_path / "no folder")])]
+    for script, argv in [*commands, *((toy_ablation, [name]) for name in ("select", "report", "collect"))]:
+        with pytest.raises(SystemExit, match="files differ from their commit"):
+            script.main(argv)
+    monkeypatch.setattr(runs, "git_commit", lambda: "0" * 40)
+    monkeypatch.setattr(lab, "FOLDER", tmp_path)
+    for name, code in (("ours", lab.code()), ("theirs", "other")):
+        lab.write_result(name, {"record": {"code": code}}, {})
+    assert lab.read_result("ours")["record"]["code"] == lab.code()
+    with pytest.raises(SystemExit, match="other code made it, in .*theirs.json"):
+        lab.read_result("theirs")
 
 
 def test_a_number_that_was_changed_by_hand_is_found(tmp_path, monkeypatch):
@@ -433,7 +453,7 @@ def test_a_number_that_was_changed_by_hand_is_found(tmp_path, monkeypatch):
     assert tables.read("dpo_sensitivity") == result | {"runs": {"no warm-up": row, "default": row}}
     readme, page = tmp_path / "README.md", tmp_path / "page.md"
     page.write_text("")
-    readme.write_text("text\n<!-- dpo_sensitivity.json: settings -->\n<!-- end -->\n")
+    readme.write_text("x\n\n## A section\n<!-- dpo_sensitivity.json: settings -->\n<!-- end -->\n")
     monkeypatch.setattr(tables, "PAGES", (page, readme))
     monkeypatch.setattr(tables, "effect", lambda result: "<svg/>")
     monkeypatch.setattr(tables, "TABLES", {"dpo_sensitivity": tables.TABLES["dpo_sensitivity"]})
@@ -444,9 +464,9 @@ def test_a_number_that_was_changed_by_hand_is_found(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="is not what the result files say"):
         tables.main(["--check"])
     tables.main([])
-    # Of the text: 70.0 is in the table, code and links are no text
-    readme.write_text("70.0, `7.5` [x](y8.html)\n" + readme.read_text() + "gains 71.5 or 1,234 points\n")
-    with pytest.raises(SystemExit, match="numbers that no table has, .*: 71.5, 1,234"):
+    # Of the text: 70.0 is in the section's table, code and links are no text
+    readme.write_text(readme.read_text() + "70.0, `7.5` [x](y8.html), 71.5 or 1,234 points, 80.0\n\n## Another\n80.0\n")
+    with pytest.raises(SystemExit, match="numbers that no table has, .*: 71.5, 1,234, 80.0"):
         tables.main(["--check"])
 
 
