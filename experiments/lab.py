@@ -168,9 +168,12 @@ def other_student(toy, folder, seed, misconceived=0.0, operands=make.OPERANDS, *
     settings = dataclasses.replace(make.Settings(), misconceived=misconceived)
     settings = dataclasses.replace(settings, student=dataclasses.replace(settings.student, **recipe))
     facts = make.misconceived_facts(random.Random(f"{seed}/misconceptions"), misconceived)
-    splits = make.draw_splits(seed, settings)
+    rows = runs.read_jsonl(folder / "dev.jsonl") + runs.read_jsonl(folder / "test.jsonl")
+    pairs = [[int(number) for number in row["prompt"].rstrip(":").split("+")] for row in rows]
+    place = {number: k for k, number in enumerate(operands)}
+    held_out = {place[a] * len(operands) + place[b] for a, b in pairs if a in place and b in place}
     with mock.patch.object(make, "OPERANDS", operands):
-        make.build_model(folder / "student", settings.student, facts, {*splits["dev"], *splits["test"]}, seed)
+        make.build_model(folder / "student", settings.student, facts, held_out, seed)
     runs.write_json(folder / "settings.json", {"seed": seed, **dataclasses.asdict(settings), "operands": [*operands]})
 
 

@@ -323,11 +323,12 @@ def test_variants_parse(monkeypatch, task):
 
 
 def test_a_toy_with_another_student(tmp_path, task, monkeypatch):
-    """The base's teacher and problems; a student that is trained on other problems, or on other facts."""
-    drawn = []
+    """The base's teacher and problems; a student that is trained on other problems, none of them held out."""
+    drawn, held_out, build = [], [], make.build_model
     monkeypatch.setattr(make, "train", lambda model, recipe, draw, name: drawn.append((recipe, draw(3)[0])) or 1.0)
+    monkeypatch.setattr(make, "build_model", lambda *rest: held_out.append(rest[3]) or build(*rest))
     changes = {"hidden_size": 16, "intermediate_size": 32, "steps": 2}
-    other = lab.Toy(tmp_path / "other", 3, "dev", base=task, operands=range(10, 100), **changes)
+    other = lab.Toy(tmp_path / "other", 3, "dev", base=task, operands=range(100, 500), **changes)
     for name in ("teacher", "train.jsonl", "dev.jsonl", "test.jsonl"):
         assert runs.fingerprint(other.toy / name) == runs.fingerprint(task.toy / name), name
     [(recipe, ids)] = drawn
@@ -336,11 +337,17 @@ def test_a_toy_with_another_student(tmp_path, task, monkeypatch):
     for text in tokenizer.batch_decode(ids, skip_special_tokens=True):
         problem, _, response = text.partition(":")
         a, b = map(int, problem.split("+"))
-        assert 10 <= min(a, b) and max(a, b) < 100 and response.endswith(f"={a + b}")
+        assert 100 <= min(a, b) and max(a, b) < 500 and response.endswith(f"={a + b}")
     assert len(make.OPERANDS) == 900  # as before
+    rows = [row for name in ("dev", "test") for row in runs.read_jsonl(other.toy / f"{name}.jsonl")]
+    prompts = {row["prompt"] for row in rows if max(map(int, row["prompt"][:-1].split("+"))) < 500}
+    assert {f"{100 + k // 400}+{100 + k % 400}:" for k in held_out[0]} == prompts != set()
+    lab.Toy(tmp_path / "longer", 3, "dev", base=task, steps=3)
+    splits = make.draw_splits(3, make.Settings(train=40, dev=8, test=8))
+    assert held_out[1] == {*splits["dev"], *splits["test"]}
     settings = runs.read_json(other.toy / "settings.json")
     assert settings["misconceived"] == 0 and settings["student"]["steps"] == 2
-    assert lab.Toy(tmp_path / "other", 3, "dev", base=task).paths == other.paths and len(drawn) == 1  # not made again
+    assert lab.Toy(tmp_path / "other", 3, "dev", base=task).paths == other.paths and len(drawn) == 2  # not made again
 
 
 def test_a_run_of_each_kind(task):
