@@ -330,7 +330,7 @@ def main(argv):
         result = read(name)
         records = result if name == "bench" else result.get("records", {"": result.get("record")}).values()
         for commit in dict.fromkeys(record["commit"] for record in records):
-            print(f"{name}.json: {commit[:7]}, changed since: {changed_since(commit, name)}")
+            print(f"{name}: {commit[:7]}, changed since: {changed_since(commit, name)}")
 
 
 if __name__ == "__main__":

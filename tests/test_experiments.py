@@ -406,7 +406,7 @@ def test_a_finished_run_is_not_run_again(tmp_path, monkeypatch):
 def test_tables_are_what_the_result_files_say(capsys):
     """And each number of the text is in a table; what has changed since a result is said."""
     tables.main(["--check"])
-    assert f"bench.jsonl: {tables.read('bench')[0]['commit'][:7]}, changed since: " in capsys.readouterr().out
+    assert f"bench: {tables.read('bench')[0]['commit'][:7]}, changed since: " in capsys.readouterr().out
     blocks = set()
     for page in tables.PAGES:
         blocks |= {match.groups()[1:3] for match in tables.BLOCK.finditer(page.read_text(encoding="utf-8"))}
