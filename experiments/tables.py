@@ -128,23 +128,26 @@ def ablation_controls(result):
 
 
 def effect(result):
-    """toy_ablation.svg: after 25 steps of KD, what the warm-up gains at equal steps and at equal tokens."""
-    x, parts, conditions = lambda points: 510 + 3 * points, [], [c for c in CONDITIONS if c in result["seeds"]]
+    """toy_ablation.svg: after 25 steps of KD, what the warm-up gains at equal steps and at equal tokens, 95% intervals."""
+    x, parts, conditions = lambda points: 500 + 6 * points, [], [c for c in CONDITIONS if c in result["seeds"]]
     for k, condition in enumerate(conditions):
         parts.append(f'<text x="310" y="{44 * k + 64}" text-anchor="end">{CONDITIONS[condition][0]}</text>')
         for j, (start, colour) in enumerate((("none", "#0072b2"), ("none + tokens", "#d55e00"))):
             arms = (result["runs"][f"{condition}/{s}/reverse_kl/25"]["accuracy"] for s in ("warm-up", start))
             mean, half = paired(*([100 * value for value in arm] for arm in arms))
             y, ends = 44 * k + 54 + 14 * j, f'x1="{x(mean - half):.1f}" x2="{x(mean + half):.1f}"'
-            parts.append(f'<line {ends} y1="{y}" y2="{y}" stroke="{colour}" stroke-width="3"/>')
-            parts.append(f'<circle cx="{x(mean):.1f}" cy="{y}" r="5" fill="{colour}"/>')
+            parts.append(f'<line {ends} y1="{y}" y2="{y}" stroke="{colour}" stroke-width="2"/>')
+            parts.append(f'<circle cx="{x(mean):.1f}" cy="{y}" r="3" fill="{colour}"/>')
     height = 44 * len(conditions) + 70
-    for points in range(-60, 61, 20):
-        parts.append(f'<path d="M{x(points)} 40V{height - 34}" stroke="#ccc"/>')
-        parts.append(f'<text x="{x(points)}" y="{height - 16}" text-anchor="middle">{points:+d}</text>')
+    for points in range(-30, 31, 10):
+        colour = "#ccc" if points else "#000"
+        parts.append(f'<path d="M{x(points)} 40V{height - 34}" stroke="{colour}"/>')
+        parts.append(f'<text x="{x(points)}" y="{height - 16}" text-anchor="middle">{points}</text>')
     head = f'<svg xmlns="http://www.w3.org/2000/svg" width="700" height="{height}" font-family="sans-serif" font-size="13">'
-    title = '<text x="20" y="24">Warm-up + KD minus KD alone, points:'
-    key = ' <tspan fill="#0072b2">same KD steps (25)</tspan>, <tspan fill="#d55e00">same tokens</tspan>; 95% intervals</text>'
+    title = (
+        '<text x="20" y="24">Warm-up + 25 KD steps (reverse KL) minus KD alone, points: <tspan fill="#0072b2">above,'
+    )
+    key = ' same steps</tspan>; <tspan fill="#d55e00">below, same tokens</tspan></text>'
     return "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', title + key, *parts, "</svg>\n"])
 
 
