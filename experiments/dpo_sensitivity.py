@@ -1,6 +1,6 @@
 """How much the settings that the paper does not give matter, on the toy: experiments/dpo_sensitivity.json.
 
-    OMP_NUM_THREADS=1 python experiments/dpo_sensitivity.py [SEED...]     40 minutes on one core; resumes
+    OMP_NUM_THREADS=1 python experiments/dpo_sensitivity.py [SEED...]     over an hour on one core; resumes
 
 With seeds, only these are run and nothing is written: two processes can share them, a last call gathers.
 

@@ -10,8 +10,8 @@ Its parts, all but the first at the runs' own eta:
     right      how often y and y+ answer right, and y+ minus y: in samples with a mismatch, and in those of them that
                `--keep teacher` keeps; and in samples without one, where y+ is y. A response that did not end is not right
 
-`half`s are halves of 95% intervals, by groups. A group is what is drawn independently: a
-prompt, or where each OUT has models of its own, an OUT. README.md has the commands that made the folders.
+`half`s are halves of 95% intervals, by groups. A group is what is drawn independently: a prompt, or of several OUTs,
+which have models of their own, an OUT. README.md has the commands that made the folders.
 """
 
 import math
