@@ -1,8 +1,6 @@
 """How much the settings that the paper does not give matter, on the toy: experiments/dpo_sensitivity.json.
 
-    OMP_NUM_THREADS=1 python experiments/dpo_sensitivity.py [SEED...]     over an hour on one core; resumes
-
-With seeds, only these are run and nothing is written: two processes can share them, a last call gathers.
+    OMP_NUM_THREADS=1 python experiments/dpo_sensitivity.py     over an hour on one core; resumes
 
 Seeds 1 to 5, each with a toy of its own, dev sets; the test sets are not touched. DPO's variants learn from the same
 stored pairs of their seed, through dpo.py; the last rows make their own pairs. Greedy accuracy after the warm-up alone,
@@ -13,7 +11,6 @@ after KD, are what toy_ablation.py uses.
 import functools
 import itertools
 import statistics
-import sys
 
 import lab
 from lab import DEV_SEEDS, ROOT
@@ -49,11 +46,6 @@ def variants():
     return found
 
 
-def settings_of(name):
-    """The settings of a row, complete."""
-    return lab.DPO | variants()[name]
-
-
 def one(task, name, changes):
     """One variant on one seed's toy: pairs, DPO, then KD from there."""
     of_pairs = {key: value for key, value in changes.items() if key in PAIR_FLAGS}
@@ -82,19 +74,14 @@ def best(result, with_nll):
 
     Rows that differ in something else (filter, reference, number of steps, SFT) do not take part.
     """
-    rows = {}
-    for name, changes in variants().items():
-        tuned = changes.keys() <= {"nll_weight", "beta", "lr"} and name != "sft"
-        if tuned and (settings_of(name)["nll_weight"] > 0) == with_nll:
-            rows[name] = statistics.fmean(result["runs"][name]["after_kd"])
-    return max(rows, key=rows.get)
+    tuned = {name: row for name, row in result["runs"].items() if name.startswith(("default", "nll-"))}
+    rows = {name: statistics.fmean(row["after_kd"]) for name, row in tuned.items()}
+    return max((name for name in rows if name.startswith("nll-0 ") != with_nll), key=rows.get)
 
 
-def main(argv):
+def main():
     lab.commit()
-    measured = {seed: measure(seed) for seed in map(int, argv or DEV_SEEDS)}
-    if argv:
-        return
+    measured = {seed: measure(seed) for seed in DEV_SEEDS}
     columns = ("accuracy", "after_kd", "pairs", "margin")
     rows = {}
     for name, result in measured[DEV_SEEDS[0]].items():
@@ -104,4 +91,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -15,9 +15,9 @@ import dataclasses
 import datetime
 import functools
 import hashlib
+import importlib
 import io
 import json
-import math
 import os
 import random
 import shutil
@@ -33,15 +33,12 @@ import torch
 import transformers
 from tqdm import tqdm
 
-import dpo
-import kd
 import warmup_distill
 from lib import data, measure, models, runs
-from tools.report import t_quantile
+from tools.report import describe
 from toy import make
 
 FOLDER = ROOT / "experiments"
-MAINS = {"warmup_distill": warmup_distill, "dpo": dpo, "kd": kd}
 DEV_SEEDS = (1, 2, 3, 4, 5)  # all choices are made here, on the dev set
 REPORT_SEEDS = (21, 22, 23, 24, 25, 26, 27, 28, 29, 30)  # used once, on the test set; the first edition had others
 # What dpo.py needs for the toy, the same as warmup_distill.py's settings there
@@ -53,22 +50,10 @@ DPO_SIZE = {"batch_size": 32, "micro_batch_size": 32, "dtype": "float32", "threa
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def mean_sd(values):
-    """Mean and standard deviation (n - 1; 0 of a single value)."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def t_interval(values):
-    """Mean and half width of its 95% interval, t s / sqrt(n), infinite for one value: independent and about normal."""
-    mean, sd = mean_sd(values)
-    if len(values) < 2:
-        return mean, math.inf
-    return mean, t_quantile(len(values) - 1) * sd / math.sqrt(len(values))
-
-
 def paired(after, before):
-    """`t_interval` of the differences after[i] - before[i]; both are of the same seeds in the same order."""
-    return t_interval([a - b for a, b in zip(after, before, strict=True)])
+    """Mean of the differences after[i] - before[i] and half of its 95% interval, Student's t; seeds in the same order."""
+    mean, _, half = describe([a - b for a, b in zip(after, before, strict=True)])
+    return mean, half
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,7 +91,7 @@ def call(script, settings, folder):
     """`python SCRIPT.py FLAGS --out FOLDER` in this process. What it prints goes to FOLDER.log."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-        MAINS[script].main(flags({**settings, "out": folder}))
+        importlib.import_module(script).main(flags({**settings, "out": folder}))
     Path(f"{folder}.log").write_text(printed.getvalue())
 
 
@@ -165,8 +150,7 @@ def other_student(toy, folder, seed, misconceived=0.0, operands=make.OPERANDS, *
     toy/make.py's `Recipe` for the student, its steps say.
     """
     shutil.copytree(toy, folder, ignore=shutil.ignore_patterns("student", "settings.json"))
-    settings = dataclasses.replace(make.Settings(), misconceived=misconceived)
-    settings = dataclasses.replace(settings, student=dataclasses.replace(settings.student, **recipe))
+    settings = make.Settings(misconceived=misconceived, student=dataclasses.replace(make.Settings.student, **recipe))
     facts = make.misconceived_facts(random.Random(f"{seed}/misconceptions"), misconceived)
     rows = runs.read_jsonl(folder / "dev.jsonl") + runs.read_jsonl(folder / "test.jsonl")
     pairs = [[int(number) for number in row["prompt"].rstrip(":").split("+")] for row in rows]
@@ -275,9 +259,8 @@ def dpo_tokens(folder, pairs):
     return total
 
 
-@contextlib.contextmanager
 def moved_mismatch(position, seed):
-    """For controls: where `first_mismatch` finds a t*, another place is used instead.
+    """For controls, a context: where `first_mismatch` finds a t*, another place is used instead.
 
     position: None (t* stays), "random" (uniform over the response's tokens), "start" (0: the teacher writes all of y+).
     """
@@ -289,11 +272,7 @@ def moved_mismatch(position, seed):
         share = torch.rand(len(t_star), generator=generator) if position == "random" else torch.zeros(len(t_star))
         return torch.where(t_star >= 0, (share * mask.sum(-1)).long(), -1)
 
-    warmup_distill.first_mismatch = moved if position else original
-    try:
-        yield
-    finally:
-        warmup_distill.first_mismatch = original
+    return mock.patch.object(warmup_distill, "first_mismatch", moved if position else original)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

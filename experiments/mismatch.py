@@ -1,14 +1,17 @@
 """What the check finds in stored samples, and what the teacher makes of them: experiments/mismatch_NAME.json.
 
-    python experiments/mismatch.py NAME OUT...      OUT: folders of warmup_distill.py, of one or of several seeds
+    python experiments/mismatch.py NAME OUT...              OUT: folders of warmup_distill.py, of one or of several seeds
+    python experiments/mismatch.py NAME --students OUT...   the same prompts, an OUT a student; the first is the initial one
 
-Its parts, all but the first at the runs' own eta:
+Parts of the first, all but `eta` at the runs' own eta; the second has `student` alone:
 
     eta        for eta from 0.5 to 10: share of samples and of tokens above it, and where t* is
     token      share of the tokens above eta, by position in the response, and by kind: digits, words (with a letter),
                the end, other
     right      how often y and y+ answer right, and y+ minus y: in samples with a mismatch, and in those of them that
                `--keep teacher` keeps; and in samples without one, where y+ is y. A response that did not end is not right
+    student    of each OUT, and minus the first: KL(q, p) in nats a token, the mean of log q - log p over sampled tokens;
+               how often samples have a mismatch at eta 4, and are right. Splices do not count
 
 `half`s are halves of 95% intervals, by groups. A group is what is drawn independently: a prompt, or of several OUTs,
 which have models of their own, an OUT. README.md has the commands that made the folders.
@@ -34,19 +37,23 @@ def quantile(values, share):
     return sorted(values)[math.ceil(share * len(values)) - 1]
 
 
-def mean(found):
+def mean(found, less=()):
     """{"mean", "half", "count"} of a list of (group, number); shares are means of True and False.
 
-    half: of the 95% interval of a ratio estimate, t sqrt(n / (n - 1) sum_g r_g^2) / N, with n groups, N values and r_g
-    the sum of a group's deviations from the mean; None for one group.
+    half: of the 95% interval of a ratio estimate, t sqrt(n / (n - 1) sum_g r_g^2), with n groups, N values and r_g the
+    sum of a group's deviations from the mean, divided by N; None for one group. less: another list of the same groups,
+    whose mean is taken off, and whose r_g, too: the difference is paired by group.
     """
-    average, residuals = statistics.fmean(value for _, value in found), {}
-    for group, value in found:
-        residuals[group] = residuals.get(group, 0) + value - average
-    n, half = len(residuals), None
+    average, residuals, half = 0, {}, None
+    for sign, part in ((1, found), (-1, less)):
+        part_mean = statistics.fmean(value for _, value in part) if part else 0
+        average += sign * part_mean
+        for group, value in part:
+            residuals[group] = residuals.get(group, 0) + sign * (value - part_mean) / len(part)
+    n = len(residuals)
     if n > 1:
-        half = t_quantile(n - 1) * math.sqrt(n / (n - 1) * sum(r * r for r in residuals.values())) / len(found)
-    return {"mean": round(average, 5), "half": half and round(half, 5), "count": len(found)}
+        half = round(t_quantile(n - 1) * math.sqrt(n / (n - 1) * sum(r * r for r in residuals.values())), 5)
+    return {"mean": round(average, 5), "half": half, "count": len(found)}
 
 
 def at_eta(samples, eta):
@@ -92,6 +99,25 @@ def right(samples):
     return {name: mean([(s["group"], value(s)) for s in samples]) for name, value in values.items()}
 
 
+def subsets(samples):
+    """The samples with a mismatch, those of them that `--keep teacher` keeps, and those without one."""
+    found, mean_of = [s for s in samples if s["t_star"] >= 0], lambda s, key: statistics.fmean(s[key])
+    kept = [s for s in found if mean_of(s, "chosen_teacher_logprobs") > mean_of(s, "teacher_logprobs")]
+    others = [s for s in samples if s["t_star"] < 0]
+    return {"with a mismatch": found, "of these, kept by --keep teacher": kept, "without a mismatch": others}
+
+
+def by_student(outs, eta=4):
+    """outs: {name: samples of the same prompts}. {name: {what: [`mean`, `mean` minus the first's]}}."""
+    found, first = {}, next(iter(outs.values()))
+    of_sample = lambda s: {"KL(q, p)": s["margins"], "mismatch": [max(s["margins"]) > eta], "right": [s["right"]]}
+    values = lambda samples, what: [(s["prompt_id"], value) for s in samples for value in of_sample(s)[what]]
+    for name, samples in outs.items():
+        pairs = {what: [values(of, what) for of in (samples, first)] for what in of_sample(samples[0])}
+        found[name] = {what: [mean(ours), mean(ours, theirs)] for what, (ours, theirs) in pairs.items()}
+    return found
+
+
 def read(out, group):
     """The samples of a folder: what warmup_distill.py stored, the text of each token, and whether the answers are right."""
     golds = {row["prompt_id"]: row["gold"] for row in data.open_arrow(out / "prompts.arrow")}
@@ -112,8 +138,9 @@ def read(out, group):
 def main(argv):
     if len(argv) < 2:
         sys.exit(__doc__)
-    made = lab.record(f"python experiments/mismatch.py {argv[0]} OUT...")
-    outs = [Path(out) for out in argv[1:]]
+    students = argv[1] == "--students"
+    made = lab.record(f"python experiments/mismatch.py {argv[0]} {'--students ' if students else ''}OUT...")
+    outs = [Path(out) for out in argv[1 + students :]]
     args = [runs.read_json(out / "args.json") for out in outs]
     if any(of["code"] != runs.code_fingerprints() for of in args):
         sys.exit("error: other code made it, in a folder that was given, make it again")
@@ -126,19 +153,11 @@ def main(argv):
         "tokens": sum(len(s["margins"]) for s in samples),
         "cut": round(statistics.fmean(not s["ended"] for s in samples), 4),
     }
-    stopped, mean_of = [s for s in samples if s["t_star"] >= 0], lambda s, key: statistics.fmean(s[key])
-    subsets = {
-        "with a mismatch": stopped,
-        "of these, kept by --keep teacher": [
-            s for s in stopped if mean_of(s, "chosen_teacher_logprobs") > mean_of(s, "teacher_logprobs")
-        ],
-        "without a mismatch": [s for s in samples if s["t_star"] < 0],
-    }
-    parts = {
-        "eta": {f"{eta:g}": at_eta(samples, eta) for eta in ETA_GRID},
-        "token": by_token(samples, eta),
-        "right": {name: right(found) for name, found in subsets.items() if found},
-    }
+    if students:
+        parts = by_student({out.name: of_out for out, of_out in zip(outs, of_outs)})
+    else:
+        parts = {"eta": {f"{eta:g}": at_eta(samples, eta) for eta in ETA_GRID}, "token": by_token(samples, eta)}
+        parts["right"] = {name: right(found) for name, found in subsets(samples).items() if found}
     lab.write_result(f"mismatch_{argv[0]}", {"record": made, "eta": eta, "outs": len(outs), "sizes": sizes}, parts)
 
 

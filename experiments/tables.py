@@ -18,24 +18,13 @@ import subprocess
 import sys
 
 import lab
-from lab import FOLDER, mean_sd, paired
-from toy_ablation import BUDGETS, CONDITIONS, LOSSES
+from lab import FOLDER, paired
+from toy_ablation import BUDGETS, CONDITIONS, LOSSES, STARTS
 
 from lib import runs
+from tools.report import describe
 
 PAGES = (lab.ROOT / "README.md", FOLDER / "README.md")
-PEER_LOSSES = ("forward_kl", "reverse_kl", "jsd")  # of bench/kd_loss.py
-STARTS = {
-    "none": "student: KD alone",
-    "warm-up": "warm-up (DPO + NLL)",
-    "plain": "warm-up, plain DPO",
-    "sft": "SFT on y+ of the same pairs",
-    "no-splice": "y+ all the teacher's, every sample",
-    "no-splice-same": "y+ all the teacher's, samples with a mismatch",
-    "random": "spliced at a random position",
-    "none + tokens": "KD alone, with the warm-up's tokens",
-    "none + teacher tokens": "KD alone, with the warm-up's teacher tokens",
-}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Cells
@@ -44,7 +33,7 @@ STARTS = {
 
 def percent(values):
     """Shares -> "mean ± sd" in percent."""
-    mean, sd = mean_sd([100 * value for value in values])
+    mean, sd, _ = describe([100 * value for value in values])
     return f"{mean:.1f} ± {sd:.1f}"
 
 
@@ -72,9 +61,8 @@ def table(header, rows, result, text):
 
 
 def test_seeds(result):
-    counts = {condition: len(seeds) for condition, seeds in result["seeds"].items()}
-    few = "".join(f", but {n} ({condition})" for condition, n in counts.items() if n < max(counts.values()))
-    return f"{max(counts.values())} test seeds in each condition{few}, test sets of 500 problems"
+    [count] = {len(seeds) for seeds in result["seeds"].values()}
+    return f"{count} test seeds in each condition, test sets of 500 problems"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -129,39 +117,35 @@ def ablation_controls(result):
 
 def effect(result):
     """toy_ablation.svg: after 25 steps of KD, what the warm-up gains at equal steps and at equal tokens, 95% intervals."""
-    x, parts, conditions = lambda points: 500 + 6 * points, [], [c for c in CONDITIONS if c in result["seeds"]]
-    for k, condition in enumerate(conditions):
+    x, parts, height = lambda points: 520 + 5 * points, [], 44 * len(result["seeds"]) + 70
+    for points in range(-40, 41, 20):
+        parts.append(f'<path d="M{x(points)} 40V{height - 34}" stroke="{"#ccc" if points else "#000"}"/>')
+        parts.append(f'<text x="{x(points)}" y="{height - 16}" text-anchor="middle">{points}</text>')
+    for k, condition in enumerate(c for c in CONDITIONS if c in result["seeds"]):
         parts.append(f'<text x="310" y="{44 * k + 64}" text-anchor="end">{CONDITIONS[condition][0]}</text>')
-        for j, (start, colour) in enumerate((("none", "#0072b2"), ("none + tokens", "#d55e00"))):
+        for y, start, colour in ((44 * k + 54, "none", "#0072b2"), (44 * k + 68, "none + tokens", "#d55e00")):
             arms = (result["runs"][f"{condition}/{s}/reverse_kl/25"]["accuracy"] for s in ("warm-up", start))
             mean, half = paired(*([100 * value for value in arm] for arm in arms))
-            y, ends = 44 * k + 54 + 14 * j, f'x1="{x(mean - half):.1f}" x2="{x(mean + half):.1f}"'
-            parts.append(f'<line {ends} y1="{y}" y2="{y}" stroke="{colour}" stroke-width="2"/>')
+            ends = f"M{x(mean - half):.1f} {y}H{x(mean + half):.1f}"
+            parts.append(f'<path d="{ends}" stroke="{colour}" stroke-width="2"/>')
             parts.append(f'<circle cx="{x(mean):.1f}" cy="{y}" r="3" fill="{colour}"/>')
-    height = 44 * len(conditions) + 70
-    for points in range(-30, 31, 10):
-        colour = "#ccc" if points else "#000"
-        parts.append(f'<path d="M{x(points)} 40V{height - 34}" stroke="{colour}"/>')
-        parts.append(f'<text x="{x(points)}" y="{height - 16}" text-anchor="middle">{points}</text>')
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="700" height="{height}" font-family="sans-serif" font-size="13">'
-    title = (
-        '<text x="20" y="24">Warm-up + 25 KD steps (reverse KL) minus KD alone, points: <tspan fill="#0072b2">above,'
-    )
-    key = ' same steps</tspan>; <tspan fill="#d55e00">below, same tokens</tspan></text>'
-    return "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', title + key, *parts, "</svg>\n"])
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="740" height="{height}" font-family="sans-serif" font-size="13">'
+    title = "Warm-up + 25 KD steps (reverse KL) minus KD alone, points: "
+    key = '<tspan fill="#0072b2">above, same steps</tspan>; <tspan fill="#d55e00">below, same tokens</tspan></text>'
+    white = '<rect width="100%" height="100%" fill="white"/>'
+    return "\n".join([head, white, f'<text x="20" y="24">{title}{key}', *parts, "</svg>\n"])
 
 
 def samples_of(result):
     """What a table of mismatch.py is of."""
-    sizes, group = result["sizes"], "seed" if result["outs"] > 1 else "prompt"
+    sizes, group = result["sizes"], "seed" if "eta" in result["runs"] and result["outs"] > 1 else "prompt"
     text = f"{sizes['samples']:,} samples of {sizes['prompts']:,} prompts, {sizes['tokens']:,} tokens"
     return f"{text}, {100 * sizes['cut']:.0f}% of the samples cut at the limit; ± half of the 95% interval, by {group}"
 
 
-def share(found, digits=1):
+def share(found, digits=1, scale=100):
     """A mean of mismatch.py in percent, with half of its interval."""
-    mean, half = (f"{100 * found[key]:.{digits}f}" for key in ("mean", "half"))
-    return f"{mean} ± {half}"
+    return " ± ".join(f"{scale * found[key]:.{digits}f}" for key in ("mean", "half"))
 
 
 def by_eta(result):
@@ -193,6 +177,17 @@ def by_answer(result):
     return table(header, rows, result, samples_of(result))
 
 
+def by_student(result):
+    """Students on the same held-out prompts, and each minus the first."""
+    rows = []
+    for name, of in result["runs"].items():
+        cells = ((found, (3, 1) if what == "KL(q, p)" else ()) for what, pair in of.items() for found in pair)
+        rows.append([name, *(share(found, *form) if found["half"] else "" for found, form in cells)])
+    header = ["student", "KL(q, p), nats a token", "minus the first", "samples with a mismatch, %", "minus the first"]
+    header += ["right, %", "minus the first"]
+    return table(header, rows, result, samples_of(result))
+
+
 def sensitivity(result):
     """DPO's settings."""
     results, rows = result["runs"], []
@@ -207,24 +202,17 @@ def sensitivity(result):
     return table(header, rows, result, f"{text}, lr {kd['lr']:g}")
 
 
-def medians(line, stage):
-    """Of a line of bench.jsonl: {kind: median}, this project first."""
-    return {
-        kind: statistics.median(*zip(*(run[stage].values() for run in found))) for kind, found in line["stages"].items()
-    }
-
-
 def speed(lines):
     """bench/: seconds and GiB of this project and of each peer, run in turn: median (minimum to maximum)."""
     rows = []
     for line in lines:
         args, (ours, *peers) = line["args"], line["stages"]
         work = [line["bench"], *(str(args[name]) for name in ("loss", "tokens") if name in args)]
-        work += ["page faults"] if args["page_faults"] else []
         for stage, [unit] in line["stages"][ours][0].items():
-            middle, cells = medians(line, stage), {}
+            middle, cells = {}, {}
             for kind, found in line["stages"].items():
                 values = [run[stage][unit] for run in found]
+                middle[kind] = statistics.median(values)
                 cells[kind] = f"{middle[kind]:.3g} ({min(values):.3g} to {max(values):.3g})"
             for kind in peers:
                 ratio = f"{middle[kind] / middle[ours]:.2f}"
@@ -233,43 +221,14 @@ def speed(lines):
 
 
 def growth(lines):
-    """Sampling by this project alone: tokens a second, and what the decoding holds beside the model."""
+    """Sampling by this project alone, one run each: tokens a second, and what the decoding holds beside the model."""
     rows = []
-    for line in lines:
-        args = line["args"]
-        if line["stages"].keys() == {"ours"} and line["bench"] == "sampling":
-            count, seconds = args["prompts"] * args["samples"], medians(line, "equal")["ours"]
-            speed, memory = count * args["max_new_tokens"] / seconds, medians(line, "memory")["ours"]
-            rows.append([count, args["prompt_length"], args["vocab"] or 49152, f"{speed:.0f}", f"{memory:.2f}"])
+    for line in (line for line in lines if line["stages"].keys() == {"ours"}):
+        args, [run] = line["args"], line["stages"]["ours"]
+        row = [args["prompts"] * args["samples"], args["prompt_length"], args["vocab"] or 49152]
+        speed, memory = row[0] * args["max_new_tokens"] / run["equal"]["s"], run["memory"]["GiB"]
+        rows.append([*row, f"{speed:.0f}", f"{memory:.2f}"])
     return markdown(["rows", "prompt, tokens at most", "vocabulary", "tokens/s", "GiB"], rows)
-
-
-def speed_in_short(lines):
-    """The README's table: a peer's median over ours; of several peers the best."""
-
-    def over(bench, stage, *peers, **options):
-        of_bench = (x for x in lines if x["bench"] == bench and len(x["stages"]) > 1 and not x["args"]["page_faults"])
-        [line] = [line for line in of_bench if options.items() <= line["args"].items()]
-        ours, *theirs = (value for kind, value in medians(line, stage).items() if kind in ("ours", *peers) or not peers)
-        return f"{min(theirs) / ours:.2f}"
-
-    kd = [over("kd_loss", "step", tokens=512, loss=loss) for loss in PEER_LOSSES]
-    chunked = [over("kd_loss", "memory", "trl-chunked", tokens=512, loss="forward_kl")]
-    wide = [over("kd_loss", stage, tokens=2048) for stage in ("step", "memory")]
-    dpo = [over("dpo_step", stage, "trl-compact") for stage in ("step 2", "memory")]
-    sampling = [over("sampling", stage) for stage in ("equal", "unequal")]
-    splice = [over("splice", stage) for stage in ("check", "splice")]
-    rows = [
-        ["sampling, equal and unequal lengths", "`generate`", sampling, "1.5, 2.5"],
-        ["check, splice", "forward over whole rows, `generate`", splice, "1.6"],
-        ["DPO step, memory", "TRL, its head on labels alone", dpo, "1.4, 2"],
-        ["KD, 512 tokens: forward KL, reverse KL, JSD", "the fastest: Liger", kd, "1"],
-        ["KD, 512 tokens, forward KL: memory", "TRL, chunked", chunked, "0.95"],
-        ["KD, 2,048 tokens, forward KL; memory", "TRL, chunked", wide, "4, 1.5"],
-        ["samples to warmed-up student", "`generate` and TRL", [over("pipeline", "all")], "3"],
-    ]
-    rows = [[work, peer, ", ".join(ratios), aim] for work, peer, ratios, aim in rows]
-    return markdown(["work", "peer", "theirs / ours", "aim"], rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -280,7 +239,7 @@ TABLES = {
     "toy_ablation": {"students": ablation_students, "gain": ablation_gain, "controls": ablation_controls},
     "mismatch_toy": {"eta": by_eta, "token": by_token, "answer": by_answer},
     "dpo_sensitivity": {"settings": sensitivity},
-    "bench": {"all": speed, "short": speed_in_short, "growth": growth},
+    "bench": {"all": speed, "growth": growth},
 }
 NUMBER = re.compile(r"(?:(?<!\w)[+-])?\d+(?:[.,]\d+)*")
 NOT_TEXT = re.compile(r"```.*?```|`[^`]*`|\]\([^)]*\)|<!--.*?-->", re.DOTALL)  # code, links, comments

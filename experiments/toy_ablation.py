@@ -1,14 +1,13 @@
 """When does the warm-up pay? The toy, 10 seeds that nothing was chosen on, the test set once: toy_ablation.json.
 
     export OMP_NUM_THREADS=1
-    python experiments/toy_ablation.py select [SEED...]          learning rates of KD, on the dev sets of seeds 1 to 3
+    python experiments/toy_ablation.py select                    learning rates of KD, on the dev sets of seeds 1 to 3
     python experiments/toy_ablation.py report CONDITION SEED...  the report seeds, which processes can share; not the
                                                                  conditions of one seed
     python experiments/toy_ablation.py collect                   what is finished -> experiments/toy_ablation.json
 
-About 4 hours of CPU time in all; resumes. `select` with seeds runs these alone and writes nothing. Every arm ends in B
-steps of KD, B = 25 and 100: after 100, nearly all is learnt. What differs is the student, what it is distilled on, and
-where it starts:
+About 4 hours of CPU time in all; resumes. Every arm ends in B steps of KD, B = 25 and 100: after 100, nearly all is
+learnt. What differs is the student, what it is distilled on, and where it starts:
 
     condition  gold       a quarter of the student's facts is wrong; KD on the data's responses (CE and KD in equal
                           parts), as in the paper
@@ -38,6 +37,7 @@ reverse KL, by which the warm-up gained most in the first edition, and the start
 """
 
 import functools
+import itertools
 import math
 import statistics
 import sys
@@ -54,11 +54,20 @@ RATE_BUDGETS = {"none": (25, 100, 200), "warm-up": BUDGETS}  # what a rate is ch
 SELECT_SEEDS = (1, 2, 3)
 LOSSES = ("forward_kl", "reverse_kl")
 FEW = ("none", "warm-up", "none + tokens")
-ALL = (*FEW, "none + teacher tokens", "sft", "plain", "no-splice", "no-splice-same", "random")
-SHARES = ("accuracy", "replaced")  # kept for each seed
+STARTS = {
+    "none": "student: KD alone",
+    "warm-up": "warm-up (DPO + NLL)",
+    "plain": "warm-up, plain DPO",
+    "sft": "SFT on y+ of the same pairs",
+    "no-splice": "y+ all the teacher's, every sample",
+    "no-splice-same": "y+ all the teacher's, samples with a mismatch",
+    "random": "spliced at a random position",
+    "none + tokens": "KD alone, with the warm-up's tokens",
+    "none + teacher tokens": "KD alone, with the warm-up's teacher tokens",
+}
 # condition -> title, starts, flags of kd.py, what differs in the student (lab.other_student)
 CONDITIONS = {
-    "gold": ("a quarter of the facts wrong", ALL, {}, None),
+    "gold": ("a quarter of the facts wrong", STARTS, {}, None),
     "mismatch": ("half of the facts wrong", FEW, {}, {"misconceived": 0.5}),
     "teacher": ("a quarter; KD on the teacher's responses", FEW, {"mode": "teacher"}, None),
     "student": ("a quarter; on-policy KD", FEW, {"mode": "student"}, None),
@@ -70,15 +79,14 @@ CONDITIONS = {
 }
 
 
-def search(start, dpo, seeds):
+def search(start, dpo):
     """{"loss/budget/rate": accuracies on the dev sets} of KD from `start`, one value a seed."""
-    found, budgets = {}, RATE_BUDGETS[start]
-    for seed in seeds:
-        task = lab.Toy(ROOT / "out/toy_dev", seed, "dev")
-        model, jobs = make_start(task, start, dpo)[0], []
-        for name in (f"{loss}/{budget}/{rate}" for loss in LOSSES for budget in budgets for rate in RATES):
-            loss, budget, rate = name.split("/")
-            settings = {"loss": loss, "max_steps": budget, "lr": rate}
+    found = {}
+    for seed in SELECT_SEEDS:
+        task, jobs = lab.Toy(ROOT / "out/toy_dev", seed, "dev"), []
+        model = make_start(task, start, dpo)[0]
+        for loss, budget, rate in itertools.product(LOSSES, RATE_BUDGETS[start], RATES):
+            name, settings = f"{loss}/{budget}/{rate}", {"loss": loss, "max_steps": budget, "lr": rate}
             jobs.append((name, functools.partial(task.kd, f"{start}/{name}", model, **settings)))
         for name, result in lab.run_all(jobs, f"select, {start}, seed {seed}").items():
             found.setdefault(name, []).append(result["accuracy"])
@@ -91,17 +99,12 @@ def best_rates(found):
     return {cell: max(RATES, key=lambda rate: (statistics.fmean(found[f"{cell}/{rate}"]), -rate)) for cell in cells}
 
 
-def select(seeds):
-    """toy_selected.json: DPO's settings from dpo_sensitivity.json, KD's rates from a search on the dev sets.
-
-    With seeds, only their runs are made.
-    """
+def select():
+    """toy_selected.json: DPO's settings from dpo_sensitivity.json, KD's rates from a search on the dev sets."""
     sensitivity = lab.read_result("dpo_sensitivity")
-    plain, aided = (dpo_sensitivity.best(sensitivity, with_nll) for with_nll in (False, True))
-    chosen = {"warm-up": dpo_sensitivity.settings_of(aided), "plain": dpo_sensitivity.settings_of(plain)}
-    found = {start: search(start, chosen, seeds or SELECT_SEEDS) for start in RATE_BUDGETS}
-    if seeds:
-        return
+    names = {start: dpo_sensitivity.best(sensitivity, start == "warm-up") for start in ("warm-up", "plain")}
+    chosen = {start: lab.DPO | dpo_sensitivity.variants()[name] for start, name in names.items()}
+    found = {start: search(start, chosen) for start in RATE_BUDGETS}
     rates = {start: best_rates(found[start]) for start in found}
     means = {f"{s}/{k}": [round(v, 4) for v in values] for s in found for k, values in found[s].items()}
     head = {"record": lab.record("python experiments/toy_ablation.py select"), "seeds": SELECT_SEEDS}
@@ -118,9 +121,8 @@ def make_start(task, start, dpo):
         settings = dpo["plain"] if start == "plain" else {**dpo["warm-up"], "beta": 1e-9, "nll_weight": 1.0}
         return task.folder / name / "student", task.dpo(name, "start/warm-up", **settings)
     settings, position = dpo["warm-up"], {"random": "random", "no-splice-same": "start"}.get(start)
-    if start == "no-splice":
-        settings = settings | {"eta": -1e9}
-    return task.folder / name / "student", task.warmup(name, position, **settings)
+    eta = {"eta": -1e9} if start == "no-splice" else {}
+    return task.folder / name / "student", task.warmup(name, position, **settings, **eta)
 
 
 def rate_of(rates, loss, steps):
@@ -138,8 +140,7 @@ def extra_steps(extra, warmup, short, long):
 
 def distil(task, condition, start, loss, budget, selected):
     """One KD run."""
-    steps, rates = budget, selected["rates"]["none"]
-    model = task.paths["student"]
+    steps, rates, model = budget, selected["rates"]["none"], task.paths["student"]
     if start.startswith("none +"):
         warmup = make_start(task, "warm-up", selected["dpo"])[1]
         alone = (distil(task, condition, "none", loss, budget, selected) for budget in BUDGETS)  # they are there
@@ -168,7 +169,7 @@ def report(condition, seed):
         if not start.startswith("none +"):
             job = functools.partial(make_start, task, start, selected["dpo"])
             jobs.append((f"{condition}/{start}", lambda job=job: job()[1]))
-        for loss in LOSSES if starts is ALL else LOSSES[1:]:
+        for loss in LOSSES if starts is STARTS else LOSSES[1:]:
             for budget in BUDGETS:
                 job = functools.partial(distil, task, condition, start, loss, budget, selected)
                 jobs.append((f"{condition}/{start}/{loss}/{budget}", job))
@@ -194,7 +195,9 @@ def collect():
         seeds[condition] = list(found)
         for name in next(iter(found.values())):
             results = [found[seed][name] for seed in found]
-            rows[name] = {key: [round(r[key], 4) for r in results] for key in SHARES if key in results[0]}
+            rows[name] = {
+                key: [round(r[key], 4) for r in results] for key in ("accuracy", "replaced") if key in results[0]
+            }
             for key in ("steps", "pairs", "student_tokens", "teacher_tokens"):
                 if key in results[0]:
                     rows[name][key] = round(statistics.fmean(r[key] for r in results), 1)
@@ -204,8 +207,8 @@ def collect():
 def main(argv):
     lab.commit()
     match argv:
-        case ["select", *seeds]:
-            select([int(seed) for seed in seeds])
+        case ["select"]:
+            select()
         case ["report", condition, *seeds] if condition in CONDITIONS:
             for seed in map(int, seeds or REPORT_SEEDS):
                 report(condition, seed)

@@ -31,6 +31,7 @@ import lab
 import mismatch
 import pipeline
 import sampling
+import scaling
 import splice
 import tables
 import toy_ablation
@@ -46,8 +47,7 @@ SHORT = ["--prompt-length", "8", "--max-new-tokens", "9"]
 
 def test_intervals_by_hand():
     """1, 2, 3, 4: mean 2.5, s = sqrt(5 / 3) = 1.29099, s / sqrt(4) = 0.645497, t(3) = 3.182: half width 2.05397."""
-    assert lab.t_interval([1, 2, 3, 4]) == (2.5, pytest.approx(2.05397, abs=1e-5))
-    assert lab.t_interval([3.0]) == (3.0, math.inf)
+    assert lab.paired([2, 4, 6, 8], [1, 2, 3, 4]) == (2.5, pytest.approx(2.05397, abs=1e-5))
     # Entries of the usual table, by degrees of freedom
     table = {1: 12.706, 4: 2.776, 9: 2.262, 29: 2.045, 30: 2.0423, 63: 1.9983}
     assert {df: report.t_quantile(df) for df in table} == pytest.approx(table, abs=0.002)
@@ -70,12 +70,22 @@ def test_mismatch_by_hand():
     assert found["samples"] == {"mean": 0.66667, "half": pytest.approx(2.82356, abs=1e-5), "count": 3}
     # With groups of one size it is that of the groups' means: 0 and 1 of two values each
     half = mismatch.mean([(0, 0), (0, 0), (1, 1), (1, 1)])["half"]
-    assert half == pytest.approx(lab.t_interval([0, 1])[1], abs=1e-4)
+    assert half == pytest.approx(lab.paired([0, 1], [0, 0])[1], abs=1e-4)
+    # Less another list, paired by group: with groups of one size, the interval of the groups' differences, -1 and 2 - 0
+    less = mismatch.mean([(0, 1), (0, 1), (1, 4), (1, 2)], [(0, 2), (0, 2), (1, 1), (1, 1)])
+    assert less == {"mean": 0.5, "half": pytest.approx(lab.paired([1, 3], [2, 1])[1], abs=1e-4), "count": 4}
     assert (found["tokens"], found["behind"], found["t_star"]) == (0.428571, 0.57143, [0, 0, 1])
     assert mismatch.at_eta(samples, 0.5)["samples"]["mean"] == 1 and mismatch.at_eta(samples, 10)["t_star"] is None
     assert [mismatch.quantile([7, 0, 3, 0], share) for share in (0.25, 0.5, 0.75, 1.0)] == [0, 0, 3, 7]
     means = {name: of["mean"] for name, of in mismatch.right(samples).items()}
     assert means == {"y": 0.66667, "y+": 0.66667, "y+ minus y": 0, "y alone": 0.33333, "y+ alone": 0.33333}
+    for k, sample in enumerate(samples):
+        sample["prompt_id"] = k
+    of = mismatch.by_student({"initial": samples, "trained": samples[:2]})
+    # KL: 22 nats over 7 tokens, 7 over 4; mismatches in 2 of 3 samples, 1 of 2; right 2 of 3, 1 of 2
+    found = {(name, what): [part["mean"] for part in parts] for name in of for what, parts in of[name].items()}
+    assert found["initial", "KL(q, p)"] == [3.14286, 0] and found["trained", "KL(q, p)"] == [1.75, -1.39286]
+    assert found["trained", "mismatch"] == found["trained", "right"] == [0.5, -0.16667]
     for sample in samples:
         sample["kinds"] = ["digits", "words", "other"][: len(sample["margins"])]
     shares = {name: (of["mean"], of["count"]) for name, of in mismatch.by_token(samples, 4).items()}
@@ -113,6 +123,14 @@ def test_mismatch_of_a_run(tmp_path, monkeypatch):
     assert ends == sum(row["ended"] for row in samples) and result["outs"] == 2
     found = result["runs"]["token"].items()
     assert sum(of["count"] for name, of in found if name.startswith("tokens")) == result["sizes"]["tokens"]
+    # The same folders as two students: the mean margin, paired by prompt
+    mismatch.main(["pair", "--students", *map(str, outs)])
+    result = runs.read_json(tmp_path / "mismatch_pair.json")
+    margins = [[sum(r["student_logprobs"]) - sum(r["teacher_logprobs"]) for r in lab.read_samples(out)] for out in outs]
+    tokens = [sum(len(r["response_ids"]) for r in lab.read_samples(out)) for out in outs]
+    first, second = (sum(of) / count for of, count in zip(margins, tokens))
+    assert list(result["runs"]) == ["a", "b"]
+    assert [of["mean"] for of in result["runs"]["b"]["KL(q, p)"]] == pytest.approx([second, second - first], abs=2e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -298,7 +316,7 @@ def test_variants_parse(monkeypatch, task):
     parsed = {}
 
     def parse(script, settings, folder):
-        parsed[folder] = lab.MAINS[script].parse_args(lab.flags({**settings, "out": folder}))
+        parsed[folder] = importlib.import_module(script).parse_args(lab.flags({**settings, "out": folder}))
         raise StopIteration  # parsed is enough
 
     def only_parse(folder, work, *rest, **more):
@@ -318,8 +336,8 @@ def test_variants_parse(monkeypatch, task):
     assert {args.seed for args in parsed.values()} == {3} and len(parsed) > 80
     assert parsed[task.folder / "dpo/sft"].beta == 1e-9 and parsed[task.folder / "no-splice"].eta == -1e9
     # The sensitivity's first row is the toy's default
-    default, toy = dpo_sensitivity.settings_of("default"), warmup_distill.TOY
-    assert default == {key: toy[key] for key in lab.DPO} and lab.DPO_SIZE.items() <= toy.items()
+    toy = warmup_distill.TOY
+    assert lab.DPO.items() <= toy.items() and lab.DPO_SIZE.items() <= toy.items()
 
 
 def test_a_toy_with_another_student(tmp_path, task, monkeypatch):
@@ -436,10 +454,11 @@ def test_result_files_say_how_they_came_to_be():
 def test_changed_files_and_other_code_are_refused(tmp_path, monkeypatch):
     """Before anything runs; and a result that other code made is not gone on from."""
     monkeypatch.setattr(runs, "git_commit", lambda: "0" * 40 + "-dirty")
-    commands = [(dpo_sensitivity, []), (dpo_sensitivity, ["1"]), (mismatch, ["toy", str(tmp_path / "no folder")])]
-    for script, argv in [*commands, *((toy_ablation, [name]) for name in ("select", "report", "collect"))]:
+    commands = [(dpo_sensitivity.main,), (mismatch.main, ["toy", str(tmp_path / "no folder")])]
+    commands += [(toy_ablation.main, [name]) for name in ("select", "report", "collect")]
+    for command, *argv in commands:
         with pytest.raises(SystemExit, match="files differ from their commit"):
-            script.main(argv)
+            command(*argv)
     monkeypatch.setattr(runs, "git_commit", lambda: "0" * 40)
     monkeypatch.setattr(lab, "FOLDER", tmp_path)
     for name, code in (("ours", lab.code()), ("theirs", "other")):
@@ -535,15 +554,19 @@ def test_dpo_step_accumulates_to_the_whole():
     assert dpo_step.our_step(model, pairs) == pytest.approx(math.log(2), abs=1e-6)  # its own reference
 
 
-def test_pipeline_and_scaling_in_one_process(capsys):
-    """One kind of each, here: all stages have a time, and the loss of a policy that is its reference is ln 2."""
+def test_pipeline_in_one_process(capsys):
+    """One kind, here: all stages have a time, and the loss of a policy that is its reference is ln 2."""
     pipeline.main([*TINY, *SHORT, "--prompts", "2", "--samples", "2", "--mismatch", "0.1", "--kind", "ours"])
     result = json.loads(capsys.readouterr().out)
     assert result["stages"].keys() == {"sample", "check", "splice", "dpo", "all"}
     assert result["check"]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    command = [sys.executable, FOLDER / "bench/scaling.py", *TINY, "--pairs", "4", "--tokens", "8", "--kind", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert result["stages"].keys() == {"dpo", "kd"}
-    assert all(math.isfinite(loss) for loss in result["check"]["losses"])
+
+
+def test_scaling_starts_the_commands(capsys):
+    """One and two real processes; each command's three losses are the same, which `compare` checks."""
+    found = scaling.main([*TINY, "--examples", "4", "--tokens", "8"])
+    assert found.keys() == {"1", "2"}
+    for [result] in found.values():
+        assert result["stages"].keys() == {"dpo", "kd"} and all(stage["s"] > 0 for stage in result["stages"].values())
+        assert [len(losses) for losses in result["check"]["losses"]] == [3, 3]
+    assert "scaling" in capsys.readouterr().out

@@ -6,7 +6,7 @@ computed the same. It prints the machine's limits; median, minimum and maximum o
 first kind, which is this project; and as the last line JSON, for experiments/bench.jsonl.
 
 Memory: glibc gives large blocks back to the kernel as soon as they are free, and the next tensor begins with page
-faults. All kinds keep freed memory unless --page-faults is given (KEEP_MEMORY, on Linux).
+faults. All kinds keep freed memory (KEEP_MEMORY, on Linux).
 """
 
 import argparse
@@ -48,7 +48,6 @@ def make_parser(doc, shape=None, dtype="float32", repeat=5):
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=repeat, help="runs of each kind")
     parser.add_argument("--kinds", nargs="+", help="these kinds alone, this project's first")
-    parser.add_argument("--page-faults", action="store_true", help="freed memory goes back to the kernel, as usual")
     parser.add_argument("--kind", help="one run of this kind, in this process")
     if shape:
         parser.add_argument("--shape", choices=list(SHAPES), default=shape, help="of the random models")
@@ -102,13 +101,13 @@ def ceiling(args):
 class Stages:
     """`result = stages(name, function)` calls function and keeps its seconds; `stages.memory` its peak of memory."""
 
-    def __init__(self, device, clock=clock):
-        self.device, self.clock, self.stages = device, clock, {}
+    def __init__(self, device):
+        self.device, self.stages = device, {}
 
     def __call__(self, name, function):
-        began = self.clock(self.device)
+        began = clock(self.device)
         result = function()
-        self.stages[name] = {"s": self.clock(self.device) - began}
+        self.stages[name] = {"s": clock(self.device) - began}
         return result
 
     def memory(self, name, function):
@@ -149,7 +148,7 @@ def compare(file, argv, args, measure, kinds, launch=lambda kind: [sys.executabl
         if any(peer in kind for kind in kinds) and importlib.util.find_spec(package) is None:
             todo = "pip install -r experiments/bench/requirements.txt"
             raise runs.UserError(f"{package} is not installed", "for this benchmark's peer", todo)
-    found, environment = {kind: [] for kind in kinds}, os.environ | ({} if args.page_faults else KEEP_MEMORY)
+    found, environment = {kind: [] for kind in kinds}, os.environ | KEEP_MEMORY
     for _ in range(args.repeat):
         for kind in kinds:
             command = [*launch(kind), file, *argv, "--kind", kind]

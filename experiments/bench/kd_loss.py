@@ -2,10 +2,9 @@
 
     python experiments/bench/kd_loss.py                                        forward KL, 512 tokens
     python experiments/bench/kd_loss.py --loss jsd --tokens 2048
-    python experiments/bench/kd_loss.py --kd-rate 0.5                          with cross-entropy
 
 All start from the same random hidden states and two heads of Qwen2.5's vocabulary. Kinds: `ours`, kd.ChunkedHeadLoss
-with kd.total_loss, which computes cross-entropy to log it also at --kd-rate 1; `dense`, the same loss on all logits at
+with kd.total_loss, which computes cross-entropy to log it as kd.py does; `dense`, the same loss on all logits at
 once; `trl-dense`, GKDTrainer.generalized_jsd_loss on all logits (float32, as in `dense`); `trl-chunked`, what
 DistillationTrainer has (tiles of the vocabulary); `liger`, its fused linear JSD through torch.compile. The last three
 have jsd and its limits forward_kl and reverse_kl, TRL's without cross-entropy. A first step warms up and compiles, the
@@ -29,7 +28,6 @@ def parse_args(argv=None):
     parser.add_argument("--vocab", type=int, default=151936)
     parser.add_argument("--width", type=int, default=896, help="that of Qwen2.5-0.5B")
     parser.add_argument("--loss", choices=list(kd.LOSSES), default="forward_kl")
-    parser.add_argument("--kd-rate", type=float, default=1.0, help="1: the divergence alone, without cross-entropy")
     return parser.parse_args(argv)
 
 
@@ -40,7 +38,7 @@ def peer_loss(args, *tensors):
     if args.kind == "liger":
         from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDLoss
 
-        loss = LigerFusedLinearJSDLoss(weight_hard_loss=1 - args.kd_rate, weight_soft_loss=args.kd_rate, beta=beta)
+        loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta)
         return loss(hidden, weight, teacher_hidden, teacher_weight, targets)
     if args.kind == "trl-chunked":
         from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
@@ -56,7 +54,7 @@ def peer_loss(args, *tensors):
 def mean_loss(args, hidden, weight, teacher_hidden, teacher_weight, targets):
     """The loss of `args.kind`, ready for backward. hidden: (M, D); weight: (V, D); targets: (M,)."""
     teacher = lambda part: F.linear(teacher_hidden[part], teacher_weight)
-    options = kd.LOSSES[args.loss], args.kd_rate, 1.0
+    options = kd.LOSSES[args.loss], 1.0, 1.0  # kd_rate, temperature
     if args.kind == "ours":
 
         def chunk_losses(part):
@@ -93,8 +91,7 @@ def measure(args):
 
 def main(argv=None):
     args = parse_args(argv)
-    peers = ["liger", *(["trl-dense", "trl-chunked"] if args.kd_rate == 1 else [])]
-    kinds = ["ours", "dense", *(peers if args.loss in PEER_BETA else [])]
+    kinds = ["ours", "dense", *(["liger", "trl-dense", "trl-chunked"] if args.loss in PEER_BETA else [])]
     return compare(__file__, argv, args, measure, kinds, rtol=1e-3, atol=0)
 
 
