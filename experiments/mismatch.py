@@ -8,8 +8,9 @@ Parts of the first, all but `eta` at the runs' own eta; the second has `student`
     eta        for eta from 0.5 to 10: share of samples and of tokens above it, and where t* is
     token      share of the tokens above eta, by position in the response, and by kind: digits, words (with a letter),
                the end, other
-    right      how often y and y+ answer right, and y+ minus y: in samples with a mismatch, and in those of them that
-               `--keep teacher` keeps; and in samples without one, where y+ is y. A response that did not end is not right
+    right      how often y and y+ answer right, and y+ minus y: in samples with a mismatch, in those of them that
+               `--keep teacher` keeps, and in those where both responses end; and in samples without one, where y+ is y. A
+               response that did not end is not right
     student    of each OUT, and minus the first: KL(q, p) in nats a token, the mean of log q - log p over sampled tokens;
                how often samples have a mismatch at eta 4, and are right. Splices do not count
 
@@ -100,11 +101,12 @@ def right(samples):
 
 
 def subsets(samples):
-    """The samples with a mismatch, those of them that `--keep teacher` keeps, and those without one."""
+    """The samples with a mismatch, those of them that `--keep teacher` keeps, that have an end; and those without one."""
     found, mean_of = [s for s in samples if s["t_star"] >= 0], lambda s, key: statistics.fmean(s[key])
     kept = [s for s in found if mean_of(s, "chosen_teacher_logprobs") > mean_of(s, "teacher_logprobs")]
-    others = [s for s in samples if s["t_star"] < 0]
-    return {"with a mismatch": found, "of these, kept by --keep teacher": kept, "without a mismatch": others}
+    parts = {"with a mismatch": found, "of these, kept by --keep teacher": kept}
+    parts["of these, y and y+ have an end"] = [s for s in found if s["ended"] and s["chosen_ended"]]
+    return parts | {"without a mismatch": [s for s in samples if s["t_star"] < 0]}
 
 
 def by_student(outs, eta=4):
