@@ -35,9 +35,8 @@ def variants():
         found[f"reference-teacher nll-{nll:g}"] = {"reference": "teacher", "nll_weight": nll}
     found |= {f"keep-{keep}": {"keep": keep} for keep in ("teacher", "correct")}
     found["keep-correct nll-0 beta-0.1 lr-0.0001"] = {"keep": "correct", "nll_weight": 0.0, "beta": 0.1, "lr": 1e-4}
-    found["label-smoothing-0.1"] = {"label_smoothing": 0.1}
     found |= {f"steps-{steps}": {"max_steps": steps} for steps in (15, 30, 120)}
-    found["sft"] = {"beta": 1e-9}
+    found["label-smoothing-0.1"], found["sft"] = {"label_smoothing": 0.1}, {"beta": 1e-9}
     found["replace-after"], found["teacher-greedy"] = {"replace": "after"}, {"teacher_decoding": "greedy"}
     found |= {f"samples-{samples}": {"samples": samples} for samples in (2, 16)}
     found |= {f"temperature-{temperature:g}": {"temperature": temperature} for temperature in (0.7, 1.3)}

@@ -51,9 +51,9 @@ DPO_SIZE = {"batch_size": 32, "micro_batch_size": 32, "dtype": "float32", "threa
 
 
 def paired(after, before):
-    """Mean of the differences after[i] - before[i] and half of its 95% interval, Student's t; seeds in the same order."""
+    """Mean of the differences after[i] - before[i] and half of its 95% interval, Student's t, infinite for one; same order."""
     mean, _, half = describe([a - b for a, b in zip(after, before, strict=True)])
-    return mean, half
+    return mean, float("inf") if half is None else half
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,10 +253,9 @@ def read_samples(out):
 
 def dpo_tokens(folder, pairs):
     """Token positions of DPO: its steps, and the reference's pass over all pairs."""
-    total = sum(step["tokens"] for step in runs.read_jsonl(folder / "metrics.jsonl"))
-    for pair in pairs:
-        total += sum(len(pair[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids")) - pair["prefix_len"]
-    return total
+    keys = ("prompt_ids", "chosen_ids", "rejected_ids")
+    of_reference = sum(sum(len(pair[key]) for key in keys) - pair["prefix_len"] for pair in pairs)
+    return of_reference + sum(step["tokens"] for step in runs.read_jsonl(folder / "metrics.jsonl"))
 
 
 def moved_mismatch(position, seed):

@@ -3,7 +3,7 @@
     python experiments/mismatch.py NAME OUT...              OUT: folders of warmup_distill.py, of one or of several seeds
     python experiments/mismatch.py NAME --students OUT...   the same prompts, an OUT a student; the first is the initial one
 
-Parts of the first, all but `eta` at the runs' own eta; the second has `student` alone:
+Parts of the first, all but `eta` at the runs' own eta:
 
     eta        for eta from 0.5 to 10: share of samples and of tokens above it, and where t* is
     token      share of the tokens above eta, by position in the response, and by kind: digits, words (with a letter),
@@ -11,11 +11,13 @@ Parts of the first, all but `eta` at the runs' own eta; the second has `student`
     right      how often y and y+ answer right, and y+ minus y: in samples with a mismatch, in those of them that
                `--keep teacher` keeps, and in those where both responses end; and in samples without one, where y+ is y. A
                response that did not end is not right
-    student    of each OUT, and minus the first: KL(q, p) in nats a token, the mean of log q - log p over sampled tokens;
-               how often samples have a mismatch at eta 4, and are right. Splices do not count
+
+The second has, for each OUT, by its folder's name, and minus the first: KL(q, p) in nats a token, the mean of
+log q - log p over sampled tokens; how often samples have a mismatch at eta 4, and are right. Splices do not count.
 
 `half`s are halves of 95% intervals, by groups. A group is what is drawn independently: a prompt, or of several OUTs,
-which have models of their own, an OUT. README.md has the commands that made the folders.
+which have models of their own, an OUT. (Of several students a prompt: how much another training run would differ is not
+in it.) README.md has the commands that made the folders.
 """
 
 import math
@@ -31,11 +33,6 @@ from tools.report import t_quantile
 from warmup_distill import ETA_GRID
 
 PLACES = (0, 10, 20, 40, 80, 160, 320, 10**6)  # bands of positions
-
-
-def quantile(values, share):
-    """The smallest of `values` at or below which at least `share` of them are."""
-    return sorted(values)[math.ceil(share * len(values)) - 1]
 
 
 def mean(found, less=()):
@@ -63,12 +60,12 @@ def at_eta(samples, eta):
     for sample in samples:
         first.append(next((t for t, margin in enumerate(sample["margins"]) if margin > eta), -1))
         behind += len(sample["margins"]) - first[-1] if first[-1] >= 0 else 0
-    tokens, places = [margin for sample in samples for margin in sample["margins"]], [t for t in first if t >= 0]
+    tokens, places = [margin for sample in samples for margin in sample["margins"]], sorted(t for t in first if t >= 0)
     return {
         "samples": mean([(sample["group"], t >= 0) for sample, t in zip(samples, first)]),
         "tokens": round(statistics.fmean(margin > eta for margin in tokens), 6),
         "behind": round(behind / len(tokens), 5),
-        "t_star": [quantile(places, share) for share in (0.25, 0.5, 0.75)] if places else None,
+        "t_star": [places[math.ceil(share * len(places)) - 1] for share in (0.25, 0.5, 0.75)] if places else None,
     }
 
 
@@ -101,18 +98,18 @@ def right(samples):
 
 
 def subsets(samples):
-    """The samples with a mismatch, those of them that `--keep teacher` keeps, that have an end; and those without one."""
+    """The samples with a mismatch, of these those that `--keep teacher` keeps and those where y and y+ end; the others."""
     found, mean_of = [s for s in samples if s["t_star"] >= 0], lambda s, key: statistics.fmean(s[key])
     kept = [s for s in found if mean_of(s, "chosen_teacher_logprobs") > mean_of(s, "teacher_logprobs")]
     parts = {"with a mismatch": found, "of these, kept by --keep teacher": kept}
-    parts["of these, y and y+ have an end"] = [s for s in found if s["ended"] and s["chosen_ended"]]
+    parts["with a mismatch, y and y+ have an end"] = [s for s in found if s["ended"] and s["chosen_ended"]]
     return parts | {"without a mismatch": [s for s in samples if s["t_star"] < 0]}
 
 
-def by_student(outs, eta=4):
-    """outs: {name: samples of the same prompts}. {name: {what: [`mean`, `mean` minus the first's]}}."""
+def by_student(outs):
+    """outs: {name: samples of the same prompts}. {name: {what: [`mean`, `mean` minus the first's]}}, at eta 4."""
     found, first = {}, next(iter(outs.values()))
-    of_sample = lambda s: {"KL(q, p)": s["margins"], "mismatch": [max(s["margins"]) > eta], "right": [s["right"]]}
+    of_sample = lambda s: {"KL(q, p)": s["margins"], "mismatch": [max(s["margins"]) > 4], "right": [s["right"]]}
     values = lambda samples, what: [(s["prompt_id"], value) for s in samples for value in of_sample(s)[what]]
     for name, samples in outs.items():
         pairs = {what: [values(of, what) for of in (samples, first)] for what in of_sample(samples[0])}
@@ -138,29 +135,33 @@ def read(out, group):
 
 
 def main(argv):
-    if len(argv) < 2:
+    students = "--students" in argv
+    if len(argv) < 2 + students:
         sys.exit(__doc__)
-    students = argv[1] == "--students"
     made = lab.record(f"python experiments/mismatch.py {argv[0]} {'--students ' if students else ''}OUT...")
     outs = [Path(out) for out in argv[1 + students :]]
     args = [runs.read_json(out / "args.json") for out in outs]
     if any(of["code"] != runs.code_fingerprints() for of in args):
         sys.exit("error: other code made it, in a folder that was given, make it again")
     [eta] = {of["args"]["eta"] for of in args}
-    of_outs = [read(out, k if len(outs) > 1 else None) for k, out in enumerate(outs)]
+    of_outs = [read(out, None if students or len(outs) == 1 else k) for k, out in enumerate(outs)]
     samples = [sample for of_out in of_outs for sample in of_out]
     sizes = {
-        "prompts": sum(len({s["prompt_id"] for s in of_out}) for of_out in of_outs),
+        "prompts": len({(s["group"], s["prompt_id"]) for s in samples}),
         "samples": len(samples),
         "tokens": sum(len(s["margins"]) for s in samples),
         "cut": round(statistics.fmean(not s["ended"] for s in samples), 4),
     }
     if students:
+        same = {**args[0]["settings"], "student": "", "temperature": 1.0, "top_p": 1.0}
+        if any({**of["settings"], "student": ""} != same for of in args) or len({out.name for out in outs}) < len(outs):
+            sys.exit("error: not the same but for the student, or one name twice, of the OUTs given, sample them alike")
         parts = by_student({out.name: of_out for out, of_out in zip(outs, of_outs)})
     else:
         parts = {"eta": {f"{eta:g}": at_eta(samples, eta) for eta in ETA_GRID}, "token": by_token(samples, eta)}
         parts["right"] = {name: right(found) for name, found in subsets(samples).items() if found}
-    lab.write_result(f"mismatch_{argv[0]}", {"record": made, "eta": eta, "outs": len(outs), "sizes": sizes}, parts)
+    head = {"record": made, "eta": eta, "outs": 1 if students else len(outs), "sizes": sizes}
+    lab.write_result(f"mismatch_{argv[0]}", head, parts)
 
 
 if __name__ == "__main__":

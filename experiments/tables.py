@@ -34,7 +34,7 @@ PAGES = (lab.ROOT / "README.md", FOLDER / "README.md")
 def percent(values):
     """Shares -> "mean ± sd" in percent."""
     mean, sd, _ = describe([100 * value for value in values])
-    return f"{mean:.1f} ± {sd:.1f}"
+    return f"{mean:.1f} ± {sd or 0:.1f}"
 
 
 def difference(after, before):
@@ -61,8 +61,8 @@ def table(header, rows, result, text):
 
 
 def test_seeds(result):
-    [count] = {len(seeds) for seeds in result["seeds"].values()}
-    return f"{count} test seeds in each condition, test sets of 500 problems"
+    counts = sorted({len(seeds) for seeds in result["seeds"].values()})
+    return f"{' to '.join(map(str, counts))} test seeds in each condition, test sets of 500 problems"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ def ablation_controls(result):
         rows.append(row)
     header = ["start", "before KD, %"]
     header += [f"{column.replace('/', ', ')} steps: warm-up minus this" for column in columns]
-    return table(header, rows, result, test_seeds(result))
+    return table(header, rows, {"record": result["records"]["gold"]}, test_seeds(result))
 
 
 def effect(result):
@@ -138,7 +138,7 @@ def effect(result):
 
 def samples_of(result):
     """What a table of mismatch.py is of."""
-    sizes, group = result["sizes"], "seed" if "eta" in result["runs"] and result["outs"] > 1 else "prompt"
+    sizes, group = result["sizes"], "seed" if result["outs"] > 1 else "prompt"
     text = f"{sizes['samples']:,} samples of {sizes['prompts']:,} prompts, {sizes['tokens']:,} tokens"
     return f"{text}, {100 * sizes['cut']:.0f}% of the samples cut at the limit; ± half of the 95% interval, by {group}"
 
@@ -160,19 +160,16 @@ def by_eta(result):
 
 
 def by_token(result):
-    """Where, and on which kinds of tokens, the margin is above eta."""
-    rows = []
-    for name, of in sorted(result["runs"]["token"].items(), key=lambda item: (len(item[0]), item[0])):
-        if of["half"] is not None:  # more than one group has these
-            rows.append([name, f"{of['count']:,}", share(of, 2)])
+    """Where, and on which kinds of tokens, the margin is above eta; left out is what only one group has."""
+    found = sorted(result["runs"]["token"].items(), key=lambda item: (len(item[0]), item[0]))
+    rows = [[name, f"{of['count']:,}", share(of, 2)] for name, of in found if of["half"] is not None]
     return table(["tokens", "how many", f"above eta {result['eta']:g}, %"], rows, result, samples_of(result))
 
 
 def by_answer(result):
     """Is what the teacher writes better?"""
-    rows = []
-    for name, found in result["runs"]["right"].items():
-        rows.append([name, f"{found['y']['count']:,}", *(share(of) for of in found.values())])
+    found = result["runs"]["right"].items()
+    rows = [[name, f"{of['y']['count']:,}", *map(share, of.values())] for name, of in found]
     header = ["samples", "", "y right, %", "y+ right, %", "y+ minus y, points", "only y right, %", "only y+ right, %"]
     return table(header, rows, result, samples_of(result))
 
@@ -182,8 +179,8 @@ def by_student(result):
     rows = []
     for name, of in result["runs"].items():
         cells = ((found, (3, 1) if what == "KL(q, p)" else ()) for what, pair in of.items() for found in pair)
-        rows.append([name, *(share(found, *form) if found["half"] else "" for found, form in cells)])
-    header = ["student", "KL(q, p), nats a token", "minus the first", "samples with a mismatch, %", "minus the first"]
+        rows.append([name, *(share(found, *form) for found, form in cells)])
+    header = ["student", "KL(q, p), nats a token", "minus the first", "samples > eta 4, %", "minus the first"]
     header += ["right, %", "minus the first"]
     return table(header, rows, result, samples_of(result))
 
@@ -223,7 +220,7 @@ def speed(lines):
 def growth(lines):
     """Sampling by this project alone, one run each: tokens a second, and what the decoding holds beside the model."""
     rows = []
-    for line in (line for line in lines if line["stages"].keys() == {"ours"}):
+    for line in (x for x in lines if x["bench"] == "sampling" and x["stages"].keys() == {"ours"}):
         args, [run] = line["args"], line["stages"]["ours"]
         row = [args["prompts"] * args["samples"], args["prompt_length"], args["vocab"] or 49152]
         speed, memory = row[0] * args["max_new_tokens"] / run["equal"]["s"], run["memory"]["GiB"]

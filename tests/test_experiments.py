@@ -71,12 +71,13 @@ def test_mismatch_by_hand():
     # With groups of one size it is that of the groups' means: 0 and 1 of two values each
     half = mismatch.mean([(0, 0), (0, 0), (1, 1), (1, 1)])["half"]
     assert half == pytest.approx(lab.paired([0, 1], [0, 0])[1], abs=1e-4)
-    # Less another list, paired by group: with groups of one size, the interval of the groups' differences, -1 and 2 - 0
+    # Less another list, paired by group: with groups of one size, the interval of the groups' differences, -1 and 2
     less = mismatch.mean([(0, 1), (0, 1), (1, 4), (1, 2)], [(0, 2), (0, 2), (1, 1), (1, 1)])
     assert less == {"mean": 0.5, "half": pytest.approx(lab.paired([1, 3], [2, 1])[1], abs=1e-4), "count": 4}
     assert (found["tokens"], found["behind"], found["t_star"]) == (0.428571, 0.57143, [0, 0, 1])
     assert mismatch.at_eta(samples, 0.5)["samples"]["mean"] == 1 and mismatch.at_eta(samples, 10)["t_star"] is None
-    assert [mismatch.quantile([7, 0, 3, 0], share) for share in (0.25, 0.5, 0.75, 1.0)] == [0, 0, 3, 7]
+    places = [{"group": 0, "margins": [0.0] * t + [9.0]} for t in (7, 0, 3, 0, 8)]
+    assert mismatch.at_eta(places, 4)["t_star"] == [0, 3, 7]
     means = {name: of["mean"] for name, of in mismatch.right(samples).items()}
     assert means == {"y": 0.66667, "y+": 0.66667, "y+ minus y": 0, "y alone": 0.33333, "y+ alone": 0.33333}
     for k, sample in enumerate(samples):
@@ -102,7 +103,14 @@ def test_mismatch_of_a_run(tmp_path, monkeypatch):
     """Two OUTs of the toy: each answer checked anew, and two folders' samples in two groups."""
     outs = [tmp_path / "a", tmp_path / "b"]
     for seed, out in enumerate(outs):
-        flags = {"pairs_only": True, "limit": 6, "seed": seed, "samples": 4, "prompts_per_batch": 6, "threads": 1}
+        flags = {
+            "pairs_only": True,
+            "limit": 6,
+            "seed": seed,
+            "samples": 4,
+            "prompts_per_batch": 6,
+            "toy": ROOT / "toy",
+        }
         lab.call("warmup_distill", flags, out)
     monkeypatch.setattr(lab, "FOLDER", tmp_path)
     monkeypatch.setattr(lab, "commit", lambda: "0" * 40)
@@ -123,14 +131,22 @@ def test_mismatch_of_a_run(tmp_path, monkeypatch):
     assert ends == sum(row["ended"] for row in samples) and result["outs"] == 2
     found = result["runs"]["token"].items()
     assert sum(of["count"] for name, of in found if name.startswith("tokens")) == result["sizes"]["tokens"]
-    # The same folders as two students: the mean margin, paired by prompt
-    mismatch.main(["pair", "--students", *map(str, outs)])
+    # Two students, the second one the teacher itself, which is at distance 0; the differences are paired by prompt
+    of_real = flags | {"teacher": ROOT / "toy/teacher", "data": ROOT / "toy/train.jsonl", "max_new_tokens": 48}
+    students = [tmp_path / name for name in ("student", "teacher")]
+    for out in students:
+        lab.call("warmup_distill", of_real | {"student": ROOT / "toy" / out.name}, out)
+    mismatch.main(["pair", "--students", *map(str, students)])
     result = runs.read_json(tmp_path / "mismatch_pair.json")
-    margins = [[sum(r["student_logprobs"]) - sum(r["teacher_logprobs"]) for r in lab.read_samples(out)] for out in outs]
-    tokens = [sum(len(r["response_ids"]) for r in lab.read_samples(out)) for out in outs]
-    first, second = (sum(of) / count for of, count in zip(margins, tokens))
-    assert list(result["runs"]) == ["a", "b"]
-    assert [of["mean"] for of in result["runs"]["b"]["KL(q, p)"]] == pytest.approx([second, second - first], abs=2e-5)
+    samples = lab.read_samples(students[0])
+    total = sum(sum(r["student_logprobs"]) - sum(r["teacher_logprobs"]) for r in samples)
+    kl = total / sum(len(r["response_ids"]) for r in samples)
+    assert list(result["runs"]) == ["student", "teacher"] and (result["sizes"]["prompts"], result["outs"]) == (6, 1)
+    found = [of["mean"] for name in ("student", "teacher") for of in result["runs"][name]["KL(q, p)"]]
+    assert found == pytest.approx([kl, 0, 0, -kl], abs=2e-4) and kl > 0.05
+    for pair in (outs, [outs[0], outs[0]]):  # of two seeds; the same name
+        with pytest.raises(SystemExit, match="not the same but for the student, or one name twice"):
+            mismatch.main(["pair", "--students", *map(str, pair)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -568,5 +584,6 @@ def test_scaling_starts_the_commands(capsys):
     assert found.keys() == {"1", "2"}
     for [result] in found.values():
         assert result["stages"].keys() == {"dpo", "kd"} and all(stage["s"] > 0 for stage in result["stages"].values())
-        assert [len(losses) for losses in result["check"]["losses"]] == [3, 3]
+        assert torch.tensor(result["check"]["losses"]).shape == (2, 3, 2)
+        assert all(norm > 0 for steps in result["check"]["losses"] for _, norm in steps)
     assert "scaling" in capsys.readouterr().out

@@ -28,9 +28,8 @@ SCHEDULE = SimpleNamespace(lr=LR, lr_warmup_ratio=0, lr_final_ratio=1, max_grad_
 def parse_args(argv=None):
     parser = make_parser(__doc__, "smollm2-6-layers")
     parser.add_argument("--pairs", type=int, default=8)
-    parser.add_argument("--prompt", type=int, default=100, help="tokens of the prompt")
-    parser.add_argument("--prefix", type=int, default=40, help="tokens that both responses share, y_<t*")
-    parser.add_argument("--suffix", type=int, default=100, help="tokens of each response from t* on")
+    parts = "tokens of the prompt, of y_<t*, which both responses share, and of each response from t* on"
+    parser.add_argument("--lengths", type=int, nargs=3, default=[100, 40, 100], help=parts)
     return parser.parse_args(argv)
 
 
@@ -101,7 +100,7 @@ def trl_step(trainer, pairs, reference=None):
 def measure(args):
     lm, losses = random_model(args, dtype=torch.float32, std=0.02), []
     torch.manual_seed(1)
-    pairs = draw_pairs(args.pairs, lm.config.vocab_size, args.prompt, args.prefix, args.suffix)
+    pairs = draw_pairs(args.pairs, lm.config.vocab_size, *args.lengths)
     reference = 3 * torch.randn(args.pairs, 2)  # only the difference of the two counts
     if args.kind == "ours":
         model = our_model(lm, args)

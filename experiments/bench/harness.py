@@ -1,6 +1,6 @@
 """What the benchmarks share: models of real shapes, time, peak memory, and two kinds of the same work compared in turn.
 
-A benchmark is a script with a function measure(args) that does the work of `args.kind` and returns `Stages.result`.
+A benchmark is a script with a function measure(args) that does the work of `args.kind` and returns what `Stages.result` does.
 `compare` runs it for each kind in turn, each time in a process of its own, and raises AssertionError unless all kinds
 computed the same. It prints the machine's limits; median, minimum and maximum of seconds or GiB, and the ratio to the
 first kind, which is this project; and as the last line JSON, for experiments/bench.jsonl.

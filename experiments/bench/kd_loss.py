@@ -7,7 +7,7 @@ All start from the same random hidden states and two heads of Qwen2.5's vocabula
 with kd.total_loss, which computes cross-entropy to log it as kd.py does; `dense`, the same loss on all logits at
 once; `trl-dense`, GKDTrainer.generalized_jsd_loss on all logits (float32, as in `dense`); `trl-chunked`, what
 DistillationTrainer has (tiles of the vocabulary); `liger`, its fused linear JSD through torch.compile. The last three
-have jsd and its limits forward_kl and reverse_kl, TRL's without cross-entropy. A first step warms up and compiles, the
+have jsd and its limits forward_kl and reverse_kl. A first step warms up and compiles, the
 second is timed, of the third the memory is counted. 512 tokens are one chunk of ours, 2,048 are three. Checked, to 1e-3:
 the loss and the norms of its gradients.
 """
