@@ -15,6 +15,7 @@ import torch
 from conftest import QUIET, ROOT
 from transformers import AutoTokenizer
 
+import dpo
 import warmup_distill
 from lib import runs
 from tools import report
@@ -253,6 +254,37 @@ def test_commands_of_paper_sh_parse(example):
         assert args.model == [f"{folder}/student"] or folder == f"{out}/student"
     different = ("out", "student", "seed", "loss")
     assert len({str({k: v for k, v in vars(args).items() if k not in different}) for args in kd}) == 1
+
+
+def test_commands_of_real_pair_sh_parse(tmp_path):
+    """The samples differ in student and data alone, and each DPO run's student is sampled again."""
+    rows = [{"question": "?" * (k % 7), "answer": str(k)} for k in range(1200)]
+    runs.write_jsonl(tmp_path / "rows.jsonl", rows)
+    out = tmp_path / "out"
+    environment = {
+        "LAUNCH": "echo",
+        "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
+        "OUT": str(out),
+        "TEACHER": "T",
+        "STUDENT": "S",
+    }
+    command = ["bash", FOLDER / "real_pair.sh", tmp_path / "rows.jsonl"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    samples = [warmup_distill.parse_args(words) for file, *words in lines if file == "warmup_distill.py"]
+    aligned = [dpo.parse_args(words) for file, *words in lines if file == "dpo.py"]
+    gathered = [words for file, *words in lines if file == "experiments/mismatch.py"]
+    assert [args.out.removeprefix(f"{out}/held_out/") for args in samples[1:]] == ["initial", "dpo", "dpo-nll"]
+    assert [args.student for args in samples] == ["S", "S", *(f"{args.out}/student" for args in aligned)]
+    different = ("out", "student", "data", "eta")
+    assert len({str({k: v for k, v in vars(args).items() if k not in different}) for args in samples}) == 1
+    assert [args.eta for args in samples] == [4, 1e9, 1e9, 1e9] and [args.nll_weight for args in aligned] == [0, 1]
+    held_out = [args.out for args in samples[1:]]
+    assert gathered == [["real", samples[0].out], ["held_out", "--students", *held_out]]
+    expected = {"train": rows[:1000], "held_out": rows[-128:]}
+    for name, part in expected.items():  # sorted is stable
+        assert runs.read_jsonl(out / f"{name}.jsonl") == sorted(part, key=lambda row: len(row["question"])), name
+    assert {args.data for args in samples} == {str(out / f"{name}.jsonl") for name in expected}
 
 
 def test_variables_of_paper_sh():
