@@ -31,7 +31,6 @@ def parse_args(argv=None):
     parser = make_parser(__doc__, "smollm2-6-layers")
     add_generation_arguments(parser, prompts=4)
     parser.add_argument("--mismatch", type=float, default=0.02, help="share of the tokens whose margin is above eta")
-    parser.add_argument("--micro-batch-size", type=int, default=8, help="pairs in one forward of DPO")
     return parser.parse_args(argv)
 
 
@@ -63,7 +62,7 @@ def measure(args):
     stages("sample", lambda: sample(args.kind, student, batch))
     _, scored = stages("check", lambda: splice.WAYS[way][0](teacher, batch))
     written = stages("splice", lambda: splice.WAYS[way][1](teacher, batch, t_star, scored))
-    pairs, size = make_pairs(batch, t_star, written), args.micro_batch_size
+    pairs, size = make_pairs(batch, t_star, written), 8  # in one forward of DPO
     student, args = student.float(), argparse.Namespace(**{**vars(args), "dtype": "float32"})
     if args.kind == "ours":
         model = our_model(student, args)
