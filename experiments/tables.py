@@ -234,7 +234,7 @@ def growth(lines):
 
 TABLES = {
     "toy_ablation": {"students": ablation_students, "gain": ablation_gain, "controls": ablation_controls},
-    **dict.fromkeys(("mismatch_toy", "mismatch_real"), {"eta": by_eta, "token": by_token, "answer": by_answer}),
+    **{of: {"eta": by_eta, "token": by_token, "answer": by_answer} for of in ("mismatch_toy", "mismatch_real")},
     "dpo_sensitivity": {"settings": sensitivity},
     "bench": {"all": speed, "growth": growth},
 }
