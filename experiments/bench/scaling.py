@@ -25,7 +25,7 @@ from lib import models, runs
 
 def parse_args(argv=None):
     parser = make_parser(__doc__, "smollm2-6-layers")
-    parser.add_argument("--examples", type=int, default=16, help="of a step")
+    parser.add_argument("--examples", type=int, default=8, help="of a step")
     parser.add_argument("--tokens", type=int, default=100, help="of the prompt; as many of each response")
     parser.add_argument("--folder", type=Path, help="with --kind: of models, data and runs")
     return parser.parse_args(argv)
