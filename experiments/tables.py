@@ -235,6 +235,7 @@ def growth(lines):
 TABLES = {
     "toy_ablation": {"students": ablation_students, "gain": ablation_gain, "controls": ablation_controls},
     **{of: {"eta": by_eta, "token": by_token, "answer": by_answer} for of in ("mismatch_toy", "mismatch_real")},
+    "mismatch_held_out": {"student": by_student},
     "dpo_sensitivity": {"settings": sensitivity},
     "bench": {"all": speed, "growth": growth},
 }
