@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A real pair on GSM8K, on a CPU: where the student's samples mismatch, whose answers are right (mismatch_real.json), and how
-# far the student is from its teacher on held-out problems before and after a small warm-up (mismatch_held_out.json).
+# far the student is from its teacher on held-out problems before and after a small warm-up, beside the teacher itself
+# (mismatch_held_out.json).
 #
 #     TEACHER=Qwen/Qwen2.5-Coder-1.5B-Instruct STUDENT=Qwen/Qwen2.5-Coder-0.5B-Instruct bash experiments/real_pair.sh FILE
 #     LAUNCH=echo TEACHER=T STUDENT=S bash experiments/real_pair.sh FILE          prints the commands
@@ -34,4 +35,5 @@ $LAUNCH experiments/mismatch.py real "$OUT/samples"
 sample "$STUDENT" held_out held_out/initial --eta 1e9
 $LAUNCH dpo.py --model "$STUDENT" --pairs "$OUT/pairs.jsonl" --out "$OUT/dpo" --lr 1e-5 --max-steps 12 --batch-size 16 --dtype bfloat16
 sample "$OUT/dpo/student" held_out held_out/dpo --eta 1e9
-$LAUNCH experiments/mismatch.py held_out --students "$OUT"/held_out/{initial,dpo}
+sample "$TEACHER" held_out held_out/teacher --eta 1e9
+$LAUNCH experiments/mismatch.py held_out --students "$OUT"/held_out/{initial,dpo,teacher}

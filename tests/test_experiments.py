@@ -274,11 +274,11 @@ def test_commands_of_real_pair_sh_parse(tmp_path):
     samples = [warmup_distill.parse_args(words) for file, *words in lines if file == "warmup_distill.py"]
     [aligned] = [dpo.parse_args(words) for file, *words in lines if file == "dpo.py"]
     gathered = [words for file, *words in lines if file == "experiments/mismatch.py"]
-    assert [args.out.removeprefix(f"{out}/held_out/") for args in samples[1:]] == ["initial", "dpo"]
-    assert [args.student for args in samples] == ["S", "S", f"{aligned.out}/student"]
+    assert [args.out.removeprefix(f"{out}/held_out/") for args in samples[1:]] == ["initial", "dpo", "teacher"]
+    assert [args.student for args in samples] == ["S", "S", f"{aligned.out}/student", "T"]
     different = ("out", "student", "data", "eta")
     assert len({str({k: v for k, v in vars(args).items() if k not in different}) for args in samples}) == 1
-    assert [args.eta for args in samples] == [4, 1e9, 1e9] and aligned.nll_weight == 0
+    assert [args.eta for args in samples] == [4, 1e9, 1e9, 1e9] and aligned.nll_weight == 0
     held_out = [args.out for args in samples[1:]]
     assert gathered == [["real", samples[0].out], ["held_out", "--students", *held_out]]
     expected = {"train": rows[:1000], "held_out": rows[-128:]}
