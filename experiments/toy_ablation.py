@@ -195,9 +195,8 @@ def collect():
         seeds[condition] = list(found)
         for name in next(iter(found.values())):
             results = [found[seed][name] for seed in found]
-            rows[name] = {
-                key: [round(r[key], 4) for r in results] for key in ("accuracy", "replaced") if key in results[0]
-            }
+            of_seeds = [key for key in ("accuracy", "replaced") if key in results[0]]
+            rows[name] = {key: [round(r[key], 4) for r in results] for key in of_seeds}
             for key in ("steps", "pairs", "student_tokens", "teacher_tokens"):
                 if key in results[0]:
                     rows[name][key] = round(statistics.fmean(r[key] for r in results), 1)

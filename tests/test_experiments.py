@@ -483,6 +483,10 @@ def test_result_files_say_how_they_came_to_be():
     """What was chosen, was chosen on other seeds than those of the report."""
     assert not set(lab.DEV_SEEDS) & set(lab.REPORT_SEEDS) and len(set(lab.REPORT_SEEDS)) == 10
     assert set(toy_ablation.SELECT_SEEDS) <= set(lab.DEV_SEEDS)
+    sensitivity, selected = tables.read("dpo_sensitivity"), tables.read("toy_selected")
+    for start, row in (("warm-up", "nll-1 beta-0.1 lr-0.001"), ("plain", "nll-0 beta-0.5 lr-0.0005")):
+        assert dpo_sensitivity.best(sensitivity, start == "warm-up") == row
+        assert selected["dpo"][start] == lab.DPO | dpo_sensitivity.variants()[row]
     result, records = tables.read("toy_ablation"), [*tables.read("bench")]
     for name in (*tables.TABLES.keys() - {"bench", "toy_ablation"}, "toy_selected", "teaching"):
         records.append(tables.read(name)["record"])

@@ -61,13 +61,14 @@ def measure(args):
 def main(argv=None):
     args, argv = parse_args(argv), sys.argv[1:] if argv is None else argv
     with tempfile.TemporaryDirectory() as folder:
-        make_inputs(args, Path(folder))
+        if not args.kind:
+            make_inputs(args, Path(folder))
+            argv = [*argv, "--folder", folder]
 
         def launch(processes):
             shutil.rmtree(Path(folder) / "runs", ignore_errors=True)
             return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
 
-        argv = [*argv, *([] if args.kind else ["--folder", folder])]
         return compare(__file__, argv, args, measure, ["1", "2"], launch=launch, rtol=1e-3, atol=0)
 
 
