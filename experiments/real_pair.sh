@@ -10,7 +10,8 @@
 # first 1,000 problems are sampled and the last 128 are held out, each part sorted by the question's length, which saves
 # padding. Of the pairs every fourth is kept, and 12 steps of 16 learn from 192 of them. --eta 1e9: on held-out problems
 # nothing is spliced, log-probs are all that counts. DPO is the paper's; its learning rate and steps were not chosen: there
-# was one try.
+# was one try. At its end it prints the commands that make the two result files: each wants its checkout committed, so commit
+# the first file before the second command. (The results in this folder were made by these commands, called one by one.)
 set -euo pipefail
 FILE=$(realpath "$1")
 cd "$(dirname "$0")/.."
@@ -30,10 +31,10 @@ sample() { # student, data, folder, more flags
 part 1,1000p train
 part "$(($(wc -l <"$FILE") - 127)),\$p" held_out
 sample "$STUDENT" train samples
-$LAUNCH experiments/mismatch.py real "$OUT/samples"
 [ "$LAUNCH" = echo ] || awk 'NR % 4 == 1' "$OUT/samples/pairs.jsonl" >"$OUT/pairs.jsonl"
 sample "$STUDENT" held_out held_out/initial --eta 1e9
 $LAUNCH dpo.py --model "$STUDENT" --pairs "$OUT/pairs.jsonl" --out "$OUT/dpo" --lr 1e-5 --max-steps 12 --batch-size 16 --dtype bfloat16
 sample "$OUT/dpo/student" held_out held_out/dpo --eta 1e9
 sample "$TEACHER" held_out held_out/teacher --eta 1e9
-$LAUNCH experiments/mismatch.py held_out --students "$OUT"/held_out/{initial,dpo,teacher}
+echo "python experiments/mismatch.py real $OUT/samples"
+echo "python experiments/mismatch.py held_out --students $(echo "$OUT"/held_out/{initial,dpo,teacher})"
